@@ -1,0 +1,48 @@
+"""llava-fast: LLaVA with the same weights, logits and checkpoints, built to be fast.
+
+The public names load on first use, so that `import llava_fast` touches neither CUDA nor a compiler
+and costs next to nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Where each public name lives; a name is imported when somebody asks for it.
+_HOME = {
+    "LlavaConfig": "llava_fast.model.llava",
+    "LlavaForConditionalGeneration": "llava_fast.model.llava",
+    "LlavaModel": "llava_fast.model.llava",
+    "LlavaProcessor": "llava_fast.model.processor",
+    "attention": "llava_fast.ops.attention",
+    "use_backend": "llava_fast.backend",
+}
+
+__all__ = [
+    "LlavaConfig",
+    "LlavaForConditionalGeneration",
+    "LlavaModel",
+    "LlavaProcessor",
+    "__version__",
+    "attention",
+    "use_backend",
+]
+
+if TYPE_CHECKING:
+    from llava_fast.backend import use_backend
+    from llava_fast.model.llava import LlavaConfig, LlavaForConditionalGeneration, LlavaModel
+    from llava_fast.model.processor import LlavaProcessor
+    from llava_fast.ops.attention import attention
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'llava_fast' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value  # the next look-up finds it without coming here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
