@@ -5,17 +5,23 @@ for one at each call. What is asked for comes from `use_backend(...)`, else from
 `LLAVA_FAST_BACKEND`, else it is "auto": the first of triton, cuda, reference that supports the tensors.
 An explicit request that cannot be met raises and says why; "auto" falls back and logs it once.
 
+The request is one plain global of the process. A ContextVar or a thread-local would be lost where autograd
+recomputes a checkpointed forward (its own thread, for CUDA), and torch.compile cannot guard on either:
+it would refuse to trace the first and go on with a stale value of the second.
+
 Only this file loads the compiled extension `llava_fast._cuda`.
 """
 
+from __future__ import annotations
+
+import importlib
 import importlib.util
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
 from types import ModuleType
 from typing import Any, Literal
 
@@ -25,8 +31,10 @@ BACKENDS = ("auto", "reference", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "LLAVA_FAST_BACKEND"
 
 # What "auto" tries, in order. The CUDA twin of an operation goes before Triton only where a stored
-# benchmark shows it ahead: its `supports` then says yes and Triton's says no for those shapes.
+# benchmark shows it ahead: Triton's `supports` then says no for those shapes.
 _PREFERENCE = ("triton", "cuda", "reference")
+
+Supports = Callable[..., Literal[True] | str]
 
 
 class BackendUnavailable(RuntimeError):
@@ -40,7 +48,7 @@ class Implementation:
     op: str
     name: str
     fn: Callable[..., Any]
-    supports: Callable[..., Literal[True] | str] | None = None
+    supports: Supports | None = None
 
     def refusal(self, tensors: tuple[Any, ...]) -> str:
         """Why these tensors cannot be taken here; an empty string when they can."""
@@ -52,7 +60,10 @@ class Implementation:
 
 
 _registry: dict[str, dict[str, Implementation]] = {}
-_requested: ContextVar[str | None] = ContextVar("llava_fast_backend", default=None)
+_lock = threading.Lock()
+_entered: list[tuple[object, str]] = []  # the `use_backend` blocks that are open, oldest first
+_environment = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+_request = _environment
 _logged: set[tuple[str, str, str]] = set()
 
 
@@ -60,7 +71,7 @@ def register(
     op: str,
     name: str,
     fn: Callable[..., Any],
-    supports: Callable[..., Literal[True] | str] | None = None,
+    supports: Supports | None = None,
 ) -> Callable[..., Any]:
     """Make `fn` the implementation of `op` on backend `name` and return it.
 
@@ -84,24 +95,32 @@ def _checked(name: str, source: str) -> str:
 
 
 def requested() -> str:
-    """What is asked for here and now: "auto", "reference", "triton" or "cuda"."""
-    name = _requested.get()
-    if name is not None:
-        return name
-    return _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
+    """What is asked for now: "auto", "reference", "triton" or "cuda"."""
+    return _checked(_request, ENVIRONMENT_VARIABLE)
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Ask for a backend by name inside a `with` block: auto, reference, triton or cuda.
 
-    It holds for the current thread (or task) only. Set `LLAVA_FAST_BACKEND` for a whole process.
+    It holds for the whole process (see the top of this file). Blocks may nest and may be open in several
+    threads: the one entered last counts, and each takes back only its own request.
     """
-    token = _requested.set(_checked(name, "backend"))
+    entry = (object(), _checked(name, "backend"))
+    with _lock:
+        _entered.append(entry)
+        _update_request()
     try:
         yield
     finally:
-        _requested.reset(token)
+        with _lock:
+            _entered.remove(entry)
+            _update_request()
+
+
+def _update_request() -> None:
+    global _request
+    _request = _entered[-1][1] if _entered else _environment
 
 
 def choose(op: str, *tensors: Any) -> Callable[..., Any]:
@@ -147,7 +166,9 @@ def _choose(op: str, tensors: tuple[Any, ...]) -> tuple[Implementation, str]:
 
 
 def _log_once(op: str, name: str, reason: str, tensors: tuple[Any, ...]) -> None:
-    if (op, name, reason) in _logged:
+    import torch
+
+    if torch.compiler.is_compiling() or (op, name, reason) in _logged:
         return
     _logged.add((op, name, reason))
     # On a GPU a fallback costs speed that somebody expects; on a CPU it is the normal course.
@@ -172,28 +193,22 @@ def status() -> dict[str, dict[str, Any]]:
     return report
 
 
-@cache
 def unavailable(name: str) -> str:
     """Why the backend cannot run anything on this machine; an empty string when it can."""
+    if name == "reference":
+        return ""
     if name == "triton":
-        if importlib.util.find_spec("triton") is None:
+        if not _HAS_TRITON:
             return "triton is not installed"
-        if os.environ.get("TRITON_INTERPRET") == "1":
+        if _INTERPRETED:
             return ""
-        return _no_gpu()
-    if name == "cuda":
-        module, why = _load_extension()
-        return why if module is None else _no_gpu()
-    return ""
-
-
-def _no_gpu() -> str:
+    if name == "cuda" and _extension is None:
+        return _extension_error
     import torch
 
-    return "" if torch.cuda.is_available() else "no CUDA device is visible to PyTorch"
+    return "" if torch.cuda.is_available() else "PyTorch sees no CUDA device"
 
 
-@cache
 def _load_extension() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("llava_fast._cuda"), ""
@@ -207,7 +222,12 @@ def _load_extension() -> tuple[ModuleType | None, str]:
 
 def extension() -> ModuleType:
     """The compiled extension `llava_fast._cuda`; raises `BackendUnavailable` saying why there is none."""
-    module, why = _load_extension()
-    if module is None:
-        raise BackendUnavailable(why)
-    return module
+    if _extension is None:
+        raise BackendUnavailable(_extension_error)
+    return _extension
+
+
+# Found out once, here, so that `choose` is nothing but look-ups that torch.compile can trace.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_extension, _extension_error = _load_extension()
