@@ -209,15 +209,16 @@ def unavailable(name: str) -> str:
     return "" if torch.cuda.is_available() else "PyTorch sees no CUDA device"
 
 
-def _load_extension() -> tuple[ModuleType | None, str]:
+def _load_extension() -> tuple[ModuleType | None, bool, str]:
+    """The module or None, whether it is built at all, and why there is none."""
     try:
-        return importlib.import_module("llava_fast._cuda"), ""
+        return importlib.import_module("llava_fast._cuda"), True, ""
     except ModuleNotFoundError as error:
         if error.name != "llava_fast._cuda":
             raise
-        return None, "the CUDA extension is not built (LLAVA_FAST_CUDA=1 pip install .)"
+        return None, False, "the CUDA extension is not built (LLAVA_FAST_CUDA=1 pip install .)"
     except ImportError as error:
-        return None, f"the CUDA extension does not load: {error}"
+        return None, True, f"the CUDA extension does not load: {error}"
 
 
 def extension() -> ModuleType:
@@ -227,7 +228,19 @@ def extension() -> ModuleType:
     return _extension
 
 
+def extension_status() -> dict[str, Any]:
+    """Whether the extension is built and loads, or why not, and what it was compiled for and sees."""
+    report: dict[str, Any] = {"built": _extension_built, "loaded": _extension is not None}
+    if _extension is None:
+        return {**report, "reason": _extension_error}
+    return {
+        **report,
+        "architectures": list(_extension.compiled_architectures()),
+        "devices": _extension.device_count(),
+    }
+
+
 # Found out once, here, so that `choose` is nothing but look-ups that torch.compile can trace.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_extension, _extension_error = _load_extension()
+_extension, _extension_built, _extension_error = _load_extension()

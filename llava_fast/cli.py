@@ -1,5 +1,344 @@
-"""The command line."""
+"""The command line: llava-fast demo · chat · train · doctor."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pkgutil
+import platform
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+import llava_fast
+from llava_fast.backend import BackendUnavailable
+
+app = typer.Typer(
+    name="llava-fast",
+    help="LLaVA with the same weights, logits and checkpoints, built to be fast.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+_debug = False
 
 
-def main() -> None:
-    raise SystemExit("llava-fast: error: no commands yet")
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for the pictures, the model and the report.")] = Path(
+        "demo-out"
+    ),
+) -> None:
+    """Train a tiny LLaVA on a built-in picture world and ask it about scenes it has never seen."""
+    from llava_fast.demo.run import run
+
+    summary = run(out)
+    width = max(map(len, summary))
+    for key, value in summary.items():
+        shown = json.dumps(value) if isinstance(value, dict | list) else value
+        typer.echo(f"{key:<{width}}  {shown}")
+    typer.echo(f"\nreport  {out / 'report.html'}\nmodel   {out / 'model'}")
+
+
+@app.command()
+def chat(
+    model: Annotated[Path, typer.Argument(help="Directory of the checkpoint.")],
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Image file; give it again for more images.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Ask this and stop; without it, questions are read line by line.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Talk to a model about images; the answer is printed as it comes."""
+    from llava_fast.model.generate import load, open_image, stream
+
+    images = [open_image(path) for path in image or ()]
+    loaded, processor = load(model, device=device, dtype=dtype)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
+    if temperature > 0:
+        sampling["temperature"] = temperature
+
+    turns: list[tuple[str, str]] = []
+    while True:
+        question = prompt if prompt is not None else _ask()
+        if question is None:
+            return
+        answer = ""
+        for piece in stream(loaded, processor, images, question, turns=turns, **sampling):
+            typer.echo(piece, nl=False)
+            sys.stdout.flush()
+            answer += piece
+        typer.echo()
+        if prompt is not None:
+            return
+        turns.append((question, answer.strip()))
+
+
+def _ask() -> str | None:
+    """The next question from the terminal or a pipe; None when there are no more."""
+    if sys.stdin.isatty():
+        typer.echo("> ", nl=False)
+        sys.stdout.flush()
+    for line in sys.stdin:
+        if line.strip():
+            return line.strip()
+    return None
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="YAML recipe; key=value after it overrides a key.")],
+) -> None:
+    """Train by a recipe: the same as `python -m llava_fast.train RECIPE [key=value …]`."""
+    from llava_fast.train.__main__ import main as train_main
+
+    raise typer.Exit(train_main([recipe, *context.args]) or 0)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Say what runs here and why; the exit status is 1 when something is broken."""
+    report = diagnose()
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        _print_report(report)
+    raise typer.Exit(1 if report["problems"] else 0)
+
+
+def diagnose() -> dict[str, Any]:
+    """What `doctor` prints: versions, devices, the backend of every operation and why, and the problems.
+
+    Every entry of `problems` is one line about something that is broken; an empty list means all is well.
+    """
+    problems: list[str] = []
+    report: dict[str, Any] = {
+        "llava_fast": llava_fast.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": _packages(problems),
+        "devices": _devices(problems),
+        "extension": {},
+        "backend": {},
+        "caches": _caches(problems),
+        "problems": problems,
+    }
+    for name in llava_fast.__all__:
+        try:
+            getattr(llava_fast, name)
+        except Exception as error:  # whatever a broken installation raises is what is to be reported
+            problems.append(f"llava_fast.{name} cannot be imported: {type(error).__name__}: {error}")
+    report["extension"], report["backend"] = _backends(problems)
+    return report
+
+
+def _packages(problems: list[str]) -> dict[str, dict[str, Any]]:
+    """Version found and version wanted of every dependency; a missing optional one is no problem."""
+    from packaging.requirements import Requirement
+
+    try:
+        requirements = [Requirement(line) for line in metadata.requires("llava-fast") or ()]
+    except metadata.PackageNotFoundError:
+        problems.append("llava-fast is not installed (pip install -e .), so its requirements are unknown")
+        return {}
+    report: dict[str, dict[str, Any]] = {}
+    for requirement in requirements:
+        extra = _extra_of(requirement)
+        if requirement.name == "llava-fast" or (
+            requirement.marker and not requirement.marker.evaluate({"extra": extra or ""})
+        ):
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            version = None
+        wanted = str(requirement.specifier)
+        if version is not None and not requirement.specifier.contains(version, prereleases=True):
+            problems.append(f"{requirement.name} {version} is installed, but llava-fast needs {wanted}")
+        elif version is None and extra is None:
+            problems.append(f"{requirement.name} is not installed, but llava-fast needs it ({wanted})")
+        report.setdefault(requirement.name, {"version": version, "wanted": wanted, "extra": extra})
+    return report
+
+
+def _extra_of(requirement: Any) -> str | None:
+    """The extra of llava-fast that asks for this requirement; None when every installation does."""
+    if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+        return None
+    extras = metadata.metadata("llava-fast").get_all("Provides-Extra") or ()
+    return next((extra for extra in extras if requirement.marker.evaluate({"extra": extra})), None)
+
+
+def _devices(problems: list[str]) -> list[dict[str, Any]]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        problems.append(f"PyTorch cannot be imported: {error}")
+        return []
+    devices: list[dict[str, Any]] = [
+        {
+            "device": "cpu",
+            "name": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        }
+    ]
+    for index in range(torch.cuda.device_count()):
+        try:
+            properties = torch.cuda.get_device_properties(index)
+        except RuntimeError as error:
+            problems.append(f"cuda:{index} does not answer: {error}")
+            continue
+        devices.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_mib": properties.total_memory // 2**20,
+            }
+        )
+    return devices
+
+
+def _backends(problems: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    from llava_fast import backend
+
+    try:
+        ops = importlib.import_module("llava_fast.ops")
+        for module in pkgutil.iter_modules(ops.__path__, "llava_fast.ops."):
+            importlib.import_module(module.name)
+    except ImportError as error:
+        problems.append(f"the operations cannot be imported: {error}")
+    try:
+        asked, operations = backend.requested(), backend.status()
+    except ValueError as error:
+        problems.append(str(error))
+        asked, operations = os.environ[backend.ENVIRONMENT_VARIABLE], {}
+    problems.extend(entry["reason"] for entry in operations.values() if entry["backend"] is None)
+    extension = backend.extension_status()
+    if extension["built"] and not extension["loaded"]:
+        problems.append(extension["reason"])
+    names = [name for name in backend.BACKENDS if name != "auto"]
+    available = {name: backend.unavailable(name) or "available" for name in names}
+    return extension, {"requested": asked, "available": available, "operations": operations}
+
+
+def _caches(problems: list[str]) -> dict[str, str]:
+    """The directories that compiled kernels and temporary files go to; each must be writable."""
+    caches = {
+        "triton": Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache"),
+        "temporary": Path(tempfile.gettempdir()),
+    }
+    for name, directory in caches.items():
+        existing = next(path for path in (directory, *directory.parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            problems.append(f"the {name} directory {directory} cannot be written to")
+    return {name: str(directory) for name, directory in caches.items()}
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, soft_wrap=True)
+
+    def table(title: str, *columns: str) -> Table:
+        return Table(
+            *columns, title=title, title_justify="left", title_style="bold", box=None, pad_edge=False
+        )
+
+    say(f"llava-fast {report['llava_fast']} · Python {report['python']} · {report['platform']}")
+    packages = table("\npackages", "package", "installed", "wanted", "for")
+    for name, entry in report["packages"].items():
+        packages.add_row(
+            name, entry["version"] or "–", entry["wanted"] or "any", entry["extra"] or "everything"
+        )
+    console.print(packages)
+
+    console.print("\n[bold]devices[/bold]")
+    for device in report["devices"]:
+        details = ", ".join(
+            f"{key} {value}" for key, value in device.items() if key not in ("device", "name")
+        )
+        say(f"{device['device']}: {device['name']} ({details})")
+
+    extension = report["extension"]
+    console.print("\n[bold]backends[/bold]")
+    say(f"requested: {report['backend']['requested']}")
+    for name, state in report["backend"]["available"].items():
+        say(f"{name}: {state}")
+    if extension["loaded"]:
+        console.print(
+            f"extension: built for sm_{', sm_'.join(map(str, extension['architectures']))}", markup=False
+        )
+
+    operations = table("\noperations", "operation", "runs on", "why")
+    for name, entry in report["backend"]["operations"].items():
+        operations.add_row(name, entry["backend"] or "nothing", entry["reason"])
+    console.print(operations)
+
+    console.print("\n[bold]directories[/bold]")
+    for name, directory in report["caches"].items():
+        say(f"{name}: {directory}")
+    if report["problems"]:
+        console.print("\n[bold]problems[/bold]")
+        for problem in report["problems"]:
+            say(f"- {problem}")
+    else:
+        console.print("\nall is well")
+
+
+# Which extra of llava-fast brings a package that a command turned out to need.
+_EXTRA_FOR = {"accelerate": "train", "peft": "train", "yaml": "train"}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit; a user's mistake (a wrong path, key, value) is one line and status 2."""
+    global _debug
+    _debug = False
+    try:
+        app(args=arguments, prog_name="llava-fast")
+    except ModuleNotFoundError as error:
+        extra = _EXTRA_FOR.get((error.name or "").partition(".")[0])
+        if _debug or extra is None:
+            raise
+        _fail(f"{error.name} is not installed; pip install 'llava-fast[{extra}]' brings it")
+    except (ValueError, OSError, BackendUnavailable) as error:
+        if _debug:
+            raise
+        _fail(" ".join(str(error).split()) or type(error).__name__)
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"llava-fast: error: {message}", err=True)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()
