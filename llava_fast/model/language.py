@@ -1,0 +1,177 @@
+"""The language model: Llama, and models of its shape (Vicuna, TinyLlama, SmolLM2, Mistral).
+
+RMSNorm, rotary positions, grouped-query attention over key ranges, SwiGLU. Parameter names are those of transformers'
+LlamaModel.
+
+Shapes: B batch, T tokens, S keys, D width, H query heads, G key heads, d head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, MistralConfig
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from llava_fast.ops.activation import swiglu
+from llava_fast.ops.attention import attention, attention_weights_reference
+from llava_fast.ops.norm import rms_norm
+from llava_fast.ops.rotary import rotary
+
+SUPPORTED = ("llama", "mistral")
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What every layer needs to know of the sequence, made once per forward pass.
+
+    cos, sin: [B or 1, T, d], rotary angles of the tokens.
+    key_start, key_end: int32 [B, T], the keys each token sees, counted in the keys the cache returns.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    key_start: torch.Tensor
+    key_end: torch.Tensor
+
+
+class RMSNorm(nn.Module):
+    """Owns the weight of an RMSNorm; `forward` takes the residual to add first and returns the new one as well."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        return rms_norm(x, self.weight, eps=self.eps, residual=residual)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig | MistralConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        bias = getattr(config, "attention_bias", False)
+        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=bias)
+
+    def forward(
+        self, x_BTD: torch.Tensor, positions: Positions, cache: Cache | None, want_weights: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        heads = (*x_BTD.shape[:2], -1, self.head_dim)
+        q, k, v = (proj(x_BTD).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotary(q, k, positions.cos, positions.sin)
+        if cache is not None:
+            # transformers' caches are [B, G, S, d]; the transposes are views.
+            k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer)
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        out = attention(q, k, v, positions.key_start, positions.key_end)
+        weights = None
+        if want_weights:
+            weights = attention_weights_reference(q, k, positions.key_start, positions.key_end, self.head_dim**-0.5)[
+                0
+            ].to(q.dtype)
+        return self.o_proj(out.flatten(2)), weights
+
+
+class MLP(nn.Module):
+    def __init__(self, config: LlamaConfig | MistralConfig):
+        super().__init__()
+        bias = getattr(config, "mlp_bias", False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
+        self.act = None if config.hidden_act == "silu" else ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(swiglu(gate, up) if self.act is None else self.act(gate) * up)
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: LlamaConfig | MistralConfig, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        positions: Positions,
+        past_key_values: Cache | None = None,
+        want_weights: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        y, x_BTD = self.input_layernorm(x_BTD)
+        y, weights = self.self_attn(y, positions, past_key_values, want_weights)
+        y, x_BTD = self.post_attention_layernorm(y, x_BTD)
+        return x_BTD + self.mlp(y), weights
+
+
+class LanguageModel(nn.Module):
+    """The decoder without its head."""
+
+    def __init__(self, config: LlamaConfig | MistralConfig):
+        super().__init__()
+        if config.model_type not in SUPPORTED:
+            raise ValueError(f"text_config.model_type is {config.model_type!r}; supported: {', '.join(SUPPORTED)}")
+        if config.attention_dropout:
+            raise ValueError(f"text_config.attention_dropout is {config.attention_dropout}; only 0 is supported")
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+
+    def forward(
+        self,
+        embeds_BTD: torch.Tensor,
+        position_ids: torch.Tensor,
+        key_start: torch.Tensor,
+        key_end: torch.Tensor,
+        cache: Cache | None = None,
+        *,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...] | None]:
+        """Run the decoder.
+
+        Args:
+            embeds_BTD: token and image embeddings, merged.
+            position_ids: [B or 1, T] int64.
+            key_start, key_end: int32 [B, T], see `Positions`.
+            cache: written to, and read from, when given.
+
+        Returns:
+            The normalised last hidden state [B, T, D]; all hidden states (the input, each layer's output, the last
+            one normalised); attention weights [B, H, T, S] per layer. The last two are None unless asked for.
+        """
+        cos, sin = self.rotary_emb(embeds_BTD, position_ids)
+        positions = Positions(cos, sin, key_start, key_end)
+        states: list[torch.Tensor] = []
+        attentions: list[torch.Tensor] = []
+        x_BTD = embeds_BTD
+        for layer in self.layers:
+            if output_hidden_states:
+                states.append(x_BTD)
+            x_BTD, weights = layer(x_BTD, positions, past_key_values=cache, want_weights=output_attentions)
+            if output_attentions:
+                attentions.append(weights)
+        x_BTD, _ = self.norm(x_BTD)
+        if output_hidden_states:
+            states.append(x_BTD)
+        return (
+            x_BTD,
+            tuple(states) if output_hidden_states else None,
+            tuple(attentions) if output_attentions else None,
+        )

@@ -1,0 +1,437 @@
+"""LLaVA: a CLIP vision tower, a projector, and a Llama-family language model.
+
+A drop-in for transformers' `LlavaForConditionalGeneration`: the same config, parameter names, arguments and outputs.
+What differs is underneath: no attention masks but one key range per query, only the tower layers that are read, uint8
+pixels normalised on the device, and image rows written to their slots without a boolean mask.
+
+Shapes: B batch rows, T tokens, D width of the language model, M image tokens in all.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, LlavaConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from llava_fast.model.checkpoint import CheckpointMixin
+from llava_fast.model.language import LanguageModel
+from llava_fast.model.vision import VisionAttention, VisionEmbeddings, VisionMLP, VisionTower, feature_layers
+from llava_fast.ops.merge import merge
+from llava_fast.ops.projector import projector
+from llava_fast.sequence import key_ranges
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def projector_layers(config: LlavaConfig) -> int:
+    """Number of linear layers in the projector, from `config.mm_projector_type` (LLaVA-1.5: mlp2x_gelu).
+
+    Raises:
+        ValueError: for a type that is none of linear, mlpNx_gelu, identity.
+    """
+    kind = getattr(config, "mm_projector_type", "mlp2x_gelu")
+    if kind in ("linear", "identity"):
+        return int(kind == "linear")
+    count = kind.removeprefix("mlp").removesuffix("x_gelu")
+    if kind != f"mlp{count}x_gelu" or not count.isdecimal() or int(count) < 1:
+        raise ValueError(f"mm_projector_type is {kind!r}; expected 'linear', 'mlpNx_gelu' or 'identity'")
+    return int(count)
+
+
+class Projector(nn.Module):
+    """linear_1 … linear_N with GELU between them."""
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__()
+        vision_width = config.vision_config.hidden_size * len(feature_layers(config))
+        width = config.text_config.hidden_size
+        count = projector_layers(config)
+        if count == 0 and vision_width != width:
+            raise ValueError(
+                f"an identity projector needs equal widths, but the tower has {vision_width}, the text {width}"
+            )
+        self.layers = [f"linear_{i + 1}" for i in range(count)]
+        for i, name in enumerate(self.layers):
+            setattr(self, name, nn.Linear(width if i else vision_width, width, config.multimodal_projector_bias))
+        self.input_width = vision_width
+        self.act = None if config.projector_hidden_act == "gelu" else ACT2FN[config.projector_hidden_act]
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        layers = [getattr(self, name) for name in self.layers]
+        # The fused operation reads the weights itself, so a child that PEFT or a quantiser has wrapped is called.
+        if self.act is None and all(type(layer) is nn.Linear for layer in layers):
+            return projector(features, [layer.weight for layer in layers], [layer.bias for layer in layers])
+        act = self.act or nn.functional.gelu
+        for i, layer in enumerate(layers):
+            features = layer(act(features) if i else features)
+        return features
+
+
+class LlavaPreTrainedModel(PreTrainedModel):
+    config_class = LlavaConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("DecoderLayer", "VisionLayer", "VisionEmbeddings")
+    _skip_keys_device_placement = ("past_key_values",)
+    # Attention goes by key ranges whatever transformers' setting says; these let any setting through.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """CLIP's own scheme for the tower, a normal distribution with the text config's range elsewhere."""
+        super()._init_weights(module)
+        vision = self.config.vision_config
+        width, factor = vision.hidden_size, vision.initializer_factor
+        narrow = width**-0.5 * (2 * vision.num_hidden_layers) ** -0.5 * factor
+        if isinstance(module, VisionEmbeddings):
+            init.normal_(module.class_embedding, std=width**-0.5 * factor)
+            init.normal_(module.patch_embedding.weight, std=vision.initializer_range * factor)
+            init.normal_(module.position_embedding.weight, std=vision.initializer_range * factor)
+        elif isinstance(module, VisionAttention):
+            for projection in (module.q_proj, module.k_proj, module.v_proj):
+                init.normal_(projection.weight, std=narrow)
+            init.normal_(module.out_proj.weight, std=width**-0.5 * factor)
+        elif isinstance(module, VisionMLP):
+            init.normal_(module.fc1.weight, std=(2 * width) ** -0.5 * factor)
+            init.normal_(module.fc2.weight, std=narrow)
+
+
+class LlavaModel(LlavaPreTrainedModel):
+    """Vision tower, projector and decoder, without the language-model head."""
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__(config)
+        image_attention = getattr(config, "image_attention", "causal")
+        if image_attention not in ("causal", "bidirectional"):
+            raise ValueError(f"image_attention is {image_attention!r}; expected 'causal' or 'bidirectional'")
+        self.vision_tower = VisionTower(config.vision_config)
+        self.vision_tower.freeze_unused(feature_layers(config))
+        self.multi_modal_projector = Projector(config)
+        self.language_model = LanguageModel(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.embed_tokens = value
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        *,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> BaseModelOutputWithPooling:
+        """Features of each image, projected into the language model's embedding space.
+
+        Args:
+            pixel_values: uint8 [N, H, W, 3] as decoded, or floating [N, 3, H, W] normalised.
+            vision_feature_layer: hidden state(s) of the tower; several are concatenated. Default: the config's.
+            vision_feature_select_strategy: "default" drops the CLS token, "full" keeps it.
+            interpolate_pos_encoding: accept images of another size than the tower's.
+
+        Returns:
+            `pooler_output`: one [tokens, D] tensor per image. `last_hidden_state` and `hidden_states` are the
+            tower's as far as it was computed, that is up to the last feature layer.
+        """
+        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
+        if strategy not in ("default", "full"):
+            raise ValueError(f"vision_feature_select_strategy is {strategy!r}; expected 'default' or 'full'")
+        layers = [self.vision_tower.resolve(i) for i in feature_layers(self.config, vision_feature_layer)]
+        states, attentions = self.vision_tower(
+            pixel_values,
+            max(layers),
+            mean=tuple(getattr(self.config, "image_mean", CLIP_MEAN)),
+            std=tuple(getattr(self.config, "image_std", CLIP_STD)),
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            output_attentions=output_attentions,
+        )
+        features = states[layers[0]] if len(layers) == 1 else torch.cat([states[i] for i in layers], dim=-1)
+        if strategy == "default":
+            features = features[:, 1:]
+        return BaseModelOutputWithPooling(
+            last_hidden_state=states[-1],
+            pooler_output=list(self.multi_modal_projector(features)),
+            hidden_states=tuple(states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        use_cache: bool | None = None,
+        key_start: torch.Tensor | None = None,
+        key_end: torch.Tensor | None = None,
+        image_slots: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> LlavaModelOutputWithPast:
+        """Last hidden state of a mixed image-text sequence; see `LlavaForConditionalGeneration.forward`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if pixel_values is not None and mm_encoder_outputs is not None:
+            raise ValueError("pass at most one of pixel_values and mm_encoder_outputs")
+        text_config = self.config.text_config
+        image_mask = None
+        bidirectional = getattr(self.config, "image_attention", "causal") == "bidirectional"
+        has_images = pixel_values is not None or (mm_encoder_outputs or {}).get("image") is not None
+        if (has_images and image_slots is None) or (bidirectional and key_start is None):
+            image_mask = self._image_mask(input_ids, inputs_embeds)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        features_MD = None
+        if has_images:
+            if pixel_values is not None:
+                encoded = self.get_image_features(
+                    pixel_values,
+                    vision_feature_layer,
+                    vision_feature_select_strategy,
+                    interpolate_pos_encoding=interpolate_pos_encoding,
+                )
+            else:
+                encoded = mm_encoder_outputs["image"]
+            features_MD = torch.cat(list(encoded.pooler_output)).to(inputs_embeds.device)
+            inputs_embeds = merge(inputs_embeds, features_MD, slots_M=image_slots, mask_BT=image_mask)
+        elif self.training and torch.is_grad_enabled():
+            inputs_embeds = self._keep_projector_in_graph(inputs_embeds)
+
+        batch, tokens, _ = inputs_embeds.shape
+        if use_cache is None:
+            use_cache = text_config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if (key_start is None) != (key_end is None):
+            raise ValueError("pass both of key_start and key_end, or neither")
+        if key_start is None:
+            key_start, key_end = key_ranges(
+                batch,
+                tokens,
+                inputs_embeds.device,
+                past=past,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                image_mask=image_mask if bidirectional else None,
+                image_tokens=self.config.image_seq_length,
+                sliding_window=getattr(text_config, "sliding_window", None),
+            )
+            key_start, key_end = self._count_from_first_cached(key_start, key_end, past_key_values, past)
+        if position_ids is None:
+            position_ids = (torch.arange(tokens, device=inputs_embeds.device) + past)[None]
+
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        last, hidden_states, attentions = self.language_model(
+            inputs_embeds,
+            position_ids,
+            key_start,
+            key_end,
+            past_key_values,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        return LlavaModelOutputWithPast(
+            last_hidden_state=last,
+            past_key_values=past_key_values,
+            hidden_states=hidden_states,
+            attentions=attentions,
+            image_hidden_states=features_MD,
+        )
+
+    def _image_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """[B, T] bool, True at image tokens; recognised by their embedding where there are no ids."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def _keep_projector_in_graph(self, embeds_BTD: torch.Tensor) -> torch.Tensor:
+        """Add zero times the projector, so that a text-only batch gives its parameters (zero) gradients: otherwise
+        distributed ranks would wait for each other, and stage 1 would have nothing to differentiate."""
+        if not any(parameter.requires_grad for parameter in self.multi_modal_projector.parameters()):
+            return embeds_BTD
+        width = self.config.vision_config.hidden_size * len(feature_layers(self.config))
+        row = torch.zeros(1, width, device=embeds_BTD.device, dtype=embeds_BTD.dtype)
+        return embeds_BTD + 0 * self.multi_modal_projector(row)
+
+    def _count_from_first_cached(
+        self, key_start: torch.Tensor, key_end: torch.Tensor, cache: Cache | None, past: int | torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shift the ranges where the cache has dropped keys that left the sliding window."""
+        if cache is None or not any(cache.is_sliding):
+            return key_start, key_end
+        if isinstance(past, torch.Tensor):
+            raise ValueError("a static cache cannot be combined with sliding_window; use the dynamic cache")
+        dropped = max(past - self.config.text_config.sliding_window + 1, 0)
+        return (key_start - dropped).clamp(min=0), (key_end - dropped).clamp(min=0)
+
+
+class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, GenerationMixin):
+    """LLaVA with its language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__(config)
+        self.model = LlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """See `LlavaModel.get_image_features`."""
+        return self.model.get_image_features(
+            pixel_values, vision_feature_layer, vision_feature_select_strategy, **kwargs
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        use_cache: bool | None = None,
+        key_start: torch.Tensor | None = None,
+        key_end: torch.Tensor | None = None,
+        image_slots: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> LlavaCausalLMOutputWithPast:
+        """Logits, and the loss where there are labels.
+
+        Args:
+            input_ids: [B, T] with `config.image_token_id` once for every image token; or
+            inputs_embeds: [B, T, D].
+            pixel_values: uint8 [N, H, W, 3] as decoded, or floating [N, 3, H, W] normalised; all images of the
+                batch in reading order. None for text alone.
+            attention_mask: [B, cached + T], 1 for real tokens; padding on the left or on the right. The output of a
+                padding token is that of an empty attention and means nothing.
+            position_ids: [B, T]; counted from 0 by default. Without an attention mask and a filled cache, positions
+                that restart mark packed samples, which never see each other.
+            past_key_values: a transformers cache.
+            labels: [B, T], −100 where there is nothing to predict; shifted here, not by the caller.
+            logits_to_keep: compute logits for the last so many tokens only (0: all), or for these indices.
+            use_cache: default: the text config's when evaluating, False when training.
+            key_start, key_end: int32 [B, T] key ranges (see `llava_fast.sequence`), instead of a mask.
+            image_slots: int64 [M], flat positions of the image tokens in `input_ids`, where the caller knows them.
+            mm_encoder_outputs: {"image": result of `get_image_features`} instead of pixels.
+            kwargs: passed to the loss (`num_items_in_batch`).
+
+        Raises:
+            ValueError: for inputs that contradict each other, such as a number of image tokens that is not the
+                number of image features.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            use_cache=use_cache,
+            key_start=key_start,
+            key_end=key_end,
+            image_slots=image_slots,
+            mm_encoder_outputs=mm_encoder_outputs,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        logits = self.lm_head(_rows_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return LlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def generate(self, *args, **kwargs):
+        """transformers' `generate`, refusing right-padded prompts: the first new token would follow padding."""
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 2 and not bool((mask[:, -1] != 0).all()):
+            row = int((mask[:, -1] == 0).nonzero()[0])
+            raise ValueError(
+                f"generate needs left-padded prompts, but attention_mask row {row} ends in padding; "
+                "set processor.tokenizer.padding_side = 'left'"
+            )
+        return super().generate(*args, **kwargs)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **_) -> torch.Tensor | None:
+        """Static caches need no 4-D mask here: the key ranges come from the 2-D one."""
+        return attention_mask
+
+
+def _rows_to_keep(hidden_BTD: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
+    """The rows that logits are wanted for, as transformers reads `logits_to_keep`."""
+    if isinstance(keep, int):
+        return hidden_BTD[:, -keep:] if keep else hidden_BTD
+    if keep.dim() == 1:
+        return hidden_BTD[:, keep]
+    return hidden_BTD[keep] if keep.dtype == torch.bool else torch.take_along_dim(hidden_BTD, keep[..., None], dim=1)

@@ -1,0 +1,198 @@
+"""The CLIP vision tower, computing only the layers whose output is asked for.
+
+Parameter names are those of transformers' CLIPVisionModel (≥ 5.6), so its weights load as they are. LLaVA-1.5 reads
+hidden state −2: the last layer and the final LayerNorm are never run; they keep their parameters, frozen.
+
+Shapes: B images, N = patches + 1 tokens, D width, H heads, d head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import CLIPVisionConfig, LlavaConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from llava_fast.ops.activation import gelu, quick_gelu
+from llava_fast.ops.attention import attention, attention_weights_reference
+from llava_fast.ops.norm import layer_norm
+from llava_fast.ops.patch_embed import patch_embed
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+
+def feature_layers(config: LlavaConfig, override: int | Sequence[int] | None = None) -> list[int]:
+    """The hidden states of the tower that make up an image's features."""
+    layers = config.vision_feature_layer if override is None else override
+    return [layers] if isinstance(layers, int) else list(layers)
+
+
+class VisionEmbeddings(nn.Module):
+    """Owns the embedding parameters; the arithmetic is `ops.patch_embed`, which also needs the pre-LayerNorm."""
+
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.randn(config.hidden_size))
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels,
+            config.hidden_size,
+            kernel_size=config.patch_size,
+            stride=config.patch_size,
+            bias=False,
+        )
+        self.position_embedding = nn.Embedding((config.image_size // config.patch_size) ** 2 + 1, config.hidden_size)
+
+    def position(self, height: int, width: int) -> torch.Tensor:
+        """[1 + rows · columns, D] position embeddings for an image of `height` × `width` pixels, bicubically
+        interpolated where that is not the size the tower was made for (as CLIPVisionModel does on request)."""
+        patch = self.patch_embedding.weight.shape[-1]
+        rows, columns = height // patch, width // patch
+        table_ND = self.position_embedding.weight
+        side = int((table_ND.shape[0] - 1) ** 0.5)
+        if (rows, columns) == (side, side):
+            return table_ND
+        grid = table_ND[1:].view(1, side, side, -1).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
+        return torch.cat((table_ND[:1], grid.flatten(2)[0].T))
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.head_dim = width // config.num_attention_heads
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(
+        self, x_BND: torch.Tensor, start_BN: torch.Tensor, end_BN: torch.Tensor, want_weights: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        heads = (*x_BND.shape[:2], -1, self.head_dim)
+        q, k, v = (proj(x_BND).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        out = attention(q, k, v, start_BN, end_BN)
+        weights = None
+        if want_weights:
+            weights = attention_weights_reference(q, k, start_BN, end_BN, self.head_dim**-0.5)[0].to(q.dtype)
+        return self.out_proj(out.flatten(2)), weights
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.act = ACTIVATIONS.get(config.hidden_act) or ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class VisionLayer(GradientCheckpointingLayer):
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.self_attn = VisionAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = VisionMLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self, x_BND: torch.Tensor, start_BN: torch.Tensor, end_BN: torch.Tensor, want_weights: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        norm1, norm2 = self.layer_norm1, self.layer_norm2
+        y, _ = layer_norm(x_BND, norm1.weight, norm1.bias, eps=norm1.eps)
+        y, weights = self.self_attn(y, start_BN, end_BN, want_weights)
+        y, x_BND = layer_norm(y, norm2.weight, norm2.bias, eps=norm2.eps, residual=x_BND)
+        return x_BND + self.mlp(y), weights
+
+
+class VisionEncoder(nn.Module):
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
+
+
+class VisionTower(nn.Module):
+    """CLIP's vision model up to the last hidden state that is needed."""
+
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        if config.model_type != "clip_vision_model":
+            raise ValueError(
+                f"vision_config.model_type is {config.model_type!r}; only 'clip_vision_model' is supported"
+            )
+        if config.attention_dropout:
+            raise ValueError(f"vision_config.attention_dropout is {config.attention_dropout}; only 0 is supported")
+        self.config = config
+        self.embeddings = VisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.encoder = VisionEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def resolve(self, layer: int) -> int:
+        """Index of a hidden state, 0 (after the pre-LayerNorm) to the number of layers, from a possibly negative one.
+
+        Raises:
+            ValueError: when there is no such hidden state.
+        """
+        states = len(self.encoder.layers) + 1
+        if not -states <= layer < states:
+            raise ValueError(f"vision_feature_layer {layer} is out of range for a tower of {states - 1} layers")
+        return layer % states
+
+    def freeze_unused(self, feature_layers: Sequence[int]) -> None:
+        """Stop gradients for the parameters that no feature layer depends on."""
+        used = max(self.resolve(layer) for layer in feature_layers)
+        self.post_layernorm.requires_grad_(False)
+        for layer in self.encoder.layers[used:]:
+            layer.requires_grad_(False)
+
+    def forward(
+        self,
+        pixels: torch.Tensor,
+        last_layer: int,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        interpolate_pos_encoding: bool = False,
+        output_attentions: bool = False,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Hidden states 0 … `last_layer` ([B, N, D] each) and, if asked for, the attention weights of each layer.
+
+        Args:
+            pixels: uint8 [B, H, W, 3], or floating [B, 3, H, W] normalised.
+            last_layer: index of the last hidden state to compute (see `resolve`).
+            mean, std: normalisation of uint8 pixels.
+            interpolate_pos_encoding: accept images of another size than `config.image_size`.
+        """
+        height, width = pixels.shape[1:3] if pixels.dtype == torch.uint8 else pixels.shape[-2:]
+        size = self.config.image_size
+        if not interpolate_pos_encoding and (height, width) != (size, size):
+            raise ValueError(
+                f"pixel_values are {height}×{width}, but the vision tower takes {size}×{size}; "
+                "pass interpolate_pos_encoding=True for other sizes"
+            )
+        x_BND = patch_embed(
+            pixels,
+            self.embeddings.patch_embedding.weight,
+            self.embeddings.class_embedding,
+            self.embeddings.position(height, width),
+            self.pre_layrnorm.weight,
+            self.pre_layrnorm.bias,
+            eps=self.pre_layrnorm.eps,
+            mean=mean,
+            std=std,
+        )
+        start_BN = torch.zeros(x_BND.shape[:2], dtype=torch.int32, device=x_BND.device)
+        end_BN = torch.full_like(start_BN, x_BND.shape[1])
+        states, attentions = [x_BND], []
+        for layer in self.encoder.layers[:last_layer]:
+            x_BND, weights = layer(x_BND, start_BN, end_BN, output_attentions)
+            states.append(x_BND)
+            attentions.append(weights)
+        return states, attentions if output_attentions else []
