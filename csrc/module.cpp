@@ -1,0 +1,97 @@
+// llava_fast._cuda: kernels behind integer pointers and a stream, so that no PyTorch ABI can break them.
+#include <cuda_runtime_api.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "rms_norm.h"
+
+namespace py = pybind11;
+using namespace llava_fast;
+
+namespace {
+
+void check(cudaError_t status) {
+    if (status != cudaSuccess) {
+        throw std::runtime_error("CUDA error " + std::to_string(static_cast<int>(status)) + ": " +
+                                 cudaGetErrorString(status));
+    }
+}
+
+// The number of devices, 0 where there is no GPU or no driver for this runtime.
+int device_count() {
+    int count = 0;
+    const cudaError_t status = cudaGetDeviceCount(&count);
+    if (status == cudaErrorNoDevice || status == cudaErrorInsufficientDriver) {
+        cudaGetLastError();  // taken note of; it must not surface in a later call
+        return 0;
+    }
+    check(status);
+    return count;
+}
+
+std::vector<int> compiled_architectures() { return {LLAVA_FAST_ARCHITECTURES}; }
+
+RmsNormArguments rms_norm_arguments(std::uintptr_t output, std::uintptr_t input, std::uintptr_t weight,
+                                    std::int64_t rows, std::int64_t columns, std::int64_t output_stride,
+                                    std::int64_t input_stride, double eps, DType dtype, std::uintptr_t residual,
+                                    std::int64_t residual_stride, std::uintptr_t residual_output,
+                                    std::int64_t residual_output_stride) {
+    return {output,        input,        weight,          residual,               residual_output, rows, columns,
+            output_stride, input_stride, residual_stride, residual_output_stride, eps,             dtype};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, module) {
+    module.doc() = "CUDA kernels of llava-fast. Pointers are integers (tensor.data_ptr()), strides are in elements.";
+
+    py::enum_<DType>(module, "DType")
+        .value("float32", DType::float32)
+        .value("float16", DType::float16)
+        .value("bfloat16", DType::bfloat16);
+
+    module.def("device_count", &device_count, "Number of CUDA devices; 0 where there is no GPU or no driver.");
+    module.def("compiled_architectures", &compiled_architectures,
+               "Compute capabilities the kernels were compiled for, such as [80, 90].");
+
+    const auto with_rms_norm_arguments = [&](const char* name, auto function, const char* doc, auto... extra) {
+        module.def(name, function, doc, py::kw_only(), py::arg("output"), py::arg("input"), py::arg("weight"),
+                   py::arg("rows"), py::arg("columns"), py::arg("output_stride"), py::arg("input_stride"),
+                   py::arg("eps"), py::arg("dtype"), py::arg("residual") = 0, py::arg("residual_stride") = 0,
+                   py::arg("residual_output") = 0, py::arg("residual_output_stride") = 0, extra...);
+    };
+    with_rms_norm_arguments(
+        "rms_norm_forward",
+        [](std::uintptr_t output, std::uintptr_t input, std::uintptr_t weight, std::int64_t rows,
+           std::int64_t columns, std::int64_t output_stride, std::int64_t input_stride, double eps, DType dtype,
+           std::uintptr_t residual, std::int64_t residual_stride, std::uintptr_t residual_output,
+           std::int64_t residual_output_stride, std::uintptr_t stream) {
+            check(launch_rms_norm(
+                rms_norm_arguments(output, input, weight, rows, columns, output_stride, input_stride, eps, dtype,
+                                   residual, residual_stride, residual_output, residual_output_stride),
+                reinterpret_cast<cudaStream_t>(stream)));
+        },
+        "Queue output = weight * rms_norm(input [+ residual]) on a stream of the current device; the sum goes to "
+        "residual_output. Raises ValueError for a wrong argument and RuntimeError when CUDA refuses the launch.",
+        py::arg("stream") = 0);
+    with_rms_norm_arguments(
+        "rms_norm_plan",
+        [](std::uintptr_t output, std::uintptr_t input, std::uintptr_t weight, std::int64_t rows,
+           std::int64_t columns, std::int64_t output_stride, std::int64_t input_stride, double eps, DType dtype,
+           std::uintptr_t residual, std::int64_t residual_stride, std::uintptr_t residual_output,
+           std::int64_t residual_output_stride) {
+            const RmsNormPlan plan = plan_rms_norm(
+                rms_norm_arguments(output, input, weight, rows, columns, output_stride, input_stride, eps, dtype,
+                                   residual, residual_stride, residual_output, residual_output_stride));
+            py::dict report;
+            report["vector_elements"] = plan.vector_elements;
+            report["threads"] = plan.threads;
+            report["blocks"] = plan.blocks;
+            return report;
+        },
+        "Check the arguments of rms_norm_forward and say how it would launch; needs no GPU.");
+}
