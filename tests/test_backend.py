@@ -1,0 +1,183 @@
+"""Which implementation runs, what is said when it cannot, and that torch.compile sees through the choice."""
+
+import logging
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from llava_fast import backend
+from llava_fast.backend import BackendUnavailable, choose, register, use_backend
+
+
+def plain(x: torch.Tensor) -> torch.Tensor:
+    return x + 1
+
+
+def fast(x: torch.Tensor) -> torch.Tensor:
+    return x + 2
+
+
+def only_float32(x: torch.Tensor) -> bool | str:
+    return True if x.dtype == torch.float32 else f"needs float32, got {x.dtype}"
+
+
+@pytest.fixture
+def op(monkeypatch: pytest.MonkeyPatch) -> str:
+    """An operation with a reference and a Triton implementation, on a machine where Triton can run."""
+    monkeypatch.setattr(backend, "_registry", {})
+    monkeypatch.setattr(backend, "_logged", set())
+    monkeypatch.setattr(backend, "_HAS_TRITON", True)
+    monkeypatch.setattr(backend, "_INTERPRETED", True)
+    monkeypatch.setattr(backend, "_request", "auto")
+    monkeypatch.setattr(backend, "_environment", "auto")
+    register("add", "reference", plain)
+    register("add", "triton", fast, only_float32)
+    return "add"
+
+
+def test_auto_takes_the_fast_one_where_it_can(op: str):
+    assert choose(op, torch.ones(1)) is fast
+    assert choose(op, torch.ones(1, dtype=torch.float64)) is plain
+
+
+def test_auto_logs_a_fallback_once(op: str, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, logger="llava_fast.backend"):
+        for _ in range(3):
+            choose(op, torch.ones(1, dtype=torch.float64))
+        choose(op, torch.ones(1))
+    assert [record.getMessage() for record in caplog.records] == [
+        "add runs on reference (triton: needs float32, got torch.float64)"
+    ]
+
+
+def test_a_request_by_name_is_met_or_refused(op: str):
+    with use_backend("reference"):
+        assert choose(op, torch.ones(1)) is plain
+    with use_backend("triton"):
+        assert choose(op, torch.ones(1)) is fast
+        with pytest.raises(BackendUnavailable, match=r"'triton' was asked for.*'add'.*needs float32"):
+            choose(op, torch.ones(1, dtype=torch.float16))
+    with use_backend("cuda"), pytest.raises(BackendUnavailable, match="'add' has only: reference, triton"):
+        choose(op, torch.ones(1))
+
+
+def test_a_machine_that_cannot_says_why(op: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(backend, "_HAS_TRITON", False)
+    assert choose(op, torch.ones(1)) is plain
+    with use_backend("triton"), pytest.raises(BackendUnavailable, match="triton is not installed"):
+        choose(op, torch.ones(1))
+
+
+def test_blocks_nest_and_end_with_an_error(op: str):
+    with use_backend("reference"):
+        with pytest.raises(RuntimeError, match="inside"), use_backend("triton"):
+            assert backend.requested() == "triton"
+            raise RuntimeError("inside")
+        assert backend.requested() == "reference"
+    assert backend.requested() == "auto"
+
+
+def test_a_block_in_one_thread_outlives_one_in_another(op: str):
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with use_backend("triton"):
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    with use_backend("reference"):
+        thread.start()
+        assert entered.wait(10)
+        assert backend.requested() == "triton"  # the one entered last
+    assert backend.requested() == "triton"  # leaving took back only its own
+    leave.set()
+    thread.join(10)
+    assert backend.requested() == "auto"
+
+
+def test_a_recomputed_forward_keeps_the_request(op: str):
+    """Activation checkpointing runs the forward again inside backward, maybe in a thread of autograd's."""
+    chosen = []
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        chosen.append(choose(op, x))
+        return chosen[-1](x) ** 2
+
+    x = torch.ones(3, requires_grad=True)
+    with use_backend("reference"):
+        torch.utils.checkpoint.checkpoint(forward, x, use_reentrant=False).sum().backward()
+    assert chosen == [plain, plain]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_code_follows_the_request(op: str):
+    @torch.compile(fullgraph=True, backend="eager")
+    def compiled(x: torch.Tensor) -> torch.Tensor:
+        return choose(op, x)(x) * 10
+
+    assert compiled(torch.zeros(1)).item() == 20
+    with use_backend("reference"):
+        assert compiled(torch.zeros(1)).item() == 10
+    assert compiled(torch.zeros(1)).item() == 20
+
+
+def test_wrong_names_are_refused(op: str):
+    with pytest.raises(ValueError, match="'tritn'; it must be one of auto, reference, triton, cuda"):
+        with use_backend("tritn"):
+            pass
+    with pytest.raises(ValueError, match="'fast' of operation 'add' is not one of"):
+        register("add", "fast", plain)
+    with pytest.raises(ValueError, match="already has a 'reference' implementation: plain"):
+        register("add", "reference", fast)
+    with pytest.raises(KeyError, match="no operation 'sub'"):
+        choose("sub", torch.ones(1))
+    assert register("add", "reference", plain) is plain
+
+
+def test_status_says_what_runs_and_why(op: str, monkeypatch: pytest.MonkeyPatch):
+    entry = backend.status()["add"]
+    assert entry == {"backend": "triton", "reason": "first choice", "registered": ["reference", "triton"]}
+    monkeypatch.setattr(backend, "_HAS_TRITON", False)
+    entry = backend.status()["add"]
+    assert (entry["backend"], entry["reason"]) == ("reference", "triton: triton is not installed")
+    with use_backend("triton"):
+        entry = backend.status()["add"]
+    assert entry["backend"] is None
+    assert "triton is not installed" in entry["reason"]
+
+
+def in_a_new_process(code: str, value: str) -> subprocess.CompletedProcess[str]:
+    environment = {"LLAVA_FAST_BACKEND": value}
+    return subprocess.run(
+        [sys.executable, "-c", f"import os; os.environ.update({environment}); {code}"],
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_environment_variable_counts():
+    code = "from llava_fast import backend; print(backend.requested())"
+    assert in_a_new_process(code, "reference").stdout == "reference\n"
+    assert in_a_new_process(code, "").stdout == "auto\n"
+    wrong = in_a_new_process(code, "gpu")
+    assert wrong.returncode != 0
+    assert "ValueError: LLAVA_FAST_BACKEND is 'gpu'; it must be one of auto" in wrong.stderr
+
+
+def test_the_module_itself_needs_no_torch():
+    code = "import sys, llava_fast.backend; print('torch' in sys.modules)"
+    assert in_a_new_process(code, "auto").stdout == "False\n"
+
+
+def test_extension_and_its_status_agree():
+    status = backend.extension_status()
+    if status["loaded"]:
+        assert backend.extension().device_count() == status["devices"]
+    else:
+        with pytest.raises(BackendUnavailable) as refusal:
+            backend.extension()
+        assert str(refusal.value) == status["reason"]
