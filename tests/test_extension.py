@@ -1,0 +1,209 @@
+"""The CUDA extension: it compiles, loads with no GPU, checks what it is given, and its kernels spill nothing.
+
+Built here with CMake into build/, where a second run finds it ready; needs nvcc.
+"""
+
+import importlib.machinery
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build" / "test-extension"
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, to compile the CUDA extension")
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}"
+    return done.stdout
+
+
+def tool(name: str) -> str:
+    """A program of the CUDA toolkit or, where it is a slim one, the copy inside triton."""
+    beside_triton = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / name
+    return shutil.which(name) or str(beside_triton)
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    scripts = Path(sys.executable).parent
+    cmake, ninja = (shutil.which(name, path=scripts) or name for name in ("cmake", "ninja"))
+    python = f"-DPython_EXECUTABLE={sys.executable}"
+    run(cmake, "-S", ROOT, "-B", BUILD, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", python)
+    built = run(cmake, "--build", BUILD)
+    assert "spill" not in built.lower()
+    return BUILD / f"_cuda{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+
+
+@pytest.fixture(scope="module")
+def cuda(library: Path) -> ModuleType:
+    specification = importlib.util.spec_from_file_location("_cuda", library)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def arguments(cuda: ModuleType) -> dict[str, Any]:
+    """Well-formed arguments for 3 rows of 4096 bfloat16; the addresses are nobody's."""
+    return {
+        "output": 1 << 20,
+        "input": 2 << 20,
+        "weight": 3 << 20,
+        "rows": 3,
+        "columns": 4096,
+        "output_stride": 4096,
+        "input_stride": 4096,
+        "eps": 1e-5,
+        "dtype": cuda.DType.bfloat16,
+    }
+
+
+def test_it_loads_and_knows_its_gpus(cuda: ModuleType):
+    assert cuda.compiled_architectures() == [80, 90]
+    assert cuda.device_count() == torch.cuda.device_count()
+
+
+def test_it_needs_neither_torch_nor_the_cuda_runtime(library: Path):
+    """Only then can no PyTorch ABI break it, and it imports on a machine without CUDA."""
+    needed = run("ldd", library)
+    assert "libc.so" in needed
+    assert not re.search("torch|c10|cudart|libcuda", needed)
+
+
+@pytest.mark.parametrize(
+    ("change", "plan"),
+    [
+        ({}, (8, 512, 3)),
+        ({"columns": 1024}, (8, 128, 3)),
+        ({"columns": 8}, (8, 32, 3)),
+        ({"input": (2 << 20) + 2}, (1, 512, 3)),  # one pointer that is not aligned
+        ({"weight": (3 << 20) + 8}, (1, 512, 3)),
+        ({"input_stride": 4097}, (1, 512, 3)),  # rows that drift out of alignment
+        ({"input_stride": 4097, "rows": 1}, (8, 512, 1)),  # there is only the first
+        ({"columns": 4095}, (1, 512, 3)),
+        ({"columns": 5}, (1, 32, 3)),
+        ({"residual": 4 << 20, "residual_stride": 4096} | {"residual_output": 5 << 20}, None),
+        ({"rows": 0, "input": 0, "output": 0}, (1, 32, 0)),
+    ],
+)
+def test_loads_are_wide_where_everything_is_aligned(
+    cuda: ModuleType, arguments: dict[str, Any], change: dict[str, int], plan: tuple[int, int, int] | None
+):
+    if plan is None:
+        with pytest.raises(ValueError, match="residual_output_stride is 0, less than the 4096 columns"):
+            cuda.rms_norm_plan(**arguments | change)
+        change, plan = change | {"residual_output_stride": 4096}, (8, 512, 3)
+    assert tuple(cuda.rms_norm_plan(**arguments | change).values()) == plan
+
+
+def test_float32_loads_are_four_wide(cuda: ModuleType, arguments: dict[str, Any]):
+    plan = cuda.rms_norm_plan(**arguments | {"dtype": cuda.DType.float32})
+    assert plan == {"vector_elements": 4, "threads": 512, "blocks": 3}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"rows": -1}, "rows is -1, less than 0"),
+        ({"rows": 1 << 31}, "rows is 2147483648, more than"),
+        ({"columns": 0}, "columns is 0, less than 1"),
+        ({"columns": 1 << 30}, "columns is 1073741824, more than"),
+        ({"eps": -1.0}, "eps is -1"),
+        ({"eps": float("nan")}, "eps is nan"),
+        ({"input": 0}, "input is a null pointer"),
+        ({"output": 0}, "output is a null pointer"),
+        ({"weight": 0}, "weight is a null pointer"),
+        ({"input": (2 << 20) + 1}, "input is not aligned to its elements of 2 bytes"),
+        ({"output_stride": 4095}, "output_stride is 4095, less than the 4096 columns"),
+        ({"residual": 4 << 20}, "residual and residual_output go together"),
+        ({"residual_output": 4 << 20}, "residual and residual_output go together"),
+    ],
+)
+def test_wrong_arguments_are_refused_by_name(
+    cuda: ModuleType, arguments: dict[str, Any], change: dict[str, Any], complaint: str
+):
+    for function in (cuda.rms_norm_plan, cuda.rms_norm_forward):
+        with pytest.raises(ValueError, match=complaint):
+            function(**arguments | change)
+
+
+def test_arguments_go_by_name_and_type(cuda: ModuleType, arguments: dict[str, Any]):
+    with pytest.raises(TypeError):
+        cuda.rms_norm_forward(*arguments.values())
+    with pytest.raises(TypeError):
+        cuda.rms_norm_forward(**arguments | {"dtype": 1})
+
+
+def test_no_rows_need_no_gpu(cuda: ModuleType, arguments: dict[str, Any]):
+    nothing = {"rows": 0, "input": 0, "output": 0}
+    assert cuda.rms_norm_forward(**arguments | nothing) is None
+
+
+def test_kernels_spill_nothing_and_load_16_bytes(library: Path):
+    """Three dtypes, wide and narrow loads, with and without a residual, for each architecture."""
+    usage = run(tool("cuobjdump"), "--dump-resource-usage", library)
+    kernels = re.findall(r"Function \S*rms_norm_kernel\S*:\s+REG:(\d+) STACK:(\d+)", usage)
+    assert len(kernels) == 2 * 12
+    assert {int(stack) for _, stack in kernels} == {0}
+    assert max(int(registers) for registers, _ in kernels) <= 64  # 2 blocks of 512 threads per SM and more
+    code = run(tool("cuobjdump"), "-sass", library)
+    assert not re.search(r"\b(STL|LDL)\b", code)
+    assert len(re.findall(r"LDG\.E\.128", code)) >= 2 * 6
+    assert len(re.findall(r"STG\.E\.128", code)) >= 2 * 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize(("rows", "columns", "offset"), [(1, 1, 0), (17, 577, 0), (5, 4096, 0), (5, 4096, 1)])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_results_equal_pytorch(cuda: ModuleType, name: str, rows: int, columns: int, offset: int, with_residual: bool):
+    dtype = DTYPES[name]
+
+    def matrix() -> torch.Tensor:
+        """[rows, columns], a view that starts `offset` elements into its storage."""
+        storage = torch.randn(rows * columns + offset, device="cuda", dtype=dtype)
+        return storage[offset:].view(rows, columns)
+
+    x, residual, weight = matrix(), matrix(), torch.randn(columns, device="cuda", dtype=dtype)
+    output, residual_output = torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
+    extra = {
+        "residual": residual.data_ptr(),
+        "residual_stride": residual.stride(0),
+        "residual_output": residual_output.data_ptr(),
+        "residual_output_stride": residual_output.stride(0),
+    }
+    cuda.rms_norm_forward(
+        output=output.data_ptr(),
+        input=x.data_ptr(),
+        weight=weight.data_ptr(),
+        rows=rows,
+        columns=columns,
+        output_stride=output.stride(0),
+        input_stride=x.stride(0),
+        eps=1e-5,
+        dtype=getattr(cuda.DType, name),
+        stream=torch.cuda.current_stream().cuda_stream,
+        **extra if with_residual else {},
+    )
+    added = x + residual if with_residual else x
+    if with_residual:
+        assert torch.equal(residual_output, added)
+    exact = added.double()
+    exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + 1e-5) * weight.double()
+    wide = added.float()
+    usual = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(dtype)
+    error, usual_error = (output.double() - exact).abs().max(), (usual.double() - exact).abs().max()
+    assert error <= 2 * usual_error + torch.finfo(torch.float32).eps
