@@ -40,9 +40,7 @@ def _options(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory for the pictures, the model and the report.")] = Path(
-        "demo-out"
-    ),
+    out: Annotated[Path, typer.Option(help="Directory for the pictures, the model and the report.")] = Path("demo-out"),
 ) -> None:
     """Train a tiny LLaVA on a built-in picture world and ask it about scenes it has never seen."""
     from llava_fast.demo.run import run
@@ -58,9 +56,7 @@ def demo(
 @app.command()
 def chat(
     model: Annotated[Path, typer.Argument(help="Directory of the checkpoint.")],
-    image: Annotated[
-        list[Path] | None, typer.Option(help="Image file; give it again for more images.")
-    ] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Image file; give it again for more images.")] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Ask this and stop; without it, questions are read line by line.")
     ] = None,
@@ -70,9 +66,10 @@ def chat(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Talk to a model about images; the answer is printed as it comes."""
-    from llava_fast.model.generate import load, open_image, stream
+    from llava_fast.model.generate import load, stream
+    from llava_fast.model.processor import read_rgb
 
-    images = [open_image(path) for path in image or ()]
+    images = [read_rgb(path) for path in image or ()]
     loaded, processor = load(model, device=device, dtype=dtype)
     sampling: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
     if temperature > 0:
@@ -269,23 +266,17 @@ def _print_report(report: dict[str, Any]) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
     def table(title: str, *columns: str) -> Table:
-        return Table(
-            *columns, title=title, title_justify="left", title_style="bold", box=None, pad_edge=False
-        )
+        return Table(*columns, title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
 
     say(f"llava-fast {report['llava_fast']} · Python {report['python']} · {report['platform']}")
     packages = table("\npackages", "package", "installed", "wanted", "for")
     for name, entry in report["packages"].items():
-        packages.add_row(
-            name, entry["version"] or "–", entry["wanted"] or "any", entry["extra"] or "everything"
-        )
+        packages.add_row(name, entry["version"] or "–", entry["wanted"] or "any", entry["extra"] or "everything")
     console.print(packages)
 
     console.print("\n[bold]devices[/bold]")
     for device in report["devices"]:
-        details = ", ".join(
-            f"{key} {value}" for key, value in device.items() if key not in ("device", "name")
-        )
+        details = ", ".join(f"{key} {value}" for key, value in device.items() if key not in ("device", "name"))
         say(f"{device['device']}: {device['name']} ({details})")
 
     extension = report["extension"]
@@ -294,9 +285,7 @@ def _print_report(report: dict[str, Any]) -> None:
     for name, state in report["backend"]["available"].items():
         say(f"{name}: {state}")
     if extension["loaded"]:
-        console.print(
-            f"extension: built for sm_{', sm_'.join(map(str, extension['architectures']))}", markup=False
-        )
+        console.print(f"extension: built for sm_{', sm_'.join(map(str, extension['architectures']))}", markup=False)
 
     operations = table("\noperations", "operation", "runs on", "why")
     for name, entry in report["backend"]["operations"].items():

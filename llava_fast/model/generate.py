@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Event, Thread
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-if TYPE_CHECKING:
-    from llava_fast.model.llava import LlavaForConditionalGeneration
-    from llava_fast.model.processor import LlavaProcessor
+from llava_fast.model.llava import LlavaForConditionalGeneration
+from llava_fast.model.processor import LlavaProcessor
 
 
 def load(
@@ -28,9 +27,6 @@ def load(
 
     Raises FileNotFoundError when there is no such directory.
     """
-    from llava_fast.model.llava import LlavaForConditionalGeneration
-    from llava_fast.model.processor import LlavaProcessor
-
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
         raise FileNotFoundError(f"no checkpoint directory {checkpoint}")
@@ -46,19 +42,6 @@ def load(
         raise ValueError(f"dtype {dtype!r} is not a floating dtype such as float32, bfloat16 or float16")
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype)
     return model.to(where).eval(), LlavaProcessor.from_pretrained(checkpoint)
-
-
-def open_image(image: str | Path | Image.Image) -> Image.Image:
-    """The image as RGB; a missing or unreadable file is an error that names it."""
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    try:
-        with Image.open(image) as opened:
-            return opened.convert("RGB")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no image file {image}") from None
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{image} is not a readable image: {error}") from error
 
 
 def conversation(n_images: int, turns: Sequence[tuple[str, str]], prompt: str) -> list[dict[str, Any]]:
@@ -98,8 +81,7 @@ def stream(
     text = processor.apply_chat_template(
         conversation(len(images), turns, prompt), add_generation_prompt=True, tokenize=False
     )
-    opened = [open_image(image) for image in images]
-    inputs = processor(images=opened or None, text=text, return_tensors="pt").to(model.device)
+    inputs = processor(images=list(images) or None, text=text, return_tensors="pt").to(model.device)
 
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     left = Event()
