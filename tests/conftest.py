@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before anything imports transformers: nothing here may go looking for a model on a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -26,3 +27,66 @@ def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
     np.random.seed(0)
     yield
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a LLaVA with random weights; images are 28 × 28 pixels, 4 tokens.
+
+    Its tokens are single bytes, and words with a space in front, so that answers come in several pieces.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaImageProcessorPil, PreTrainedTokenizerFast
+
+    from llava_fast import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    from llava_fast.model.templates import TEMPLATES
+
+    special = ["<unk>", "<s>", "</s>", "<image>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytewise = Tokenizer(models.BPE({token: i for i, token in enumerate(special + alphabet)}, []))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytewise,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )
+    tokenizer.add_tokens([f" word{i}" for i in range(600)])
+    processor = LlavaProcessor(
+        LlavaImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        chat_template=TEMPLATES["v1"].chat_template,
+    )
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
+        ),
+        text_config=LlamaConfig(
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=len(tokenizer),
+            initializer_range=0.3,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        ),
+        image_token_index=3,
+    )
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("tiny-llava")
+    LlavaForConditionalGeneration(config).save_pretrained(directory)
+    processor.save_pretrained(directory)
+    return directory
