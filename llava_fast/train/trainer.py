@@ -1,0 +1,442 @@
+"""LLaVA's training stages on transformers' Trainer: what trains, in which order, and what is saved.
+
+`run(recipe)` is the whole of it. Launching, sharding, mixed precision, accumulation and resuming
+are the Trainer's and accelerate's; this file adds what LLaVA needs: the three stages, packed batches
+grouped by modality and length, a learning rate for the projector, a token-weighted evaluation
+loss, and checkpoints in the layout that `from_pretrained` reads.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from llava_fast.model.llava import LlavaForConditionalGeneration
+from llava_fast.model.processor import LlavaProcessor
+from llava_fast.model.templates import get_template
+from llava_fast.train.data import LlavaDataset, PackedCollator
+from llava_fast.train.recipe import Recipe, RecipeError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PROJECTOR = "multi_modal_projector"
+
+
+class TrainResult(TypedDict):
+    """What `run` returns."""
+
+    output_dir: Path  # a full model and its processor; with stage lora the adapter is in output_dir/adapter
+    steps: int  # optimiser steps in total, those before a resume included
+    train_loss: float  # mean over the steps of this call
+    eval_loss: float | None  # per supervised token, after the last step
+    log_history: list[dict[str, float]]
+    counts: dict[str, int]  # rows of the data and what became of them: samples, dropped_fully_masked ...
+    tokens: int  # tokens of this call, image tokens included, over all devices
+    seconds: float  # wall clock of the training loop, evaluations and checkpoints included
+    tokens_per_s: float
+
+
+def run(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> TrainResult:
+    """Train as `recipe` says and leave a model in `recipe.output_dir` that `from_pretrained` loads.
+
+    With stage lora that model has the adapter merged in; the adapter itself is in `output_dir/adapter`,
+    and checkpoints are adapters that refer to `recipe.model`.
+
+    Raises:
+        RecipeError: a key, file or sample that training cannot start from; nothing has been written then.
+    """
+    recipe.check_files()
+    arguments = training_arguments(recipe)
+    set_seed(recipe.seed)
+    with _one_line_errors():
+        processor = load_processor(recipe)
+        train, validation = load_data(recipe, processor)
+        model = prepare_model(recipe, processor)
+    trainer = LlavaTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=PackedCollator(
+            processor, bidirectional_images=getattr(model.config, "image_attention", None) == "bidirectional"
+        ),
+        processing_class=processor,
+        callbacks=list(callbacks),
+        recipe=recipe,
+    )
+    started = time.perf_counter()
+    checkpoint = recipe.checkpoint()
+    output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.perf_counter() - started
+    if validation is not None and trainer.last_eval_step != trainer.state.global_step:
+        trainer.evaluate()
+    trainer.save_result()
+    tokens = trainer.count_tokens()
+    history = trainer.state.log_history
+    return TrainResult(
+        output_dir=recipe.output_dir,
+        steps=trainer.state.global_step,
+        train_loss=output.training_loss,
+        eval_loss=next((entry["eval_loss"] for entry in reversed(history) if "eval_loss" in entry), None),
+        log_history=history,
+        counts=trainer.counts(),
+        tokens=tokens,
+        seconds=seconds,
+        tokens_per_s=tokens / seconds,
+    )
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """The Trainer's arguments; FSDP and DeepSpeed come from `accelerate launch`, through the environment."""
+    if recipe.dtype == "fp16" and not torch.cuda.is_available():
+        raise RecipeError("dtype: fp16 needs a GPU for its loss scaling, use bf16 or fp32 here")
+    accumulation = recipe.accumulation(int(os.environ.get("WORLD_SIZE", "1")))
+    # The recipe decides, whatever the file given to `accelerate launch` says.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no" if recipe.dtype == "fp32" else recipe.dtype
+    known = {field.name for field in fields(TrainingArguments)}
+    checkpointing = "activation" if "activation_checkpointing" in known else "gradient"  # renamed in 5.23
+    arguments = TrainingArguments(
+        output_dir=str(recipe.output_dir),
+        per_device_train_batch_size=recipe.per_device_batch_size,
+        per_device_eval_batch_size=recipe.per_device_batch_size,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.max_steps or -1,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.scheduler,
+        warmup_steps=recipe.warmup_ratio,  # below 1 it is a share of all steps
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=recipe.dtype == "bf16",
+        fp16=recipe.dtype == "fp16",
+        use_cpu=not torch.accelerator.is_available(),
+        logging_steps=recipe.logging_steps,
+        logging_nan_inf_filter=False,  # a loss of NaN is to be seen
+        eval_strategy="steps" if recipe.eval_steps else "no",
+        eval_steps=recipe.eval_steps,
+        prediction_loss_only=True,
+        save_strategy="steps" if recipe.save_steps else "no",
+        save_steps=recipe.save_steps or 500,
+        save_total_limit=recipe.save_total_limit,
+        seed=recipe.seed,
+        dataloader_num_workers=recipe.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,  # the collator reads what forward does not name
+        label_names=["labels"],
+        ddp_find_unused_parameters=False,  # text-only batches keep the projector in the graph
+        report_to=recipe.report_to,
+        **{
+            f"{checkpointing}_checkpointing": recipe.gradient_checkpointing,
+            f"{checkpointing}_checkpointing_kwargs": {"use_reentrant": False},
+        },
+    )
+    # One process drives one device: DataParallel cannot split a pack, and torchrun uses them all.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def load_processor(recipe: Recipe) -> LlavaProcessor:
+    """The recipe's processor, or the model's, with the recipe's image aspect and conversation style."""
+    folder = recipe.processor or recipe.model
+    if folder is None:
+        processor = LlavaProcessor.assemble(recipe.vision_tower, recipe.language_model)
+    else:
+        processor = LlavaProcessor.from_pretrained(folder)
+    processor.pad_to_square = recipe.image_aspect == "pad"
+    # What is saved prompts a model as it was trained; a style for captions leaves the chat as it was.
+    processor.chat_template = get_template(recipe.template).chat_template or processor.chat_template
+    return processor
+
+
+def load_data(recipe: Recipe, processor: LlavaProcessor) -> tuple[LlavaDataset, LlavaDataset | None]:
+    """Training samples, and validation samples where the recipe asks for them."""
+
+    def read(path: Path) -> LlavaDataset:
+        folder = recipe.image_folder or recipe.data.parent
+        return LlavaDataset(path, folder, processor, recipe.template, recipe.max_length, cache=recipe.cache)
+
+    train = read(recipe.data)
+    if isinstance(recipe.validation, float):
+        return train.split(recipe.validation, recipe.seed)
+    return train, None if recipe.validation is None else read(recipe.validation)
+
+
+class GroupedSampler(Sampler[int]):
+    """One epoch's order of samples, a function of `seed` and `epoch` alone.
+
+    As in LLaVA the unit is the samples of one optimiser step: with `modality` a step has pictures or has
+    none, and with `length` each device batch of a step gets about the same number of tokens. Steps come
+    in random order; what fills no step of its own modality comes last.
+    """
+
+    def __init__(self, dataset: LlavaDataset, group_by: str, batch_size: int, step_size: int, seed: int) -> None:
+        self.lengths = dataset.lengths
+        self.kinds = dataset.modality if group_by == "modality" else [None] * len(dataset.lengths)
+        self.grouped = group_by != "none"
+        self.batch_size = batch_size
+        self.step_size = step_size
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        shuffled = torch.randperm(len(self.lengths), generator=generator).tolist()
+        if not self.grouped:
+            yield from shuffled
+            return
+        by_kind = defaultdict(list)
+        for index in shuffled:
+            by_kind[self.kinds[index]].append(index)
+        steps, rest = [], []
+        for indices in by_kind.values():
+            whole = len(indices) - len(indices) % self.step_size
+            steps += _chunks(indices[:whole], self.step_size)
+            rest += indices[whole:]
+        steps = [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
+        for step in steps + _chunks(rest, self.step_size):
+            yield from self._balanced(step)
+
+    def _balanced(self, step: list[int]) -> list[int]:
+        """A step reordered so that consecutive device batches have about equally many tokens."""
+        room = [len(chunk) for chunk in _chunks(step, self.batch_size)]
+        batches: list[list[int]] = [[] for _ in room]
+        lightest = [(0, batch) for batch in range(len(room))]
+        for index in sorted(step, key=lambda i: self.lengths[i], reverse=True):
+            n_tokens, batch = heapq.heappop(lightest)
+            batches[batch].append(index)
+            if len(batches[batch]) < room[batch]:
+                heapq.heappush(lightest, (n_tokens + self.lengths[index], batch))
+        return [index for batch in batches for index in batch]
+
+
+def _chunks(items: list[int], size: int) -> list[list[int]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def prepare_model(recipe: Recipe, processor: LlavaProcessor) -> nn.Module:
+    """The model of the recipe (or of the checkpoint it resumes from), set up for its stage.
+
+    What trains is fp32, what does not has the recipe's dtype. Stage lora returns a `PeftModel`.
+    """
+    checkpoint = recipe.checkpoint()
+    if recipe.stage != "lora" and checkpoint is not None:
+        model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    elif recipe.model is not None:
+        model = LlavaForConditionalGeneration.from_pretrained(recipe.model, dtype=torch.float32)
+    else:
+        model = LlavaForConditionalGeneration.assemble(
+            vision_tower=recipe.vision_tower,
+            language_model=recipe.language_model,
+            tokenizer=processor.tokenizer,
+        )
+    model.requires_grad_(recipe.stage == "full")
+    model.model.vision_tower.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    for parameter in model.parameters():
+        dtype = torch.float32 if parameter.requires_grad else DTYPES[recipe.dtype]
+        parameter.data = parameter.data.to(dtype)
+    if recipe.stage != "lora":
+        return model
+    if checkpoint is not None:
+        return PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
+    return get_peft_model(model, lora_config(recipe, model))
+
+
+def lora_config(recipe: Recipe, model: LlavaForConditionalGeneration) -> LoraConfig:
+    """LoRA on all linear layers of the language model; the projector trains in full beside it.
+
+    The expression names the layers by their place, since `q_proj` alone is in the tower, too, and fits
+    transformers' names of all versions.
+    """
+    modules = model.model.language_model.named_modules()
+    leaves = sorted({name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)})
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.lora.r,
+        lora_alpha=recipe.lora.alpha,
+        lora_dropout=recipe.lora.dropout,
+        target_modules=rf"(?:.*\.)?language_model\.(?:.*\.)?(?:{'|'.join(leaves)})",
+        modules_to_save=[PROJECTOR],
+        base_model_name_or_path=str(recipe.model.absolute()),
+    )
+
+
+class LlavaTrainer(Trainer):
+    """transformers' Trainer for packed LLaVA batches."""
+
+    def __init__(self, *, recipe: Recipe, **kwargs: Any) -> None:
+        base = kwargs["model"].get_base_model() if recipe.stage == "lora" else kwargs["model"]
+        super().__init__(**kwargs)
+        # The Trainer has turned the cache off in the config, and so in what is saved. Steps pass use_cache=False.
+        vars(base.config).pop("use_cache", None)
+        self.recipe = recipe
+        self.vision_tower = base.model.vision_tower
+        self.sampler = GroupedSampler(
+            self.train_dataset,
+            recipe.group_by,
+            recipe.per_device_batch_size,
+            recipe.global_batch_size,
+            recipe.seed,
+        )
+        self.last_eval_step = -1
+        self._n_tokens = 0
+        self._eval_sums = torch.zeros(2)
+        self._save_dtype: torch.dtype | None = None
+        self.add_callback(_Hooks(self))
+
+    # Data
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GroupedSampler:
+        return self.sampler
+
+    # Optimisation
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimiser and groups; the projector's are split off where it has its own rate."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        if self.recipe.projector_learning_rate is None:
+            return optimizer
+        named = (model or self.model).named_parameters()
+        projector = {id(parameter) for name, parameter in named if PROJECTOR in name}
+        groups = []
+        for group in optimizer.param_groups:
+            for own, lr in ((False, group["lr"]), (True, self.recipe.projector_learning_rate)):
+                params = [parameter for parameter in group["params"] if (id(parameter) in projector) == own]
+                if params:
+                    groups.append({**group, "params": params, "lr": lr})
+        # The schedule reads the first group's rate for the log: the language model's.
+        optimizer.param_groups[:] = sorted(groups, key=lambda group: id(group["params"][0]) in projector)
+        return optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """The step's loss: summed over this pack, divided by the supervised tokens of the whole step."""
+        self.vision_tower.eval()  # model.train() has just woken it
+        self._n_tokens += inputs["input_ids"].numel()
+        if num_items_in_batch is not None:
+            num_items_in_batch = num_items_in_batch.clamp(min=1)
+        return super().compute_loss(model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch)
+
+    # Evaluation
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """The Trainer's loop, with the loss averaged over supervised tokens instead of batches."""
+        self._eval_sums = torch.zeros(2, device=self.args.device)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss, n_tokens = self.accelerator.reduce(self._eval_sums).tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = loss / max(n_tokens, 1)
+        self.last_eval_step = self.state.global_step
+        return output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        one = torch.ones((), device=self.args.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = model(**inputs, use_cache=False, num_items_in_batch=one).loss.float()
+        n_tokens = inputs["labels"][..., 1:].ne(-100).sum()
+        self._eval_sums += torch.stack([loss, n_tokens.float()])
+        return loss / n_tokens.clamp(min=1), None, None
+
+    # Saving
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # The model was built from the checkpoint, whose names on disk are not those in memory.
+        # Only FSDP has its own, sharded files to read.
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if self._save_dtype is not None and self.args.should_save:
+            state_dict = self.model.state_dict() if state_dict is None else state_dict
+            state_dict = {name: tensor.to("cpu", self._save_dtype) for name, tensor in state_dict.items()}
+        super()._save(output_dir, state_dict)
+
+    def save_result(self) -> None:
+        """Write the trained model, in the recipe's dtype, and its processor to `output_dir`."""
+        folder = self.recipe.output_dir
+        if self.recipe.stage == "lora":
+            adapter = folder / "adapter"
+            self.save_model(str(adapter))
+            if self.args.should_save:  # read back, which works alike however training was sharded
+                merged = LlavaForConditionalGeneration.from_pretrained(adapter, dtype=torch.float32)
+                merged.to(DTYPES[self.recipe.dtype]).save_pretrained(folder)
+                self.processing_class.save_pretrained(folder)
+            self.accelerator.wait_for_everyone()
+        else:
+            self._save_dtype = DTYPES[self.recipe.dtype]
+            self.save_model(str(folder))
+        if self.args.should_save:
+            (folder / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
+        self.save_state()
+
+    # Reporting
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        rate = self.recipe.projector_learning_rate
+        if rate is not None and "learning_rate" in logs:  # one schedule scales both
+            logs["projector_learning_rate"] = logs["learning_rate"] * rate / self.recipe.learning_rate
+        super().log(logs, start_time)
+
+    def counts(self) -> dict[str, int]:
+        """What became of the rows of the data files, by name; see `data.Report`."""
+        counts = dict(self.train_dataset.report.items())
+        if self.eval_dataset is not None:
+            counts |= {f"validation_{name}": n for name, n in self.eval_dataset.report.items()}
+        return counts
+
+    def count_tokens(self) -> int:
+        """Tokens of this `train` call, over all devices."""
+        n_tokens = torch.tensor(self._n_tokens, device=self.args.device)
+        return int(self.accelerator.reduce(n_tokens))
+
+
+class _Hooks(TrainerCallback):
+    """Logs the sample counts at the start, and tells the sampler the epoch, also after a resume."""
+
+    def __init__(self, trainer: LlavaTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.log(self.trainer.counts())
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.sampler.epoch = int((state.epoch or 0) + 1e-6)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Turn what is wrong with the recipe's files into a `RecipeError` of one line."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except (ValueError, OSError) as error:
+        raise RecipeError(" ".join(str(error).split())) from error
