@@ -87,6 +87,11 @@ class LlavaPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False, or transformers would not call `_init_weights` for modules that own no parameter themselves."""
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """CLIP's own scheme for the tower, a normal distribution with the text config's range elsewhere."""
@@ -206,7 +211,7 @@ class LlavaModel(LlavaPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        features_MD = None
+        features_MD, image_tokens = None, 1
         if has_images:
             if pixel_values is not None:
                 encoded = self.get_image_features(
@@ -217,6 +222,7 @@ class LlavaModel(LlavaPreTrainedModel):
                 )
             else:
                 encoded = mm_encoder_outputs["image"]
+            image_tokens = encoded.pooler_output[0].shape[0]
             features_MD = torch.cat(list(encoded.pooler_output)).to(inputs_embeds.device)
             inputs_embeds = merge(inputs_embeds, features_MD, slots_M=image_slots, mask_BT=image_mask)
         elif self.training and torch.is_grad_enabled():
@@ -239,7 +245,7 @@ class LlavaModel(LlavaPreTrainedModel):
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 image_mask=image_mask if bidirectional else None,
-                image_tokens=self.config.image_seq_length,
+                image_tokens=image_tokens,
                 sliding_window=getattr(text_config, "sliding_window", None),
             )
             key_start, key_end = self._count_from_first_cached(key_start, key_end, past_key_values, past)
