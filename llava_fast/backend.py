@@ -61,9 +61,9 @@ class Implementation:
 
 _registry: dict[str, dict[str, Implementation]] = {}
 _lock = threading.Lock()
-_entered: list[tuple[object, str]] = []  # the `use_backend` blocks that are open, oldest first
+_entered: list[tuple[object, str, tuple[str, ...]]] = []  # the `use_backend` blocks that are open, oldest first
 _environment = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-_request = _environment
+_request: dict[str | None, str] = {None: _environment}  # by operation; None is all the others
 _logged: set[tuple[str, str, str]] = set()
 
 
@@ -94,19 +94,22 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-def requested() -> str:
-    """What is asked for now: "auto", "reference", "triton" or "cuda"."""
-    return _checked(_request, ENVIRONMENT_VARIABLE)
+def requested(op: str | None = None) -> str:
+    """What is asked for now, for `op` or in general: "auto", "reference", "triton" or "cuda"."""
+    return _checked(_request.get(op, _request[None]), ENVIRONMENT_VARIABLE)
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str, *ops: str) -> Iterator[None]:
     """Ask for a backend by name inside a `with` block: auto, reference, triton or cuda.
 
+    Given names of operations, the request is for those alone; `KeyError` for one that nobody registered.
     It holds for the whole process (see the top of this file). Blocks may nest and may be open in several
     threads: the one entered last counts, and each takes back only its own request.
     """
-    entry = (object(), _checked(name, "backend"))
+    for op in ops:
+        _implementations(op)
+    entry = (object(), _checked(name, "backend"), ops)
     with _lock:
         _entered.append(entry)
         _update_request()
@@ -120,7 +123,10 @@ def use_backend(name: str) -> Iterator[None]:
 
 def _update_request() -> None:
     global _request
-    _request = _entered[-1][1] if _entered else _environment
+    request: dict[str | None, str] = {None: _environment}
+    for _, name, ops in _entered:
+        request = {**request, **dict.fromkeys(ops, name)} if ops else {None: name}
+    _request = request
 
 
 def choose(op: str, *tensors: Any) -> Callable[..., Any]:
@@ -132,12 +138,16 @@ def choose(op: str, *tensors: Any) -> Callable[..., Any]:
     return _choose(op, tensors)[0].fn
 
 
-def _choose(op: str, tensors: tuple[Any, ...]) -> tuple[Implementation, str]:
-    """The chosen implementation and the reason, in one line."""
+def _implementations(op: str) -> dict[str, Implementation]:
     if op not in _registry:
         raise KeyError(f"no operation {op!r} is registered; known: {', '.join(sorted(_registry)) or 'none'}")
-    implementations = _registry[op]
-    name = requested()
+    return _registry[op]
+
+
+def _choose(op: str, tensors: tuple[Any, ...]) -> tuple[Implementation, str]:
+    """The chosen implementation and the reason, in one line."""
+    implementations = _implementations(op)
+    name = requested(op)
     if name != "auto":
         if name not in implementations:
             raise BackendUnavailable(
@@ -153,12 +163,12 @@ def _choose(op: str, tensors: tuple[Any, ...]) -> tuple[Implementation, str]:
         if candidate not in implementations:
             continue
         refusal = implementations[candidate].refusal(tensors)
+        if candidate == "triton" and not refusal and interpreting():
+            refusal = "Triton's interpreter is slow, so it runs only what is asked for by name"
         if refusal:
             passed_over.append(f"{candidate}: {refusal}")
             continue
-        reason = "; ".join(passed_over) or (
-            "first choice" if len(implementations) > 1 else "the only implementation"
-        )
+        reason = "; ".join(passed_over) or ("first choice" if len(implementations) > 1 else "the only implementation")
         if passed_over:
             _log_once(op, candidate, reason, tensors)
         return implementations[candidate], reason
@@ -193,6 +203,11 @@ def status() -> dict[str, dict[str, Any]]:
     return report
 
 
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors (TRITON_INTERPRET=1): for tests."""
+    return _INTERPRETED
+
+
 def unavailable(name: str) -> str:
     """Why the backend cannot run anything on this machine; an empty string when it can."""
     if name == "reference":
@@ -200,10 +215,14 @@ def unavailable(name: str) -> str:
     if name == "triton":
         if not _HAS_TRITON:
             return "triton is not installed"
-        if _INTERPRETED:
+        if interpreting():
             return ""
     if name == "cuda" and _extension is None:
         return _extension_error
+    return _no_gpu()
+
+
+def _no_gpu() -> str:
     import torch
 
     return "" if torch.cuda.is_available() else "PyTorch sees no CUDA device"

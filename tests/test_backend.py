@@ -30,8 +30,9 @@ def op(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(backend, "_registry", {})
     monkeypatch.setattr(backend, "_logged", set())
     monkeypatch.setattr(backend, "_HAS_TRITON", True)
-    monkeypatch.setattr(backend, "_INTERPRETED", True)
-    monkeypatch.setattr(backend, "_request", "auto")
+    monkeypatch.setattr(backend, "_INTERPRETED", False)
+    monkeypatch.setattr(backend, "_no_gpu", lambda: "")
+    monkeypatch.setattr(backend, "_request", {None: "auto"})
     monkeypatch.setattr(backend, "_environment", "auto")
     register("add", "reference", plain)
     register("add", "triton", fast, only_float32)
@@ -97,6 +98,26 @@ def test_a_block_in_one_thread_outlives_one_in_another(op: str):
     leave.set()
     thread.join(10)
     assert backend.requested() == "auto"
+
+
+def test_a_request_can_be_for_one_operation(op: str):
+    register("mul", "reference", plain)
+    with use_backend("triton", "add"):
+        assert choose(op, torch.ones(1)) is fast
+        assert choose("mul", torch.ones(1)) is plain
+        with use_backend("reference"):
+            assert choose(op, torch.ones(1)) is plain
+        with use_backend("reference", "mul"):
+            assert choose(op, torch.ones(1)) is fast
+    with pytest.raises(KeyError, match="no operation 'ad'"), use_backend("triton", "ad"):
+        pass
+
+
+def test_the_interpreter_runs_only_what_is_asked_for(op: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(backend, "_INTERPRETED", True)
+    assert choose(op, torch.ones(1)) is plain
+    with use_backend("triton"):
+        assert choose(op, torch.ones(1)) is fast
 
 
 def test_a_recomputed_forward_keeps_the_request(op: str):

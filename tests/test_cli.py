@@ -77,7 +77,7 @@ def test_doctor_finds_a_request_that_cannot_be_met(capsys: pytest.CaptureFixture
 
 def test_doctor_finds_a_wrong_request(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LLAVA_FAST_BACKEND", "gpu")
-    monkeypatch.setattr(backend, "_request", "gpu")
+    monkeypatch.setattr(backend, "_request", {None: "gpu"})
     assert run("doctor", "--json") == 1
     report = json.loads(capsys.readouterr().out)
     assert report["backend"]["requested"] == "gpu"

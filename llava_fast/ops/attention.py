@@ -158,7 +158,7 @@ def _sample_plan(start_BT: torch.Tensor, end_BT: torch.Tensor, keys: int) -> _Pl
         plan = _Plan(*ranges, keys, "full", ()) if full else None
     else:
         samples = list(_samples(start_BT, end_BT))
-        if any(sample is None for sample in samples):
+        if not samples or any(sample is None for sample in samples):
             plan = None
         elif len(samples) == batch and {(kind, length) for kind, _, _, length, _ in samples} in (
             {("causal", tokens)},

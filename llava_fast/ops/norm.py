@@ -6,14 +6,29 @@
 
 Statistics are float32 whatever the dtype. The RMS-normalised value is rounded to the input dtype before it is
 multiplied by the weight, as transformers' LlamaRMSNorm does.
+
+Fused: one pass over memory for add and norm. Bytes per element (bf16): forward 4 without a residual (read x, write
+y), 8 with one (read x and residual, write s and y), against 8 and 14 for PyTorch's add, norm; backward 6 (read dy, s;
+write dx), 8 with a residual (also read ds). Saved for backward: s, which the residual stream keeps anyway, and one or
+two float32 per row; nothing is saved twice. A frozen weight costs no dW.
+
+Shapes: R rows, D width; kernels work on [BLOCK_R, BLOCK_D] tiles with BLOCK_D = the power of two ≥ D.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from llava_fast.backend import choose, register
+from llava_fast.ops._launch import launch, multiprocessors, tile, tile_table
+from llava_fast.ops._triton import jit, takes, tl
+
+MAX_WIDTH = 8192
 
 
 def rms_norm_reference(
@@ -34,8 +49,289 @@ def layer_norm_reference(
     return F.layer_norm(x, weight.shape, weight, bias, eps), x
 
 
+@jit
+def _norm_fwd_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    sum_ptr,
+    mean_ptr,
+    rstd_ptr,
+    rows,
+    width,
+    x_stride,
+    residual_stride,
+    eps,
+    CENTRED: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.arange(0, BLOCK_D)
+    inside = (row < rows)[:, None] & (column < width)[None, :]
+    # The tile's base is 64-bit: rows · width may pass 2³¹.
+    base = row.to(tl.int64)
+    s = tl.load(x_ptr + (base * x_stride)[:, None] + column[None, :], mask=inside, other=0.0)
+    if HAS_RESIDUAL:
+        r = tl.load(residual_ptr + (base * residual_stride)[:, None] + column[None, :], mask=inside, other=0.0)
+        s = (s.to(tl.float32) + r.to(tl.float32)).to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + (base * width)[:, None] + column[None, :], s, mask=inside)
+    s = s.to(tl.float32)
+    if CENTRED:
+        mean = tl.sum(s, axis=1) / width
+        tl.store(mean_ptr + row, mean, mask=row < rows)
+        s = tl.where(inside, s - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(s * s, axis=1) / width + eps)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+    weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+    y = s * rstd[:, None]
+    if CENTRED:
+        bias = tl.load(bias_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+        y = y * weight[None, :] + bias[None, :]
+    else:
+        y = y.to(y_ptr.dtype.element_ty).to(tl.float32) * weight[None, :]
+    tl.store(y_ptr + (base * width)[:, None] + column[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _norm_bwd_kernel(
+    dy_ptr,
+    dsum_ptr,
+    s_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    rows,
+    width,
+    dy_stride,
+    dsum_stride,
+    s_stride,
+    tiles_per_program,
+    CENTRED: tl.constexpr,
+    HAS_DSUM: tl.constexpr,
+    WANT_DWEIGHT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # Each program walks a run of row tiles, so that dW is summed in registers and written once per program.
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK_D)
+    weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+    if WANT_DWEIGHT:
+        dweight = tl.zeros([BLOCK_D], tl.float32)
+        if CENTRED:
+            dbias = tl.zeros([BLOCK_D], tl.float32)
+    for step in range(tiles_per_program):
+        row = (program * tiles_per_program + step) * BLOCK_R + tl.arange(0, BLOCK_R)
+        inside = (row < rows)[:, None] & (column < width)[None, :]
+        base = row.to(tl.int64)
+        s = tl.load(s_ptr + (base * s_stride)[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + (base * dy_stride)[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        if CENTRED:
+            mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
+            s = tl.where(inside, s - mean[:, None], 0.0)
+        normed = s * rstd[:, None]
+        g = dy * weight[None, :]
+        dx = g - normed * (tl.sum(g * normed, axis=1) / width)[:, None]
+        if CENTRED:
+            dx -= (tl.sum(g, axis=1) / width)[:, None]
+        dx = dx * rstd[:, None]
+        if HAS_DSUM:
+            dsum = tl.load(dsum_ptr + (base * dsum_stride)[:, None] + column[None, :], mask=inside, other=0.0)
+            dx += dsum.to(tl.float32)
+        tl.store(dx_ptr + (base * width)[:, None] + column[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        if WANT_DWEIGHT:
+            dweight += tl.sum(dy * normed, axis=0)
+            if CENTRED:
+                dbias += tl.sum(dy, axis=0)
+    if WANT_DWEIGHT:
+        partial_row = program.to(tl.int64) * width
+        tl.store(dweight_ptr + partial_row + column, dweight, mask=column < width)
+        if CENTRED:
+            tl.store(dbias_ptr + partial_row + column, dbias, mask=column < width)
+
+
+def _as_rows(x: torch.Tensor) -> torch.Tensor:
+    """[R, D] with a contiguous last dimension; a view wherever the strides allow."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+
+
+def _width_key(width: int) -> int:
+    """BLOCK_D, and the key of the tile tables."""
+    return max(128, 1 << (width - 1).bit_length())
+
+
+def _forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    """y, s (None without a residual), mean (None for RMSNorm), rstd."""
+    x_RD = _as_rows(x)
+    rows, width = x_RD.shape
+    residual_RD = None if residual is None else _as_rows(residual)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    s = None if residual is None else torch.empty_like(y)
+    mean = None if bias is None else torch.empty(rows, dtype=torch.float32, device=x.device)
+    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    key = _width_key(width)
+    choice = tile("norm_fwd", key, x.device)
+    if rows:
+        launch(
+            _norm_fwd_kernel,
+            (-(-rows // choice["BLOCK_R"]),),
+            *(x_RD, residual_RD, weight, bias, y, s, mean, rstd, rows, width),
+            *(x_RD.stride(0), 0 if residual is None else residual_RD.stride(0), eps),
+            tile=choice,
+            CENTRED=bias is not None,
+            HAS_RESIDUAL=residual is not None,
+            BLOCK_D=key,
+        )
+    return y, s, mean, rstd
+
+
+def _backward(
+    dy: torch.Tensor,
+    dsum: torch.Tensor | None,
+    s: torch.Tensor,
+    weight: torch.Tensor,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor,
+    want_dweight: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """dx (also the residual's gradient), dweight, dbias (None for RMSNorm, or a frozen weight)."""
+    dy_RD, s_RD = _as_rows(dy), _as_rows(s)
+    dsum_RD = None if dsum is None else _as_rows(dsum)
+    rows, width = s_RD.shape
+    dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
+    key = _width_key(width)
+    choice = tile("norm_bwd", key, s.device)
+    tiles = -(-rows // choice["BLOCK_R"])
+    # Without dW there is nothing to sum over rows, so every tile is a program of its own.
+    programs = min(tiles, 2 * multiprocessors(s.device)) if want_dweight else tiles
+    partials = [
+        torch.empty(programs, width, dtype=torch.float32, device=s.device) if want_dweight and wanted else None
+        for wanted in (True, mean is not None)
+    ]
+    if rows:
+        launch(
+            _norm_bwd_kernel,
+            (programs,),
+            *(dy_RD, dsum_RD, s_RD, weight, mean, rstd, dx, *partials, rows, width),
+            *(dy_RD.stride(0), 0 if dsum is None else dsum_RD.stride(0), s_RD.stride(0)),
+            -(-tiles // programs),
+            tile=choice,
+            CENTRED=mean is not None,
+            HAS_DSUM=dsum is not None,
+            WANT_DWEIGHT=want_dweight,
+            BLOCK_D=key,
+        )
+    dweight, dbias = (None if p is None else p.sum(0).to(weight.dtype) for p in partials)
+    return dx, dweight, dbias
+
+
+# An operator always returns tensors, so an output that is not wanted is an empty one.
+def _or_empty(*tensors: torch.Tensor | None, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(like.new_empty(0) if t is None else t for t in tensors)
+
+
+@torch.library.custom_op("llava_fast::norm", mutates_args=())
+def _norm_op(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    y, s, mean, rstd = _forward(x, weight, bias, residual, eps)
+    return y, *_or_empty(s, like=x), *_or_empty(mean, like=rstd), rstd
+
+
+@_norm_op.register_fake
+def _norm_fake(x, residual, weight, bias, eps):
+    y, rstd = x.new_empty(x.shape), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
+    s = x.new_empty(0 if residual is None else x.shape)
+    return y, s, rstd.new_empty(0) if bias is None else torch.empty_like(rstd), rstd
+
+
+@torch.library.custom_op("llava_fast::norm_backward", mutates_args=())
+def _norm_backward_op(
+    dy: torch.Tensor,
+    dsum: torch.Tensor | None,
+    s: torch.Tensor,
+    weight: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    centred: bool,
+    want_dweight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dx, dweight, dbias = _backward(dy, dsum, s, weight, mean if centred else None, rstd, want_dweight)
+    return dx, *_or_empty(dweight, dbias, like=weight)
+
+
+@_norm_backward_op.register_fake
+def _norm_backward_fake(dy, dsum, s, weight, mean, rstd, centred, want_dweight):
+    dweight = weight.new_empty(weight.shape if want_dweight else 0)
+    return s.new_empty(s.shape), dweight, weight.new_empty(weight.shape if want_dweight and centred else 0)
+
+
+def _setup_context(ctx, inputs, output):
+    x, residual, weight, bias, _ = inputs
+    _, s, mean, rstd = output
+    ctx.has_residual, ctx.centred = residual is not None, bias is not None
+    ctx.save_for_backward(s if ctx.has_residual else x, weight, mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, dy, dsum, _dmean, _drstd):
+    s, weight, mean, rstd = ctx.saved_tensors
+    if dy is None:
+        # Only the sum was used: the residual add passes its gradient through.
+        return dsum, dsum if ctx.has_residual else None, None, None, None
+    want_dweight = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+    dx, dweight, dbias = torch.ops.llava_fast.norm_backward(
+        dy, dsum if ctx.has_residual else None, s, weight, mean, rstd, ctx.centred, want_dweight
+    )
+    return (
+        dx,
+        dx if ctx.has_residual else None,
+        dweight if ctx.needs_input_grad[2] else None,
+        dbias if ctx.needs_input_grad[3] else None,
+        None,
+    )
+
+
+_norm_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _supports(x: torch.Tensor, weight: torch.Tensor) -> bool | str:
+    if weight.dtype != x.dtype:
+        return f"the weight is {weight.dtype}, the input {x.dtype}"
+    if x.shape[-1] > MAX_WIDTH:
+        return f"width {x.shape[-1]} is over {MAX_WIDTH}"
+    return takes(x, weight)
+
+
+def _rms_norm_triton(x, weight, eps, residual):
+    y, s, _, _ = torch.ops.llava_fast.norm(x, residual, weight, None, eps)
+    return y, x if residual is None else s
+
+
+def _layer_norm_triton(x, weight, bias, eps, residual):
+    y, s, _, _ = torch.ops.llava_fast.norm(x, residual, weight, bias, eps)
+    return y, x if residual is None else s
+
+
 register("rms_norm", "reference", rms_norm_reference)
+register("rms_norm", "triton", _rms_norm_triton, _supports)
 register("layer_norm", "reference", layer_norm_reference)
+register("layer_norm", "triton", _layer_norm_triton, _supports)
 
 
 def rms_norm(
@@ -65,3 +361,16 @@ def layer_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """LayerNorm of `x` (+ `residual`); arguments and results as for `rms_norm`, with a `bias` [D]."""
     return choose("layer_norm", x, weight)(x, weight, bias, eps, residual)
+
+
+def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
+    """Calls that between them launch each kernel with every shipped tile, for the compile report.
+
+    All are with a residual: without one the kernels are the same, less a load and a store.
+    """
+    for key in tile_table("norm_fwd")["sm_80"]["tiles"]:
+        x = torch.empty(64, int(key), dtype=dtype)
+        weight, row = x[0], torch.empty(64)
+        for bias, mean in ((None, None), (weight, row)):
+            yield partial(_forward, x, weight, bias, x, 1e-5)
+            yield partial(_backward, x, x, x, weight, mean, row, True)
