@@ -159,7 +159,7 @@ def _end_of_image(image_mask_BT: torch.Tensor, image_tokens: int, past: int | to
     run_BT = torch.where(opens, step, 0).cummax(1).values
     # Images may stand side by side, so a run of image tokens is cut every `image_tokens`.
     stop_BT = run_BT + ((step - run_BT) // image_tokens + 1) * image_tokens
-    return torch.where(image_mask_BT, stop_BT, step + 1) + past
+    return torch.where(image_mask_BT, stop_BT, step + 1).clamp(max=image_mask_BT.shape[1]) + past
 
 
 def _require(condition: torch.Tensor, message: str) -> None:
