@@ -186,8 +186,11 @@ class _Folder:
         self._listings: dict[str, dict[str, bool]] = {}
 
     def resolve(self, name: str) -> str:
-        """The real path of a file that may not exist; ValueError if it is outside."""
-        real = os.path.realpath(os.path.join(self._real, name))
+        """The real path of an image that may not exist; ValueError if it is outside."""
+        return self._inside(name, name)
+
+    def _inside(self, path: str, name: str) -> str:
+        real = os.path.realpath(os.path.join(self._real, path))
         if os.path.commonpath([self._real, real]) != self._real:
             raise ValueError(f"image {name!r} is outside of the image folder {self.root}")
         return real
@@ -196,7 +199,7 @@ class _Folder:
         """Like `resolve`, then whether the file is there; one directory listing serves all of its files."""
         directory, base = os.path.split(name)
         if directory not in self._listings:
-            real = self.resolve(directory)
+            real = self._inside(directory, name)
             entries = os.scandir(real) if os.path.isdir(real) else ()
             self._listings[directory] = {entry.name: entry.is_symlink() for entry in entries}
         is_link = self._listings[directory].get(base)
