@@ -21,7 +21,7 @@ from typing import Any, TypedDict
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from llava_fast.model.llava import LlavaForConditionalGeneration
@@ -58,24 +58,23 @@ def run(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> TrainResul
         RecipeError: a key, file or sample that training cannot start from; nothing has been written then.
     """
     recipe.check_files()
-    arguments = training_arguments(recipe)
-    set_seed(recipe.seed)
     with _one_line_errors():
+        arguments = training_arguments(recipe)
+        set_seed(recipe.seed)
         processor = load_processor(recipe)
         train, validation = load_data(recipe, processor)
         model = prepare_model(recipe, processor)
-    trainer = LlavaTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=validation,
-        data_collator=PackedCollator(
-            processor, bidirectional_images=getattr(model.config, "image_attention", None) == "bidirectional"
-        ),
-        processing_class=processor,
-        callbacks=list(callbacks),
-        recipe=recipe,
-    )
+        bidirectional = getattr(model.config, "image_attention", "causal") == "bidirectional"
+        trainer = LlavaTrainer(
+            recipe=recipe,
+            model=model,
+            args=arguments,
+            train_dataset=train,
+            eval_dataset=validation,
+            data_collator=PackedCollator(processor, bidirectional_images=bidirectional),
+            processing_class=processor,
+            callbacks=list(callbacks),
+        )
     started = time.perf_counter()
     checkpoint = recipe.checkpoint()
     output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -234,16 +233,15 @@ def prepare_model(recipe: Recipe, processor: LlavaProcessor) -> nn.Module:
     What trains is fp32, what does not has the recipe's dtype. Stage lora returns a `PeftModel`.
     """
     checkpoint = recipe.checkpoint()
-    if recipe.stage != "lora" and checkpoint is not None:
-        model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
-    elif recipe.model is not None:
-        model = LlavaForConditionalGeneration.from_pretrained(recipe.model, dtype=torch.float32)
-    else:
+    folder = recipe.model if checkpoint is None or recipe.stage == "lora" else checkpoint
+    if folder is None:
         model = LlavaForConditionalGeneration.assemble(
             vision_tower=recipe.vision_tower,
             language_model=recipe.language_model,
             tokenizer=processor.tokenizer,
         )
+    else:  # absolute, because an adapter refers to its base by this path
+        model = LlavaForConditionalGeneration.from_pretrained(folder.absolute(), dtype=torch.float32)
     model.requires_grad_(recipe.stage == "full")
     model.model.vision_tower.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
@@ -272,7 +270,6 @@ def lora_config(recipe: Recipe, model: LlavaForConditionalGeneration) -> LoraCon
         lora_dropout=recipe.lora.dropout,
         target_modules=rf"(?:.*\.)?language_model\.(?:.*\.)?(?:{'|'.join(leaves)})",
         modules_to_save=[PROJECTOR],
-        base_model_name_or_path=str(recipe.model.absolute()),
     )
 
 
@@ -340,6 +337,12 @@ class LlavaTrainer(Trainer):
         return super().compute_loss(model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch)
 
     # Evaluation
+
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if self.args.world_size > 1:
+            dataset = _FilledUp(dataset, self.args.world_size * self.args.per_device_eval_batch_size)
+        return super().get_eval_dataloader(dataset)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The Trainer's loop, with the loss averaged over supervised tokens instead of batches."""
@@ -416,6 +419,26 @@ class LlavaTrainer(Trainer):
         """Tokens of this `train` call, over all devices."""
         n_tokens = torch.tensor(self._n_tokens, device=self.args.device)
         return int(self.accelerator.reduce(n_tokens))
+
+
+class _FilledUp(Dataset):
+    """A dataset with samples without labels at its end, so that all processes evaluate equally many batches.
+
+    accelerate would repeat samples instead, and count them twice.
+    """
+
+    def __init__(self, dataset: Dataset, multiple: int) -> None:
+        self.dataset = dataset
+        self.size = -(-len(dataset) // multiple) * multiple
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if index < len(self.dataset):
+            return self.dataset[index]
+        filler = self.dataset[0]
+        return {**filler, "labels": torch.full_like(filler["labels"], -100)}
 
 
 class _Hooks(TrainerCallback):
