@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -71,16 +72,19 @@ class CheckpointMixin:
         if implementation is not None:
             logger.info("attn_implementation=%r is ignored: attention goes by key ranges", implementation)
         path = pretrained_model_name_or_path
-        if path is None or kwargs.get("state_dict") is not None:
-            return super().from_pretrained(path, *args, **kwargs)
-        if (Path(path) / "adapter_config.json").is_file():
+        if path is not None and (Path(path) / "adapter_config.json").is_file():
             return _load_adapter(cls, Path(path), *args, **kwargs)
         with_info = kwargs.pop("output_loading_info", False)
-        allow_mismatch = kwargs.get("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(path, *args, key_mapping=KEY_MAPPING, output_loading_info=True, **kwargs)
-        _require_complete(path, info, allow_mismatch)
+        allow_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+        # transformers' own error for a mis-shaped key does not name it, hence the switch.
+        model, info = super().from_pretrained(
+            path, *args, key_mapping=KEY_MAPPING, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        _require_complete("state_dict" if path is None else path, info, allow_mismatch)
         # What was renamed on the way in must not be renamed a second time on the way out.
         model._weight_conversions = None
+        # Loading replaces the parameters, and with them what the constructor froze.
+        model.model.vision_tower.freeze_unused(feature_layers(model.config))
         return (model, info) if with_info else model
 
     def save_pretrained(
@@ -173,7 +177,8 @@ def _require_complete(path: str | os.PathLike, info: dict, allow_mismatch: bool)
 
 def _load_adapter(cls: type, path: Path, *args, **kwargs) -> Any:
     """Base model with the LoRA adapter in `path` merged into it."""
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
 
     settings = json.loads((path / "adapter_config.json").read_text())
     base = settings.get("base_model_name_or_path")
@@ -182,7 +187,28 @@ def _load_adapter(cls: type, path: Path, *args, **kwargs) -> Any:
     if not os.path.isabs(base) and (path / base).is_dir():
         base = path / base
     model = cls.from_pretrained(base, *args, **kwargs)
-    return PeftModel.from_pretrained(model, path).merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # keys that do not fit are an error, below
+        wrapped = PeftModel.from_pretrained(model, path, ignore_mismatched_sizes=True)
+    found = load_peft_weights(str(path), device="cpu")
+    wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    _require_complete(
+        path,
+        {
+            "missing_keys": wanted.keys() - found.keys(),
+            # peft also saves a layer of the base model where its adapter is on the embeddings or the head.
+            "unexpected_keys": found.keys() - wanted.keys() - wrapped.state_dict().keys(),
+            "mismatched_keys": [
+                (key, found[key].shape, wanted[key].shape)
+                for key in found.keys() & wanted.keys()
+                if found[key].shape != wanted[key].shape
+            ],
+        },
+        allow_mismatch=False,
+    )
+    merged = wrapped.merge_and_unload().requires_grad_(True)
+    merged.model.vision_tower.freeze_unused(feature_layers(merged.config))
+    return merged
 
 
 def _pretrained(auto_class: Any, path: str | os.PathLike, dtype: torch.dtype) -> PreTrainedModel:
