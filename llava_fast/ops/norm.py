@@ -4,7 +4,7 @@
     rms_norm(s)   = weight * s / sqrt(mean(s²) + eps)                        Zhang & Sennrich 2019
     layer_norm(s) = weight * (s - mean(s)) / sqrt(var(s) + eps) + bias       Ba et al. 2016
 
-Statistics are float32 whatever the dtype. The RMS-normalised value is rounded to the input dtype before it is
+Statistics are at least float32 whatever the dtype. The RMS-normalised value is rounded to the input dtype before it is
 multiplied by the weight, as transformers' LlamaRMSNorm does.
 
 Fused: one pass over memory for add and norm. Bytes per element (bf16): forward 4 without a residual (read x, write
@@ -36,8 +36,8 @@ def rms_norm_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if residual is not None:
         x = residual + x
-    x32 = x.float()
-    y = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    y = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * y.to(x.dtype), x
 
 
