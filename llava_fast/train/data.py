@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from llava_fast.model.processor import LlavaProcessor
 from llava_fast.model.templates import IMAGE_MARK, Piece, Template, get_template
@@ -94,6 +95,7 @@ def encode(pieces: Sequence[Piece], processor: LlavaProcessor) -> tuple[list[int
     tokenizer = processor.tokenizer
     text = "".join(piece for piece, _ in pieces)
     supervised = np.repeat([flag for _, flag in pieces], [len(piece) for piece, _ in pieces])
+    n_before = np.concatenate([[0], np.cumsum(supervised)])  # supervised characters before each character
     chunks = text.split(IMAGE_MARK)
     encoded = tokenizer(chunks, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
     ids = _bos(tokenizer)
@@ -104,11 +106,13 @@ def encode(pieces: Sequence[Piece], processor: LlavaProcessor) -> tuple[list[int
         if i:
             ids += image
             labels += [IGNORE] * len(image)
-        flags = supervised[start : start + len(chunk)]
-        for token, (first, last) in zip(encoded["input_ids"][i], encoded["offset_mapping"][i]):
-            # A token of no width, such as a lone leading space, goes with the character it stands before.
-            ids.append(token)
-            labels.append(token if flags[first : max(last, first + 1)].any() else IGNORE)
+        tokens = encoded["input_ids"][i]
+        first, last = np.array(encoded["offset_mapping"][i], dtype=np.int64).reshape(-1, 2).T
+        # A token of no width, such as a lone leading space, goes with the character it stands before.
+        last = np.minimum(np.maximum(last, first + 1), len(chunk))
+        is_label = n_before[start + last] > n_before[start + first]
+        ids += tokens
+        labels += np.where(is_label, tokens, IGNORE).tolist()
         start += len(chunk) + len(IMAGE_MARK)
     return ids, labels
 
@@ -303,7 +307,7 @@ class LlavaDataset(Dataset):
     def _scan(self, rows: list[Any]) -> Iterator[tuple[int, int, bool, bool]]:
         """Check and measure every row; yields (row, length, has images, was cut) of those that can be used."""
         batch: list[tuple[int, list[Piece], int]] = []
-        for row, content in enumerate(rows):
+        for row, content in enumerate(tqdm(rows, desc=f"Reading {self.data_path.name}", unit=" rows", delay=5)):
             try:
                 turns, images = _parse_row(content)
                 pieces = self._pieces(turns, images)
