@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from llava_fast.backend import choose, register
+from llava_fast.backend import choose, extension, register
 from llava_fast.ops._launch import launch, multiprocessors, tile, tile_table
 from llava_fast.ops._triton import jit, takes, tl
 
@@ -328,8 +328,47 @@ def _layer_norm_triton(x, weight, bias, eps, residual):
     return y, x if residual is None else s
 
 
+def _rms_norm_cuda(x, weight, eps, residual):
+    module, x_RD = extension(), _as_rows(x)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    s = x if residual is None else torch.empty_like(y)
+    into_sum = {}
+    if residual is not None:
+        residual = _as_rows(residual)
+        into_sum = {
+            "residual": residual.data_ptr(),
+            "residual_stride": residual.stride(0),
+            "residual_output": s.data_ptr(),
+            "residual_output_stride": x_RD.shape[1],
+        }
+    with torch.cuda.device(x.device):
+        module.rms_norm_forward(
+            output=y.data_ptr(),
+            input=x_RD.data_ptr(),
+            weight=weight.data_ptr(),
+            rows=x_RD.shape[0],
+            columns=x_RD.shape[1],
+            output_stride=x_RD.shape[1],
+            input_stride=x_RD.stride(0),
+            eps=eps,
+            dtype=getattr(module.DType, str(x.dtype).removeprefix("torch.")),
+            stream=torch.cuda.current_stream(x.device).cuda_stream,
+            **into_sum,
+        )
+    return y, s
+
+
+def _supports_cuda(x: torch.Tensor, weight: torch.Tensor) -> bool | str:
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return "the CUDA kernel has no backward"
+    if not x.is_cuda:
+        return f"the tensors are on {x.device.type}"
+    return _supports(x, weight)
+
+
 register("rms_norm", "reference", rms_norm_reference)
 register("rms_norm", "triton", _rms_norm_triton, _supports)
+register("rms_norm", "cuda", _rms_norm_cuda, _supports_cuda)
 register("layer_norm", "reference", layer_norm_reference)
 register("layer_norm", "triton", _layer_norm_triton, _supports)
 

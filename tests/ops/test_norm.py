@@ -147,3 +147,22 @@ def test_what_the_kernel_does_not_take():
             rms_norm(torch.ones(2, 8193), torch.ones(8193), eps=1e-5)
         with pytest.raises(BackendUnavailable, match=r"torch\.float64 is not one of"):
             rms_norm(torch.ones(2, 8).double(), torch.ones(8).double(), eps=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_cuda_twin(shape, residual):
+    """Forward only, so nothing requires a gradient."""
+    for dtype in ALL_DTYPES:
+        few = torch.Size(shape).numel() < 100
+        draws = [inputs(shape, dtype, "cuda", bias=False, residual=residual) for _ in range(1 + 15 * few)]
+        check_kernel(
+            function("rms_norm", residual), *draws, op="rms_norm", kernels=[], frozen=tuple(draws[0]), backend="cuda"
+        )
+
+
+def test_the_cuda_twin_refuses_what_it_cannot_do():
+    x = torch.ones(2, 8)
+    assert norm._supports_cuda(x, x[0]) == "the tensors are on cpu"
+    assert norm._supports_cuda(x.requires_grad_(), x[0].detach()) == "the CUDA kernel has no backward"
