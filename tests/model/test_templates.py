@@ -119,7 +119,7 @@ def test_marks_first(text, moved):
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "plain"])
 @pytest.mark.parametrize(
     "turns",
-    [TWO_ROUNDS, ["q", "a"], ["<image>\n<image>\nWhich?", "Both", "q\n\nr", "ä 你好 's \"x\""], ["<image>", "a"]],
+    [TWO_ROUNDS, ["q", "a"], ["<image>\n<image>\nWhich?", "Both", "q\n\nr", 'ä 你好 \'s "x"'], ["<image>", "a"]],
 )
 def test_chat_template_is_the_training_prompt(name, turns, as_list):
     pieces = TEMPLATES[name].pieces(turns)
