@@ -79,7 +79,8 @@ class LlavaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ("DecoderLayer", "VisionLayer", "VisionEmbeddings")
+    # The tower reads the weights of its embeddings itself, so it is one unit for FSDP and for device maps.
+    _no_split_modules = ("DecoderLayer", "VisionTower")
     _skip_keys_device_placement = ("past_key_values",)
     # Attention goes by key ranges whatever transformers' setting says; these let any setting through.
     _supports_sdpa = True
@@ -281,13 +282,23 @@ class LlavaModel(LlavaPreTrainedModel):
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
     def _keep_projector_in_graph(self, embeds_BTD: torch.Tensor) -> torch.Tensor:
-        """Add zero times the projector, so that a text-only batch gives its parameters (zero) gradients: otherwise
-        distributed ranks would wait for each other, and stage 1 would have nothing to differentiate."""
-        if not any(parameter.requires_grad for parameter in self.multi_modal_projector.parameters()):
+        """Add zero times an image feature, so that a batch of text alone gives the projector (zero) gradients.
+
+        Without it stage 1 would have nothing to differentiate there. Beside other processes the feature comes from a
+        black image through the whole tower: where parameters are sharded, all must gather the same ones.
+        """
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() > 1:
+            side = self.config.vision_config.image_size
+            black = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=embeds_BTD.device)
+            feature = self.get_image_features(black).pooler_output[0][:1]
+        elif any(parameter.requires_grad for parameter in self.multi_modal_projector.parameters()):
+            width = self.config.vision_config.hidden_size * len(feature_layers(self.config))
+            zero = torch.zeros(1, width, device=embeds_BTD.device, dtype=embeds_BTD.dtype)
+            feature = self.multi_modal_projector(zero)
+        else:
             return embeds_BTD
-        width = self.config.vision_config.hidden_size * len(feature_layers(self.config))
-        row = torch.zeros(1, width, device=embeds_BTD.device, dtype=embeds_BTD.dtype)
-        return embeds_BTD + 0 * self.multi_modal_projector(row)
+        return embeds_BTD + 0 * feature.to(embeds_BTD.dtype)
 
     def _count_from_first_cached(
         self, key_start: torch.Tensor, key_end: torch.Tensor, cache: Cache | None, past: int | torch.Tensor
