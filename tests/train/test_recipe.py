@@ -9,6 +9,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from llava_fast.model.language import DecoderLayer
+from llava_fast.model.vision import VisionTower
 from llava_fast.train.__main__ import main
 from llava_fast.train.recipe import Lora, Recipe, RecipeError, load_recipe
 
@@ -68,7 +69,8 @@ def test_accelerate_configs_load_and_leave_the_dtype_to_the_recipe(path):
         assert config.deepspeed_config["zero_stage"] == int(path.stem[4])
     if config.fsdp_config:
         assert config.fsdp_config["fsdp_state_dict_type"] == "FULL_STATE_DICT"
-        assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] == DecoderLayer.__name__
+        wrapped = {DecoderLayer.__name__, VisionTower.__name__}
+        assert set(config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(",")) == wrapped
 
 
 def test_all_accelerate_configs_are_there():
