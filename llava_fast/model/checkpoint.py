@@ -26,6 +26,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionModel, LlavaConfig, PreTrainedModel
 from transformers import initialization as init
 
+from llava_fast.model.language import SUPPORTED
 from llava_fast.model.vision import feature_layers
 
 logger = logging.getLogger(__name__)
@@ -122,13 +123,20 @@ class CheckpointMixin:
             llava_config: further fields of `LlavaConfig` (vision_feature_layer, mm_projector_type, …).
 
         Raises:
-            ValueError: when the tokenizer has no `<image>`, or weights do not fit their config; the message names them.
+            ValueError: when a directory holds another kind of model, the tokenizer has no `<image>`, or weights do not
+                fit their config; the message names them.
         """
         vision_config, text_config = (
             AutoConfig.from_pretrained(vision_tower),
             AutoConfig.from_pretrained(language_model),
         )
         vision_config = getattr(vision_config, "vision_config", vision_config)
+        for path, part, known in (
+            (vision_tower, vision_config, ("clip_vision_model",)),
+            (language_model, text_config, SUPPORTED),
+        ):
+            if part.model_type not in known:
+                raise ValueError(f"{path} is a {part.model_type!r} checkpoint; expected {' or '.join(known)}")
         if tokenizer is not None:
             token = getattr(tokenizer, "image_token", None) or "<image>"
             image_token = tokenizer.convert_tokens_to_ids(token)
@@ -146,7 +154,8 @@ class CheckpointMixin:
         tower = _pretrained(CLIPVisionModel, vision_tower, dtype)
         text = _pretrained(AutoModelForCausalLM, language_model, dtype)
         with init.no_init_weights():
-            model = cls(config).to(dtype)
+            # Not `.to(dtype)`, which would round the rotary frequencies as well.
+            model = cls._from_config(config, dtype=dtype)
         tower_weights = {name.removeprefix("vision_model."): weight for name, weight in tower.state_dict().items()}
         model.model.vision_tower.load_state_dict(tower_weights, assign=True)
         model.model.language_model.load_state_dict(text.get_decoder().state_dict(), assign=True)
@@ -213,7 +222,7 @@ def _load_adapter(cls: type, path: Path, *args, **kwargs) -> Any:
 
 def _pretrained(auto_class: Any, path: str | os.PathLike, dtype: torch.dtype) -> PreTrainedModel:
     """A part of LLaVA as transformers loads it, complete."""
-    model, info = auto_class.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    model, info = auto_class.from_pretrained(path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
     # A full CLIP checkpoint also has a text tower; what is not needed is no error here.
     _require_complete(path, {**info, "unexpected_keys": []}, allow_mismatch=False)
     return model
