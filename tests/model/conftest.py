@@ -14,6 +14,7 @@ from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaC
 from llava_fast.model.llava import LlavaForConditionalGeneration
 
 PAD, FIRST_TEXT_TOKEN, IMAGE, VOCABULARY = 0, 3, 99, 101
+SUPPRESSED = [IMAGE, PAD]  # never generated
 
 
 def config(
@@ -63,7 +64,7 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.dim() == 1:
+        if parameter.dim() <= 1:
             parameter.copy_(0.2 * noise + ("norm" in name and name.endswith("weight")))
         elif "embed_tokens" in name:
             parameter.copy_(noise)
@@ -156,12 +157,12 @@ def prompt(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def greedy(**changes: Any) -> GenerationConfig:
-    """Greedy decoding that neither stops early nor writes an image token; the arguments change single fields."""
+    """Greedy decoding that neither stops early nor writes an image or padding token; arguments change single fields."""
     settings = {
         "max_new_tokens": 32,
         "do_sample": False,
         "pad_token_id": PAD,
-        "suppress_tokens": [IMAGE],
+        "suppress_tokens": SUPPRESSED,
         "return_dict_in_generate": True,
         "output_logits": True,
     }
@@ -208,6 +209,7 @@ def tiny() -> SimpleNamespace:
         FIRST_TEXT_TOKEN=FIRST_TEXT_TOKEN,
         IMAGE=IMAGE,
         VOCABULARY=VOCABULARY,
+        SUPPRESSED=SUPPRESSED,
         config=config,
         randomize=randomize,
         stock=stock,

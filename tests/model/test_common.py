@@ -424,7 +424,7 @@ def test_bidirectional_generation_equals_without_cache(tiny: SimpleNamespace) ->
             use_cache=False,
         ).logits[:, -1]
         tiny.assert_near(cached.logits[step], logits)
-        logits[:, tiny.IMAGE] = float("-inf")
+        logits[:, tiny.SUPPRESSED] = float("-inf")
         ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), 1)
         mask = F.pad(mask, (0, 1), value=1)
     assert torch.equal(ids, cached.sequences)

@@ -1,94 +1,295 @@
-"""Answers as they come: the same as `generate` gives, and no thread left behind."""
+"""`generate` in all its ways, against transformers' own model with the same weights."""
 
 import threading
-from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
+from transformers import DynamicCache, StaticCache, TextIteratorStreamer, TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
-from llava_fast.model.generate import conversation, load, stream
-
-GREEDY = {"do_sample": False, "max_new_tokens": 12}
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_checkpoint: Path) -> tuple[Any, Any]:
-    return load(tiny_checkpoint, device="cpu")
+ROWS = [[4, "image", 6], [9], [2, "image", 3, "image", 7]]
 
 
 @pytest.fixture
-def image() -> Image.Image:
-    return Image.linear_gradient("L").convert("RGB")
+def asked(tiny: SimpleNamespace) -> SimpleNamespace:
+    """Both models, and a left-padded prompt with and without images."""
+    config = tiny.config({"num_key_value_heads": 2})
+    ours, theirs = tiny.pair(config)
+    batch = tiny.batch(config, ROWS, "left")
+    return SimpleNamespace(
+        config=config,
+        ours=ours,
+        theirs=theirs,
+        batch=tiny.prompt(batch),
+        one=tiny.prompt(tiny.single(batch, 2)),
+        new=batch["input_ids"].shape[1],
+    )
 
 
-def workers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "llava-fast-generate"]
+def same(asked: SimpleNamespace, tiny: SimpleNamespace, inputs: dict, **changes: object) -> torch.Tensor:
+    """Sequences, checked to be those of transformers."""
+    actual = asked.ours.generate(**inputs, generation_config=tiny.greedy(**changes))
+    expected = asked.theirs.generate(**inputs, generation_config=tiny.greedy(**changes))
+    assert torch.equal(actual.sequences, expected.sequences)
+    for ours, theirs in zip(actual.logits, expected.logits, strict=True):
+        tiny.assert_near(ours, theirs, 1e-5, "logits of a step")
+    return actual.sequences
 
 
-def generated(model: Any, processor: Any, images: list[Any], messages: list[dict[str, Any]]) -> str:
-    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    inputs = processor(images=images or None, text=text, return_tensors="pt")
-    tokens = model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
-    return processor.tokenizer.decode(tokens, skip_special_tokens=True)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5},
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 2},
+        {"use_cache": False},
+        {"eos_token_id": 20, "max_new_tokens": 40},
+        {"cache_implementation": "static"},
+        {"cache_implementation": "dynamic"},
+    ],
+    ids=str,
+)
+def test_ways_of_decoding(asked: SimpleNamespace, tiny: SimpleNamespace, changes: dict) -> None:
+    sequences = same(asked, tiny, asked.batch, **{"max_new_tokens": 16, **changes})
+    assert sequences.shape[0] == 3 * changes.get("num_return_sequences", 1)
 
 
-@pytest.mark.parametrize("n_images", [0, 1, 2])
-def test_the_pieces_make_the_answer(loaded: tuple[Any, Any], image: Image.Image, n_images: int):
-    images = [image, image.rotate(90)][:n_images]
-    pieces = list(stream(*loaded, images, "What is it?", **GREEDY))
-    assert "".join(pieces) == generated(*loaded, images, conversation(n_images, [], "What is it?"))
-    assert len(pieces) > 1
-    assert not workers()
+@pytest.mark.parametrize("changes", [{}, {"top_k": 5}, {"top_p": 0.8, "temperature": 1.7}], ids=str)
+def test_sampling_with_a_seed(asked: SimpleNamespace, tiny: SimpleNamespace, changes: dict) -> None:
+    drawn = []
+    for seed in (1, 2):
+        sequences = []
+        for model in (asked.ours, asked.theirs):
+            torch.manual_seed(seed)
+            settings = tiny.greedy(do_sample=True, **{"top_k": 0, **changes})
+            sequences.append(model.generate(**asked.batch, generation_config=settings).sequences)
+        assert torch.equal(*sequences)
+        drawn.append(sequences[0])
+    assert not torch.equal(*drawn)
 
 
-def test_what_was_said_before_counts(loaded: tuple[Any, Any], image: Image.Image):
-    turns = [("What is it?", "A gradient.")]
-    messages = conversation(1, turns, "Which way?")
-    assert [message["role"] for message in messages] == ["user", "assistant", "user"]
-    assert [part["type"] for part in messages[0]["content"]] == ["image", "text"]
-    assert [part["type"] for part in messages[2]["content"]] == ["text"]
-    answer = "".join(stream(*loaded, [image], "Which way?", turns=turns, **GREEDY))
-    assert answer == generated(*loaded, [image], messages)
-    assert answer != "".join(stream(*loaded, [image], "Which way?", **GREEDY))
+def test_a_row_that_ends_early_is_padded(asked: SimpleNamespace, tiny: SimpleNamespace) -> None:
+    free = same(asked, tiny, asked.batch)[:, asked.new :]
+    stop = int(free[0, 5])  # a token that row 0 writes early
+    sequences = same(asked, tiny, asked.batch, eos_token_id=stop)[:, asked.new :]
+    first = free[0].tolist().index(stop)
+    assert sequences[0, : first + 1].tolist() == free[0, : first + 1].tolist()
+    assert not sequences[0, first + 1 :].any()
 
 
-def test_images_may_be_files(loaded: tuple[Any, Any], image: Image.Image, tmp_path: Path):
-    image.save(tmp_path / "gradient.png")
-    from_file = "".join(stream(*loaded, [tmp_path / "gradient.png"], "What?", **GREEDY))
-    assert from_file == "".join(stream(*loaded, [image], "What?", **GREEDY))
-    with pytest.raises(FileNotFoundError, match=r"no image file .*missing\.png"):
-        next(stream(*loaded, [tmp_path / "missing.png"], "What?"))
+def test_without_an_attention_mask(asked: SimpleNamespace, tiny: SimpleNamespace) -> None:
+    inputs = {name: value for name, value in asked.one.items() if name != "attention_mask"}
+    assert torch.equal(same(asked, tiny, inputs), same(asked, tiny, asked.one))
 
 
-def test_leaving_early_stops_the_work(loaded: tuple[Any, Any]):
-    answer = stream(*loaded, [], "Go on.", do_sample=False, min_new_tokens=5000, max_new_tokens=5000)
-    assert next(answer)
-    assert len(workers()) == 1
-    answer.close()  # returns long before 5000 tokens are there
-    assert not workers()
+def test_uint8_pixels(asked: SimpleNamespace, tiny: SimpleNamespace) -> None:
+    from llava_fast.model.llava import CLIP_MEAN, CLIP_STD
+
+    pixels = torch.randint(0, 256, (3, 12, 12, 3), dtype=torch.uint8)
+    floats = ((pixels / 255 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)).permute(0, 3, 1, 2)
+    ours = asked.ours.generate(**{**asked.batch, "pixel_values": pixels}, generation_config=tiny.greedy())
+    theirs = asked.theirs.generate(**{**asked.batch, "pixel_values": floats}, generation_config=tiny.greedy())
+    assert torch.equal(ours.sequences, theirs.sequences)
 
 
-def test_an_error_in_the_work_is_raised_here(loaded: tuple[Any, Any]):
-    with pytest.raises(ValueError, match="no_such_argument"):
-        list(stream(*loaded, [], "What?", no_such_argument=1))
-    assert not workers()
+@pytest.mark.parametrize("premerged", [False, True])
+def test_from_inputs_embeds(asked: SimpleNamespace, tiny: SimpleNamespace, premerged: bool) -> None:
+    expected = asked.ours.generate(**asked.batch, generation_config=tiny.greedy()).sequences[:, asked.new :]
+    ids, pixels = asked.batch["input_ids"], asked.batch["pixel_values"]
+    embeds = asked.ours.get_input_embeddings()(ids).detach()
+    inputs = {"attention_mask": asked.batch["attention_mask"]}
+    if premerged:
+        embeds[ids == tiny.IMAGE] = torch.cat(asked.ours.get_image_features(pixels).pooler_output)
+    else:
+        inputs["pixel_values"] = pixels
+    actual = asked.ours.generate(inputs_embeds=embeds, **inputs, generation_config=tiny.greedy())
+    assert torch.equal(actual.sequences, expected)
 
 
-def test_no_chat_template_no_question(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(loaded[1], "chat_template", None)
-    with pytest.raises(ValueError, match="no chat template"):
-        next(stream(*loaded, [], "What?"))
+def test_only_the_first_step_sees_the_pixels(asked: SimpleNamespace, tiny: SimpleNamespace) -> None:
+    calls = []
+    asked.ours.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    lengths = []
+    asked.ours.lm_head.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    asked.ours.generate(**asked.batch, generation_config=tiny.greedy(max_new_tokens=5))
+    assert len(calls) == 1
+    assert lengths == [1] * 5  # and logits are computed for the last token only
 
 
-def test_load_puts_the_model_where_it_was_asked_to(tiny_checkpoint: Path):
-    model, _ = load(tiny_checkpoint, device="cpu")
-    assert (model.dtype, model.device.type, model.training) == (torch.float32, "cpu", False)
-    assert load(tiny_checkpoint, device="cpu", dtype="bfloat16")[0].dtype == torch.bfloat16
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint directory .*nothing"):
-        load(tiny_checkpoint / "nothing")
-    with pytest.raises(ValueError, match="dtype 'int8' is not a floating dtype"):
-        load(tiny_checkpoint, dtype="int8")
-    with pytest.raises(ValueError, match="device 'warp' is not one"):
-        load(tiny_checkpoint, device="warp")
+# Caches
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "sliding", "static"])
+def test_a_cache_goes_on_where_it_stopped(tiny: SimpleNamespace, kind: str) -> None:
+    """A second turn: the first prompt and its answer are in the cache, and only the rest is computed."""
+    settings = {"num_key_value_heads": 2, **({"sliding_window": 6} if kind == "sliding" else {})}
+    config = tiny.config(settings, kind="mistral" if kind == "sliding" else "llama")
+    model = tiny.ours(config)
+    inputs = tiny.prompt(tiny.batch(config, [[4, "image", 6]]))
+    cache = {
+        "dynamic": lambda: DynamicCache(),
+        "sliding": lambda: DynamicCache(config=config.get_text_config()),
+        "static": lambda: StaticCache(config=config.get_text_config(), max_cache_len=80),
+    }[kind]()
+    first = model.generate(**inputs, past_key_values=cache, generation_config=tiny.greedy(max_new_tokens=8))
+    question = torch.randint(tiny.FIRST_TEXT_TOKEN, tiny.IMAGE, (1, 7))
+    ids = torch.cat((first.sequences, question), 1)
+    longer = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    seen = int(cache.get_seq_length())
+    assert seen == first.sequences.shape[1] - 1
+
+    computed = []
+    model.model.language_model.norm.register_forward_pre_hook(lambda _, args: computed.append(args[0].shape[1]))
+    continued = {name: value for name, value in longer.items() if name != "pixel_values"}
+    second = model.generate(**continued, past_key_values=cache, generation_config=tiny.greedy(max_new_tokens=8))
+    assert computed[0] == ids.shape[1] - seen
+    fresh = model.generate(**longer, generation_config=tiny.greedy(max_new_tokens=8))
+    assert torch.equal(second.sequences, fresh.sequences)
+    tiny.assert_near(torch.stack(second.logits), torch.stack(fresh.logits))
+
+
+def test_a_cropped_cache(asked: SimpleNamespace, tiny: SimpleNamespace) -> None:
+    cache = DynamicCache()
+    ids = asked.one["input_ids"]
+    asked.ours(**asked.one, past_key_values=cache, use_cache=True)
+    cache.crop(-5)
+    rest = asked.ours(input_ids=ids[:, -5:], past_key_values=cache, use_cache=True)
+    whole = asked.theirs(**asked.one).logits
+    tiny.assert_near(rest.logits, whole[:, -5:])
+    assert cache.get_seq_length() == ids.shape[1]
+
+
+def test_transformers_and_we_read_each_others_caches(asked: SimpleNamespace, tiny: SimpleNamespace) -> None:
+    ids = asked.one["input_ids"]
+    expected = asked.theirs(**asked.one).logits[:, -4:]
+    start = {**asked.one, "input_ids": ids[:, :-4], "attention_mask": asked.one["attention_mask"][:, :-4]}
+    for writer, reader in ((asked.ours, asked.theirs), (asked.theirs, asked.ours)):
+        cache = writer(**start, use_cache=True).past_key_values
+        tiny.assert_near(reader(input_ids=ids[:, -4:], past_key_values=cache, use_cache=True).logits, expected)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_static_cache_in_pieces(asked: SimpleNamespace, tiny: SimpleNamespace, side: str) -> None:
+    inputs = tiny.prompt(tiny.batch(asked.config, ROWS, side))
+    ids, mask, total = inputs["input_ids"], inputs["attention_mask"], inputs["input_ids"].shape[1]
+    embeds = asked.ours.get_input_embeddings()(ids).detach()
+    embeds[ids == tiny.IMAGE] = torch.cat(asked.ours.get_image_features(inputs["pixel_values"]).pooler_output)
+    cache = StaticCache(config=asked.config.get_text_config(), max_cache_len=total + 9)
+    pieces, seen = [], 0
+    while seen < total:
+        step = min(total - seen, 1 if seen % 3 else 7)
+        outputs = asked.ours(
+            inputs_embeds=embeds[:, seen : seen + step],
+            attention_mask=mask[:, : seen + step],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        pieces.append(outputs.logits)
+        seen += step
+    expected = asked.theirs(**inputs).logits
+    tiny.assert_near(torch.cat(pieces, 1)[mask.bool()], expected[mask.bool()])
+
+
+@pytest.mark.parametrize("window", [6, 200])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_sliding_windows(tiny: SimpleNamespace, window: int, cache: str) -> None:
+    config = tiny.config({"sliding_window": window, "num_key_value_heads": 2}, kind="mistral")
+    ours, theirs = tiny.pair(config)
+    asked = SimpleNamespace(ours=ours, theirs=theirs)
+    same(asked, tiny, tiny.prompt(tiny.batch(config, ROWS, "left")), cache_implementation=cache)
+
+
+# Streams
+
+
+class Recorder(BaseStreamer):
+    def __init__(self) -> None:
+        self.pieces: list[torch.Tensor] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.pieces.append(value)
+
+    def end(self) -> None:
+        self.ended = True
+
+
+class Letters:
+    """As much of a tokenizer as streamers use: a token is a word of its number."""
+
+    def decode(self, tokens: list[int] | torch.Tensor, **_: object) -> str:
+        return "".join(f"<{int(token)}> " for token in tokens)
+
+
+def test_streamers_get_every_token(asked: SimpleNamespace, tiny: SimpleNamespace) -> None:
+    recorder = Recorder()
+    result = asked.ours.generate(**asked.one, streamer=recorder, generation_config=tiny.greedy())
+    assert recorder.ended
+    assert len(recorder.pieces) == 33  # the prompt, then one at a time
+    assert torch.equal(torch.cat([piece.flatten() for piece in recorder.pieces]), result.sequences[0])
+
+
+def test_text_streamer(asked: SimpleNamespace, tiny: SimpleNamespace, capsys: pytest.CaptureFixture) -> None:
+    result = asked.ours.generate(
+        **asked.one, streamer=TextStreamer(Letters(), skip_prompt=True), generation_config=tiny.greedy()
+    )
+    new = result.sequences[0, asked.one["input_ids"].shape[1] :]
+    assert capsys.readouterr().out.strip() == Letters().decode(new).strip()
+
+
+def test_text_iterator_streamer(asked: SimpleNamespace, tiny: SimpleNamespace) -> None:
+    expected = asked.ours.generate(**asked.one, generation_config=tiny.greedy()).sequences[0]
+    streamer = TextIteratorStreamer(Letters(), skip_prompt=True, timeout=30)
+    worker = threading.Thread(
+        target=asked.ours.generate,
+        kwargs={**asked.one, "streamer": streamer, "generation_config": tiny.greedy()},
+    )
+    worker.start()
+    pieces = list(streamer)
+    worker.join()
+    assert len(pieces) > 10
+    assert "".join(pieces) == Letters().decode(expected[asked.one["input_ids"].shape[1] :])
+
+
+# Speculation
+
+
+def test_prompt_lookup(asked: SimpleNamespace, tiny: SimpleNamespace) -> None:
+    expected = asked.ours.generate(**asked.one, generation_config=tiny.greedy()).sequences
+    actual = asked.ours.generate(**asked.one, generation_config=tiny.greedy(prompt_lookup_num_tokens=3))
+    assert torch.equal(actual.sequences, expected)
+
+
+def test_assisted_generation(asked: SimpleNamespace, tiny: SimpleNamespace) -> None:
+    expected = asked.ours.generate(**asked.one, generation_config=tiny.greedy()).sequences
+    for assistant in (tiny.ours(asked.config, 0), tiny.ours(asked.config, 1)):  # the same mind, and another
+        actual = asked.ours.generate(**asked.one, assistant_model=assistant, generation_config=tiny.greedy())
+        assert torch.equal(actual.sequences, expected)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("as_keyword", [True, False])
+def test_right_padding_is_refused(asked: SimpleNamespace, tiny: SimpleNamespace, as_keyword: bool) -> None:
+    inputs = tiny.prompt(tiny.batch(asked.config, ROWS, "right"))
+    with pytest.raises(ValueError, match=r"attention_mask row 0 ends in padding; .*padding_side = 'left'") as caught:
+        if as_keyword:
+            asked.ours.generate(**inputs, generation_config=tiny.greedy())
+        else:
+            ids = inputs.pop("input_ids")
+            asked.ours.generate(ids, tiny.greedy(), **inputs)
+    assert "\n" not in str(caught.value)
+
+
+def test_misspelt_arguments_are_refused(asked: SimpleNamespace, tiny: SimpleNamespace) -> None:
+    with pytest.raises(ValueError, match="pixel_vals"):
+        asked.ours.generate(**asked.one, pixel_vals=torch.zeros(1), generation_config=tiny.greedy())
+
+
+def test_wrong_number_of_images(asked: SimpleNamespace, tiny: SimpleNamespace) -> None:
+    inputs = {**asked.batch, "pixel_values": asked.batch["pixel_values"][:1]}
+    with pytest.raises(ValueError, match="tokens: 27, features: 9"):
+        asked.ours.generate(**inputs, generation_config=tiny.greedy())
