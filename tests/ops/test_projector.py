@@ -1,6 +1,7 @@
 """The projector: linear layers with exact GELU between them."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def exact(x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tenso
 
 
 def layers(widths: list[int], bias: bool) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-    weights = [torch.randn(out, into) * into**-0.5 for into, out in zip(widths, widths[1:])]
+    weights = [torch.randn(out, into) * into**-0.5 for into, out in pairwise(widths)]
     return weights, [torch.randn(out) if bias else None for out in widths[1:]]
 
 
