@@ -1,19 +1,19 @@
-"""What every benchmark shares: the device it runs on, said in the stored results too."""
+"""What the benchmarks leave behind: pytest-benchmark's own storage, and records where `--results DIR` asks for them."""
 
-import platform
+from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from benchmarks import harness, records
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    machine_info["torch"] = torch.__version__
-    machine_info["threads"] = torch.get_num_threads()
-    machine_info["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    machine_info["system"] = platform.platform()
+    machine_info.update(records.run_info())
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    folder = session.config.getoption("--results")
+    if folder and harness.RECORDS:
+        path = records.store(harness.RECORDS, Path(folder))
+        session.config.pluginmanager.get_plugin("terminalreporter").write_line(f"\n{path}")
