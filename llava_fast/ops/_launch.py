@@ -92,14 +92,20 @@ def architecture(device: torch.device) -> str:
     return "sm_90" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9 else "sm_80"
 
 
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """[R, D] with a contiguous last dimension; a view wherever the strides allow."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+
+
 @cache
 def tile_table(kernel: str) -> dict[str, dict[str, Any]]:
     """The shipped tiles of a kernel, by architecture."""
     return json.loads((TUNED / f"{kernel}.json").read_text())
 
 
-def tile(kernel: str, key: int, device: torch.device) -> Tile:
-    """The shipped tile for `key` (a size that decides the best tile, such as a power of two ≥ the width)."""
+def tile(kernel: str, key: int | str, device: torch.device) -> Tile:
+    """The shipped tile for `key` (what decides the best tile, such as the power of two ≥ the width)."""
     if kernel in _forced:
         return _forced[kernel]
     tiles = tile_table(kernel)[architecture(device)]["tiles"]

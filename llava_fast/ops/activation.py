@@ -1,16 +1,28 @@
 """Point-wise activations of the two MLPs.
 
-swiglu(gate, up) = gate * sigmoid(gate) * up          (Shazeer 2020; Llama)
-quick_gelu(x)    = x * sigmoid(1.702 x)               (CLIP)
-gelu(x)          = x * (1 + erf(x / sqrt(2))) / 2     (Hendrycks & Gimpel 2016, exact; LLaVA's projector)
+    swiglu(gate, up) = gate * sigmoid(gate) * up          (Shazeer 2020; Llama)
+    quick_gelu(x)    = x * sigmoid(1.702 x)               (CLIP)
+    gelu(x)          = x * (1 + erf(x / sqrt(2))) / 2     (Hendrycks & Gimpel 2016, exact; LLaVA's projector)
+
+Each is one pass: SwiGLU reads two tensors and writes one (6 bytes an element in bf16; PyTorch's silu and product move
+10), its backward reads three and writes two (10; PyTorch 26). Only the inputs are saved: the sigmoid and the product
+are recomputed. Arithmetic is float32, rounded once.
+
+Shapes: R rows, C columns; a program works on BLOCK columns of one row, so gate and up may be slices of one tensor.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from llava_fast.backend import choose, register
+from llava_fast.ops._launch import as_rows, launch, tile
+from llava_fast.ops._triton import jit, takes, tl
 
 
 def swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -25,13 +37,166 @@ def gelu_reference(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x)
 
 
+@jit
+def _activation_fwd_kernel(x_ptr, up_ptr, y_ptr, columns, x_stride, up_stride, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if KIND == "swiglu":
+        up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
+        y = x * tl.sigmoid(x) * up
+    elif KIND == "quick_gelu":
+        y = x * tl.sigmoid(1.702 * x)
+    else:
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    tl.store(y_ptr + row * columns + column, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _activation_bwd_kernel(
+    dy_ptr,
+    x_ptr,
+    up_ptr,
+    dx_ptr,
+    dup_ptr,
+    columns,
+    dy_stride,
+    x_stride,
+    up_stride,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    dy = tl.load(dy_ptr + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if KIND == "swiglu":
+        up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.sigmoid(x)
+        tl.store(dup_ptr + row * columns + column, (dy * x * gate).to(dup_ptr.dtype.element_ty), mask=inside)
+        dx = dy * up * gate * (1.0 + x * (1.0 - gate))
+    elif KIND == "quick_gelu":
+        gate = tl.sigmoid(1.702 * x)
+        dx = dy * gate * (1.0 + 1.702 * x * (1.0 - gate))
+    else:
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        dx = dy * (0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density)
+    tl.store(dx_ptr + row * columns + column, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+def _forward(x: torch.Tensor, up: torch.Tensor | None, kind: str) -> torch.Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if y.numel():
+        x_RC, up_RC = as_rows(x), None if up is None else as_rows(up)
+        rows, columns = x_RC.shape
+        choice = tile("activation_fwd", "any", x.device)
+        launch(
+            _activation_fwd_kernel,
+            (rows, -(-columns // choice["BLOCK"])),
+            *(x_RC, up_RC, y, columns, x_RC.stride(0), 0 if up is None else up_RC.stride(0)),
+            tile=choice,
+            KIND=kind,
+        )
+    return y
+
+
+def _backward(
+    dy: torch.Tensor, x: torch.Tensor, up: torch.Tensor | None, kind: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dup = None if up is None else torch.empty_like(dx)
+    if dx.numel():
+        dy_RC, x_RC, up_RC = as_rows(dy), as_rows(x), None if up is None else as_rows(up)
+        rows, columns = x_RC.shape
+        choice = tile("activation_bwd", "any", x.device)
+        launch(
+            _activation_bwd_kernel,
+            (rows, -(-columns // choice["BLOCK"])),
+            *(dy_RC, x_RC, up_RC, dx, dup, columns),
+            *(dy_RC.stride(0), x_RC.stride(0), 0 if up is None else up_RC.stride(0)),
+            tile=choice,
+            KIND=kind,
+        )
+    return dx, dup
+
+
+@torch.library.custom_op("llava_fast::swiglu", mutates_args=())
+def _swiglu_op(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return _forward(gate, up, "swiglu")
+
+
+@torch.library.custom_op("llava_fast::swiglu_backward", mutates_args=())
+def _swiglu_backward_op(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _backward(dy, gate, up, "swiglu")
+
+
+@torch.library.custom_op("llava_fast::activation", mutates_args=())
+def _activation_op(x: torch.Tensor, kind: str) -> torch.Tensor:
+    return _forward(x, None, kind)
+
+
+@torch.library.custom_op("llava_fast::activation_backward", mutates_args=())
+def _activation_backward_op(dy: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tensor:
+    return _backward(dy, x, None, kind)[0]
+
+
+_swiglu_op.register_fake(lambda gate, up: gate.new_empty(gate.shape))
+_swiglu_backward_op.register_fake(lambda dy, gate, up: (gate.new_empty(gate.shape), up.new_empty(up.shape)))
+_activation_op.register_fake(lambda x, kind: x.new_empty(x.shape))
+_activation_backward_op.register_fake(lambda dy, x, kind: x.new_empty(x.shape))
+
+
+def _save_swiglu(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _save_activation(ctx, inputs, output):
+    x, ctx.kind = inputs
+    ctx.save_for_backward(x)
+
+
+_swiglu_op.register_autograd(
+    lambda ctx, dy: torch.ops.llava_fast.swiglu_backward(dy, *ctx.saved_tensors), setup_context=_save_swiglu
+)
+_activation_op.register_autograd(
+    lambda ctx, dy: (torch.ops.llava_fast.activation_backward(dy, *ctx.saved_tensors, ctx.kind), None),
+    setup_context=_save_activation,
+)
+
+
+def _swiglu_triton(gate, up):
+    return torch.ops.llava_fast.swiglu(gate, up)
+
+
+def _quick_gelu_triton(x):
+    return torch.ops.llava_fast.activation(x, "quick_gelu")
+
+
+def _gelu_triton(x):
+    return torch.ops.llava_fast.activation(x, "gelu")
+
+
 register("swiglu", "reference", swiglu_reference)
+register("swiglu", "triton", _swiglu_triton, takes)
 register("quick_gelu", "reference", quick_gelu_reference)
+register("quick_gelu", "triton", _quick_gelu_triton, takes)
 register("gelu", "reference", gelu_reference)
+register("gelu", "triton", _gelu_triton, takes)
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """SwiGLU product of two tensors of one shape and dtype."""
+    """SwiGLU product.
+
+    Args:
+        gate, up: one shape [..., C] and dtype; they may be two halves of one tensor.
+
+    Raises:
+        ValueError: when the shapes or dtypes differ.
+    """
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(f"swiglu: gate is {gate.dtype} {tuple(gate.shape)}, up is {up.dtype} {tuple(up.shape)}")
     return choose("swiglu", gate, up)(gate, up)
 
 
@@ -43,3 +208,11 @@ def quick_gelu(x: torch.Tensor) -> torch.Tensor:
 def gelu(x: torch.Tensor) -> torch.Tensor:
     """Exact (erf) GELU, any shape."""
     return choose("gelu", x)(x)
+
+
+def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
+    """Calls that between them launch every kernel variant, for the compile report."""
+    x = torch.empty(64, 11008, dtype=dtype)
+    for kind, up in (("swiglu", x), ("quick_gelu", None), ("gelu", None)):
+        yield partial(_forward, x, up, kind)
+        yield partial(_backward, x, x, up, kind)

@@ -207,7 +207,7 @@ def table(records: list[dict[str, Any]]) -> str:
     rows = [header]
     for r in records:
         tile = " ".join(f"{k.removeprefix('BLOCK_')}={v}" for k, v in r["tile"].items())
-        flags = " ".join(k.lower() for k, v in r["flags"].items() if v is True) or "-"
+        flags = " ".join(k.lower() if v is True else str(v) for k, v in r["flags"].items() if v is not False) or "-"
         numbers = (r["registers"], r["spill_bytes"], r["shared_bytes"], r["mma"] or "-", r["warps_per_sm"])
         rows.append((r["kernel"], r["arch"], r["dtype"], tile, flags, *map(str, numbers)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]

@@ -25,7 +25,7 @@ import torch
 from torch.nn import functional as F
 
 from llava_fast.backend import choose, extension, register
-from llava_fast.ops._launch import launch, multiprocessors, tile, tile_table
+from llava_fast.ops._launch import as_rows, launch, multiprocessors, tile, tile_table
 from llava_fast.ops._triton import jit, takes, tl
 
 MAX_WIDTH = 8192
@@ -158,12 +158,6 @@ def _norm_bwd_kernel(
             tl.store(dbias_ptr + partial_row + column, dbias, mask=column < width)
 
 
-def _as_rows(x: torch.Tensor) -> torch.Tensor:
-    """[R, D] with a contiguous last dimension; a view wherever the strides allow."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
-
-
 def _width_key(width: int) -> int:
     """BLOCK_D, and the key of the tile tables."""
     return max(128, 1 << (width - 1).bit_length())
@@ -177,9 +171,9 @@ def _forward(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     """y, s (None without a residual), mean (None for RMSNorm), rstd."""
-    x_RD = _as_rows(x)
+    x_RD = as_rows(x)
     rows, width = x_RD.shape
-    residual_RD = None if residual is None else _as_rows(residual)
+    residual_RD = None if residual is None else as_rows(residual)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     s = None if residual is None else torch.empty_like(y)
     mean = None if bias is None else torch.empty(rows, dtype=torch.float32, device=x.device)
@@ -210,8 +204,8 @@ def _backward(
     want_dweight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """dx (also the residual's gradient), dweight, dbias (None for RMSNorm, or a frozen weight)."""
-    dy_RD, s_RD = _as_rows(dy), _as_rows(s)
-    dsum_RD = None if dsum is None else _as_rows(dsum)
+    dy_RD, s_RD = as_rows(dy), as_rows(s)
+    dsum_RD = None if dsum is None else as_rows(dsum)
     rows, width = s_RD.shape
     dx = torch.empty(s.shape, dtype=s.dtype, device=s.device)
     key = _width_key(width)
@@ -329,12 +323,12 @@ def _layer_norm_triton(x, weight, bias, eps, residual):
 
 
 def _rms_norm_cuda(x, weight, eps, residual):
-    module, x_RD = extension(), _as_rows(x)
+    module, x_RD = extension(), as_rows(x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     s = x if residual is None else torch.empty_like(y)
     into_sum = {}
     if residual is not None:
-        residual = _as_rows(residual)
+        residual = as_rows(residual)
         into_sum = {
             "residual": residual.data_ptr(),
             "residual_stride": residual.stride(0),
