@@ -140,6 +140,17 @@ def test_a_state_dict_from_elsewhere_is_written(tiny: SimpleNamespace, tmp_path:
     assert_same(LlavaForConditionalGeneration.from_pretrained(tmp_path), other)
 
 
+def test_a_tied_head_gathered_apart_is_not_written(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    """Gathered weights are copies, so nothing in them says any more that two of them were one."""
+    model = tiny.ours(tiny.config({"tie_word_embeddings": True}))
+    gathered = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=gathered)
+    assert "language_model.lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert_same(again, model)
+    assert again.lm_head.weight is again.get_input_embeddings().weight
+
+
 def test_from_config_and_state_dict(tiny: SimpleNamespace) -> None:
     model = tiny.ours(tiny.config())
     for rename in LAYOUTS.values():
