@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo test lint format bench report compile-report gpu clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## .venv with everything that is needed to work here
 
@@ -26,8 +26,25 @@ format: $(READY) ## put the style right
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## the benchmarks
-	$(BIN)/python -m pytest benchmarks --benchmark
+bench: $(READY) ## the benchmarks; results go to benchmarks/results/
+	$(BIN)/python -m pytest benchmarks --benchmark --results benchmarks/results
+
+report: $(READY) ## tables and plots of the stored results, in README.md and docs/; ADD=FILE stores a GPU's first
+	$(BIN)/python -m benchmarks.report $(if $(ADD),--add $(ADD))
+
+compile-report: $(READY) ## compile every kernel for A100 and H100, no GPU needed; fails on spills
+	$(BIN)/python -m llava_fast.ops.compile_report
+
+# Where PYTHON is given, that one is used as it is: a GPU machine may have its own PyTorch, and no network.
+OUT ?= build/gpu
+ifeq ($(origin PYTHON),file)
+gpu: $(READY)
+gpu: GPU_PYTHON := $(BIN)/python
+else
+gpu: GPU_PYTHON := $(PYTHON)
+endif
+gpu: ## build, tune, test and measure in ten minutes: make gpu OUT=dir [SUBJECT=norm] [PYTHON=python3]
+	$(GPU_PYTHON) -m benchmarks.gpu --out $(OUT) $(if $(SUBJECT),--subject $(SUBJECT))
 
 clean: ## remove what was built, and the demo's output; .venv stays
 	rm -rf build dist demo-out *.egg-info llava_fast/_cuda*.so .pytest_cache .ruff_cache .hypothesis .benchmarks

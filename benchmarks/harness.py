@@ -291,7 +291,9 @@ class Measurement:
     timer: str
 
     def record(self, case: Case, provider: str) -> dict[str, Any]:
-        p20, median, p80 = (float(q) * 1e3 for q in torch.tensor(self.samples).double().quantile(_QUANTILES))
+        p20, median, p80 = (
+            float(q) * 1e3 for q in torch.tensor(self.samples, dtype=torch.float64).quantile(_QUANTILES)
+        )
         return {
             **case.identity,
             "provider": provider,
@@ -314,6 +316,8 @@ _QUANTILES = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
 def measured(case: Case) -> dict[str, Measurement | Exception]:
     """All providers of a case, verified, then measured in turns; what is wrong with one, in its place."""
     torch.manual_seed(0)
+    # Else a shape seen before would have the next one compiled for any shape, which is slower.
+    torch.compiler.reset()
     inputs = case.inputs()
     cotangents = draw_cotangents(case, inputs)
     errors = verify(case, inputs, cotangents)

@@ -67,13 +67,18 @@ def commit() -> str:
 
 def store(records: Sequence[dict[str, Any]], folder: Path) -> Path:
     """Write records to <folder>/<device>/<date>-<commit>.json, without replacing an earlier run."""
-    run = run_info()
+    return save({"run": run_info(), "records": list(records)}, folder)
+
+
+def save(results: dict[str, Any], folder: Path) -> Path:
+    """Write a run's results, as `store` makes them, where they belong below `folder`."""
+    run = results["run"]
     stem = f"{run['date'][:10]}-{run['commit']}"
     directory = folder / run["device"]
     directory.mkdir(parents=True, exist_ok=True)
     names = (f"{stem}{suffix}.json" for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
     path = next(path for name in names if not (path := directory / name).exists())
-    path.write_text(json.dumps({"run": run, "records": records}, indent=1) + "\n")
+    path.write_text(json.dumps(results, indent=1) + "\n")
     return path
 
 

@@ -407,3 +407,23 @@ def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
         for bias, mean in ((None, None), (weight, row)):
             yield partial(_forward, x, weight, bias, x, 1e-5)
             yield partial(_backward, x, x, x, weight, mean, row, True)
+
+
+def tune_examples(
+    device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, int, Callable[[], Any], list[dict[str, int]]]]:
+    """(kernel, key, call, tiles worth trying) for each entry of the tile tables, at about LLaVA's sizes on a GPU."""
+    for key in map(int, tile_table("norm_fwd")["sm_80"]["tiles"]):
+        rows = 2**22 // key if device.type == "cuda" else 9
+        x, residual, dy, dsum = torch.randn(4, rows, key, device=device).to(dtype)
+        weight, rstd = torch.randn(key, device=device).to(dtype), torch.rand(rows, device=device)
+        # Narrow norms are the vision tower's LayerNorms, wide ones the language model's RMSNorms.
+        bias, mean = (weight, rstd) if key <= 1024 else (None, None)
+        tiles = [
+            {"BLOCK_R": block, "num_warps": warps, "num_stages": 1}
+            for block in (1, 2, 4, 8, 16)
+            for warps in (1, 2, 4, 8, 16)
+            if 8 <= block * key // (32 * warps) <= 32  # elements per thread: wide loads, few registers
+        ]
+        yield "norm_fwd", key, partial(_forward, x, weight, bias, residual, 1e-5), tiles
+        yield "norm_bwd", key, partial(_backward, dy, dsum, x, weight, mean, rstd, True), tiles

@@ -1,0 +1,162 @@
+"""Choose the tiles that ship by timing them: llava_fast/ops/tuned/*.json, for the architecture of this GPU.
+
+    python -m benchmarks.tune [--op norm] [--seconds 150]
+
+An operation file offers `tune_examples(device, dtype)`: (kernel, key, call, tiles) for entries of its tile tables. Each
+tile must give the shipped tile's results; then the fastest wins that spills in no dtype and is at least 2 % faster than
+the shipped one. Entries for other architectures stay as they are. In Triton's interpreter nothing can be timed: there
+the results are compared, and the tables stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from datetime import date
+from typing import Any
+
+import torch
+
+from benchmarks.records import DEVICE
+from llava_fast import backend
+from llava_fast.ops import _launch
+from llava_fast.ops._launch import Tile, architecture, forced_tile, recorded, tile_table
+from llava_fast.ops.compile_report import DTYPES, SHARED_LIMIT, compile_launch, operation_modules
+
+WORTHWHILE = 0.98  # a new tile's time, as a share of the shipped one's
+
+
+def tune(op: str, deadline: float) -> Iterator[str]:
+    """Tune one operation file, and write its tables; a line per entry."""
+    module = importlib.import_module(f"llava_fast.ops.{op}")
+    if not hasattr(module, "tune_examples"):
+        yield f"{op}: offers no tiles to choose from"
+        return
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    chosen: dict[str, dict[str, Tile]] = {}
+    for kernel, key, call, tiles in module.tune_examples(DEVICE, dtype):
+        if time.monotonic() > deadline:
+            yield f"{op}: out of time before {kernel} {key}; what is not measured stays"
+            break
+        shipped = _launch.tile(kernel, key, DEVICE)
+        good = verified(kernel, call, shipped, tiles)
+        if DEVICE.type == "cpu":
+            yield f"{kernel} {key}: {len(good)} tiles agree; not timed, there is no GPU"
+            continue
+        times = sorted(((milliseconds(kernel, call, tile), i) for i, tile in enumerate(good)))
+        usual = milliseconds(kernel, call, shipped)
+        best, best_ms = shipped, usual
+        for ms, i in times:
+            if ms > WORTHWHILE * usual:
+                break
+            if not wasteful(module, kernel, key, good[i]):
+                best, best_ms = good[i], ms
+                break
+        chosen.setdefault(kernel, {})[str(key)] = best
+        now, before = (f"{describe(t)} {1e3 * ms:.1f} µs" for t, ms in ((best, best_ms), (shipped, usual)))
+        yield f"{kernel} {key}: {now}, before {before}"
+    for kernel, tiles in chosen.items():
+        write_table(kernel, tiles)
+
+
+def verified(kernel: str, call: Any, shipped: Tile, tiles: Sequence[Tile]) -> list[Tile]:
+    """The tiles that run here; `AssertionError` for one whose results differ from the shipped tile's."""
+    from triton.runtime.errors import OutOfResources
+
+    def results(tile: Tile) -> list[torch.Tensor]:
+        with forced_tile(kernel, tile):
+            found = call()
+        return [t.double() for t in (found if isinstance(found, tuple) else (found,)) if t is not None]
+
+    expected, good = results(shipped), []
+    for tile in tiles:
+        try:
+            found = results(tile)
+        except OutOfResources:
+            continue
+        for ours, theirs in zip(found, expected, strict=True):
+            # Sums in another order and one rounding apart, no more: a wrong tile is off by far more.
+            torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().max()))
+        good.append(tile)
+    return good
+
+
+def milliseconds(kernel: str, call: Any, tile: Tile) -> float:
+    """Median time of the call, with a cold L2 cache."""
+    from triton.testing import do_bench
+
+    with forced_tile(kernel, tile):
+        return do_bench(call, warmup=10, rep=40, return_mode="median")
+
+
+def wasteful(module: Any, kernel: str, key: Any, tile: Tile) -> bool:
+    """Whether the compiler spills with this tile, in any dtype, or needs more shared memory than there is."""
+    here = architecture(DEVICE)
+    for dtype in DTYPES.values():
+        # On CPU tensors and dry: the launches say all that the compiler needs.
+        for of_kernel, of_key, call, _ in module.tune_examples(torch.device("cpu"), dtype):
+            if (of_kernel, of_key) == (kernel, key):
+                with forced_tile(kernel, tile), recorded(dry=True, architecture=here) as launches:
+                    call()
+                for found in (compile_launch(launch, here) for launch in launches):
+                    if (
+                        found["spill_bytes"]
+                        or found["spill_instructions"]
+                        or found["shared_bytes"] > SHARED_LIMIT[here]
+                    ):
+                        return True
+    return False
+
+
+def write_table(kernel: str, tiles: dict[str, Tile]) -> None:
+    """Put tiles into this architecture's part of the table, a line each, and say where they come from."""
+    table = json.loads(json.dumps(tile_table(kernel)))
+    part = table[architecture(DEVICE)]
+    source = f"tuned on {torch.cuda.get_device_name()}, {date.today()}"
+    others = [key for key in part["tiles"] if key not in tiles]
+    if others:
+        source += f"; {', '.join(others)}: {part['source']}"
+    part["tiles"].update(tiles)
+    part["source"] = source
+    path = _launch.TUNED / f"{kernel}.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(dump_table(table))
+    temporary.replace(path)
+    tile_table.cache_clear()
+
+
+def dump_table(table: dict[str, Any]) -> str:
+    """The tables' own layout: a line per tile."""
+    parts = []
+    for name, part in table.items():
+        tiles = ",\n".join(f"   {json.dumps(key)}: {json.dumps(tile)}" for key, tile in part["tiles"].items())
+        source = json.dumps(part["source"], ensure_ascii=False)
+        parts.append(f' "{name}": {{\n  "source": {source},\n  "tiles": {{\n{tiles}\n  }}\n }}')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def describe(tile: Tile) -> str:
+    return "/".join(str(value) for value in tile.values())
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.split("\n")[0])
+    parser.add_argument("--op", action="append", choices=operation_modules(), help="only this operation file")
+    parser.add_argument("--seconds", type=float, default=600.0, help="start no entry after this long")
+    arguments = parser.parse_args(argv)
+    missing = backend.unavailable("triton")
+    if missing:
+        parser.error(missing)
+    deadline = time.monotonic() + arguments.seconds
+    for op in arguments.op or operation_modules():
+        for line in tune(op, deadline):
+            print(line, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
