@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import harness, records, test_norm
+from benchmarks import harness, records, test_attention, test_norm
 from benchmarks.harness import Case, LiveStorages, Measurement, function, measured, verify
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -228,12 +229,17 @@ def pytest_run(*arguments: str | Path) -> str:
     return done.stdout
 
 
-def test_pytest_benchmark_and_the_records_say_the_same(tmp_path: Path):
+def test_from_the_root_to_the_records(request: pytest.FixtureRequest, tmp_path: Path):
+    """`pytest --benchmark` runs the benchmarks alone; pytest-benchmark and the records say the same."""
+    assert request.config.getini("testpaths") == ["tests"]  # without it none
     chosen = "rms_norm-64x512 and forward- and not backward"
     table = pytest_run(
-        *("benchmarks/test_norm.py", "--benchmark", "-k", chosen),
+        *("--benchmark", "-k", chosen),
         *("--results", tmp_path / "results", f"--benchmark-json={tmp_path / 'pytest.json'}"),
     )
+    everything = [case for subject in (test_norm, test_attention) for case in subject.cases(torch.cuda.is_available())]
+    collected = int(re.search(r"collected (\d+) items", table).group(1))
+    assert collected == sum(len(case.providers) for case in everything)
     assert "benchmark 'rms_norm 64x512 fp32 forward': 3 tests" in table
     (file,) = (tmp_path / "results" / records.device_name()).glob("*.json")
     stored = json.loads(file.read_text())
@@ -246,13 +252,6 @@ def test_pytest_benchmark_and_the_records_say_the_same(tmp_path: Path):
         assert theirs[r["provider"]]["stats"]["median"] * 1e3 == pytest.approx(r["ms_median"], rel=1e-9)
         assert theirs[r["provider"]]["stats"]["rounds"] == r["samples"] >= harness.ROUNDS[0]
         assert theirs[r["provider"]]["extra_info"]["max_rel_error"] == r["max_rel_error"] < 1e-5
-
-
-def test_the_option_chooses_between_tests_and_benchmarks(request: pytest.FixtureRequest):
-    listed = pytest_run("--benchmark", "--collect-only", "-q").split("\n\n")[0].splitlines()
-    assert {line.partition("::")[0] for line in listed} >= {"benchmarks/test_norm.py", "benchmarks/test_attention.py"}
-    assert all(line.startswith("benchmarks/") for line in listed)
-    assert request.config.getini("testpaths") == ["tests"]
 
 
 def test_a_second_run_does_not_replace_the_first(tmp_path: Path):

@@ -1,0 +1,119 @@
+"""The tile tuner: only tiles that agree, only where it pays, only this architecture's entries."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import tune
+from llava_fast.ops import _launch, norm
+from llava_fast.ops._launch import tile_table
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A table of one kernel in a folder of its own; the GPU is an H100 by name."""
+    tiles = {"64": {"BLOCK": 1}, "128": {"BLOCK": 2}}
+    part = {"source": "chosen by register count, not measured", "tiles": tiles}
+    (tmp_path / "doubled.json").write_text(tune.dump_table({"sm_80": part, "sm_90": part}))
+    monkeypatch.setattr(_launch, "TUNED", tmp_path)
+    monkeypatch.setattr(tune, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(_launch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    yield tmp_path / "doubled.json"
+    tile_table.cache_clear()
+
+
+def current(key: int) -> dict[str, int]:
+    return _launch.tile("doubled", key, torch.device("cpu"))
+
+
+def test_the_norms_offer_tiles_for_every_entry():
+    offered = [(kernel, str(key)) for kernel, key, _, tiles in norm.tune_examples(torch.device("cpu"), torch.float16)]
+    for kernel in ("norm_fwd", "norm_bwd"):
+        assert [key for name, key in offered if name == kernel] == [*tile_table(kernel)["sm_90"]["tiles"]]
+
+
+def test_tiles_of_the_norms_agree_in_the_interpreter():
+    kernel, key, call, tiles = next(norm.tune_examples(torch.device("cpu"), torch.float32))
+    assert tune.verified(kernel, call, _launch.tile(kernel, key, torch.device("cpu")), tiles[:3]) == tiles[:3]
+
+
+def test_a_tile_with_other_results_is_an_error(table: Path):
+    def call() -> torch.Tensor:
+        return torch.full((3,), float(current(64)["BLOCK"] == 4))
+
+    assert tune.verified("doubled", call, {"BLOCK": 1}, [{"BLOCK": 2}]) == [{"BLOCK": 2}]
+    with pytest.raises(AssertionError, match="not close"):
+        tune.verified("doubled", call, {"BLOCK": 1}, [{"BLOCK": 2}, {"BLOCK": 4}])
+
+
+def run_tune(
+    monkeypatch: pytest.MonkeyPatch, times: dict[int, float], *, spilling: tuple[int, ...] = (), seconds: float = 60.0
+) -> list[str]:
+    """Tune the table's kernel as on a GPU, where the tile BLOCK=b takes times[b] milliseconds."""
+    candidates = [{"BLOCK": block} for block in times]
+
+    def examples(device: torch.device, dtype: torch.dtype):
+        for key in (64, 128):
+            yield "doubled", key, lambda: torch.ones(2), candidates
+
+    def milliseconds(kernel: str, call: Callable, tile: dict[str, int]) -> float:
+        return times[tile["BLOCK"]]
+
+    module = SimpleNamespace(tune_examples=examples)
+    monkeypatch.setattr(tune.importlib, "import_module", lambda name: module)
+    monkeypatch.setattr(tune, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(tune, "milliseconds", milliseconds)
+    monkeypatch.setattr(tune, "wasteful", lambda module, kernel, key, tile: tile["BLOCK"] in spilling)
+    monkeypatch.setattr(tune.time, "monotonic", iter(range(1000)).__next__)
+    return list(tune.tune("doubled", deadline=seconds))
+
+
+def test_the_fastest_tile_that_does_not_spill_ships(table: Path, monkeypatch: pytest.MonkeyPatch):
+    before = json.loads(table.read_text())
+    run_tune(monkeypatch, {1: 1.0, 2: 1.0, 4: 0.5, 8: 0.4}, spilling=(8,))
+    after = json.loads(table.read_text())
+    assert after["sm_80"] == before["sm_80"]
+    assert after["sm_90"]["tiles"] == {"64": {"BLOCK": 4}, "128": {"BLOCK": 4}}
+    assert after["sm_90"]["source"].startswith("tuned on NVIDIA H100 80GB HBM3, 20")
+    assert current(64) == {"BLOCK": 4}  # the process itself uses it from now on
+
+
+def test_a_difference_within_the_noise_changes_no_tile(table: Path, monkeypatch: pytest.MonkeyPatch):
+    run_tune(monkeypatch, {1: 1.0, 2: 1.0, 4: 0.99})
+    assert json.loads(table.read_text())["sm_90"]["tiles"] == {"64": {"BLOCK": 1}, "128": {"BLOCK": 2}}
+
+
+def test_what_time_did_not_allow_says_so(table: Path, monkeypatch: pytest.MonkeyPatch):
+    lines = run_tune(monkeypatch, {1: 1.0, 2: 1.0, 4: 0.5}, seconds=0.5)
+    assert lines[-1] == "doubled: out of time before doubled 128; what is not measured stays"
+    part = json.loads(table.read_text())["sm_90"]
+    assert part["tiles"] == {"64": {"BLOCK": 4}, "128": {"BLOCK": 2}}
+    assert part["source"].endswith("; 128: chosen by register count, not measured")
+
+
+def test_written_tables_look_like_the_shipped_ones():
+    for path in (ROOT / "llava_fast/ops/tuned").glob("norm_*.json"):
+        assert tune.dump_table(json.loads(path.read_text())) == path.read_text()
+
+
+def test_a_tile_that_spills_is_wasteful():
+    """By the compiler, in a process without Triton's interpreter."""
+    code = (
+        "import benchmarks.tune as tune, llava_fast.ops.norm as norm\n"
+        "for block, warps in ((1, 8), (16, 4)):\n"
+        "    tile = {'BLOCK_R': block, 'num_warps': warps, 'num_stages': 1}\n"
+        "    print(tune.wasteful(norm, 'norm_fwd', 4096, tile))\n"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True"], done.stderr
