@@ -3,19 +3,42 @@
 One operation for the vision tower, packed training, padded batches, prefill and decoding; `sequence.py` makes the
 ranges. A query with an empty range gets zeros, and gives zero gradients.
 
-Shapes: B batch, T queries, S keys, H query heads, G key heads (H a multiple of G), d head dimension.
+The kernels are flash attention (Dao 2023): softmax runs online over tiles of keys, scores never leave the chip, and the
+backward pass recomputes them from the log-sum-exp (LSE) of each row. O(T) memory, and no mask is built: a tile of
+queries walks the keys between the least start and the greatest end of its rows, first those that all its rows see,
+then, with a mask, the rest. In the backward pass a tile of keys walks the one contiguous run of queries that see it,
+for all query heads of its group, so that sums are formed in registers, in one order, without atomics.
+
+Tiles begin at multiples of their height from the first row of a sample, and walk in steps from the first key or query
+they see; so a sample's output and gradients are, bit for bit, the same wherever it lies in a pack. There are as many
+programs as multiples of the tile height in T, and each takes the tiles that begin in its window: one, or several where
+samples are short; no list of tiles is made and no size is read back from the device.
+
+Shapes: B batch, T queries, S keys, H query heads, G key heads (H a multiple of G), d head dimension. Tiles are
+[BLOCK_M queries, BLOCK_D] and [BLOCK_N keys, BLOCK_D] with BLOCK_D = the power of two ≥ d.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch.nn import functional as F
-from torch.utils.weak import WeakIdKeyDictionary
 
 from llava_fast.backend import choose, register
+from llava_fast.ops._attention_kernels import (
+    _attention_bwd_dkdv_kernel,
+    _attention_bwd_dq_kernel,
+    _attention_fwd_kernel,
+)
+from llava_fast.ops._attention_plan import sample_plan, walk
+from llava_fast.ops._launch import Tile, launch, tile, tile_table
+from llava_fast.ops._triton import takes
+
+MAX_HEAD_DIM = 256
+LOG2_E = 1.4426950408889634
 
 
 def attention_reference(
@@ -28,7 +51,7 @@ def attention_reference(
 ) -> torch.Tensor:
     """Plain PyTorch. On a CPU, samples of a self-attention are sliced out and attended to one by one (or in groups of
     similar length), so neither time nor memory is spent between samples; otherwise one masked SDPA."""
-    plan = _sample_plan(start_BT, end_BT, k_BSGd.shape[1])
+    plan = sample_plan(start_BT, end_BT, k_BSGd.shape[1])
     if plan is None:
         return _masked_attention(q_BTHd, k_BSGd, v_BSGd, start_BT, end_BT, scale)
     if plan.whole is not None:
@@ -54,172 +77,6 @@ def attention_weights_reference(
     lse = torch.logsumexp(scores, dim=-1)
     # An empty range has LSE −inf; its probabilities are zeros, not NaN.
     return torch.exp(scores - lse.clamp(min=torch.finfo(lse.dtype).min)[..., None]), lse
-
-
-register("attention", "reference", attention_reference)
-
-
-def attention(
-    q_BTHd: torch.Tensor,
-    k_BSGd: torch.Tensor,
-    v_BSGd: torch.Tensor,
-    start_BT: torch.Tensor,
-    end_BT: torch.Tensor,
-    *,
-    scale: float | None = None,
-    return_lse: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention with one range of visible keys per query.
-
-    Args:
-        q_BTHd, k_BSGd, v_BSGd: one floating dtype; the last dimension contiguous, other strides free.
-        start_BT, end_BT: int32 [B, T]; query t sees keys start ≤ s < end of its batch row. Along T neither decreases.
-        scale: of the scores; 1/sqrt(d) by default.
-        return_lse: also return the log-sum-exp of each query's scores.
-
-    Returns:
-        [B, T, H, d]; with `return_lse` also float32 [B, H, T], −inf for an empty range.
-
-    Raises:
-        ValueError: for shapes that do not fit together.
-    """
-    batch, tokens, heads, dim = q_BTHd.shape
-    if k_BSGd.shape != v_BSGd.shape or k_BSGd.shape[0] != batch or k_BSGd.shape[3] != dim:
-        raise ValueError(
-            f"attention: q {tuple(q_BTHd.shape)}, k {tuple(k_BSGd.shape)} and v {tuple(v_BSGd.shape)} do not fit"
-        )
-    if heads % k_BSGd.shape[2]:
-        raise ValueError(f"attention: {heads} query heads are not a multiple of {k_BSGd.shape[2]} key heads")
-    if start_BT.shape != (batch, tokens) or end_BT.shape != (batch, tokens):
-        raise ValueError(
-            f"attention: key ranges {tuple(start_BT.shape)} and {tuple(end_BT.shape)}, expected {(batch, tokens)}"
-        )
-    scale = dim**-0.5 if scale is None else scale
-    if tokens == 0 or batch == 0:
-        out = torch.zeros_like(q_BTHd)
-    else:
-        out = choose("attention", q_BTHd, k_BSGd, v_BSGd)(q_BTHd, k_BSGd, v_BSGd, start_BT, end_BT, scale)
-    if return_lse:
-        return out, attention_weights_reference(q_BTHd, k_BSGd, start_BT, end_BT, scale)[1]
-    return out
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Samples of similar length, attended to in one call.
-
-    kind: "causal", "full" (all see all; equal lengths) or "ranges" (`mask_N1LL`).
-    rows_NL: flat row (b · T + t) of each token; short samples repeat their last row.
-    real, real_rows: which of the N · L outputs are real, and where they go.
-    """
-
-    kind: str
-    rows_NL: torch.Tensor
-    mask_N1LL: torch.Tensor | None
-    real: torch.Tensor
-    real_rows: torch.Tensor
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """How to cut a batch into samples. `whole` is set when each batch row is one sample that fills it.
-
-    start, end: the values the plan was made for.
-    """
-
-    start: torch.Tensor
-    end: torch.Tensor
-    keys: int
-    whole: str | None
-    groups: tuple[_Group, ...]
-
-
-# Every layer attends by the same two vectors, so the plan of a batch is made once. Keyed by the identity of `start`.
-_plans: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def _sample_plan(start_BT: torch.Tensor, end_BT: torch.Tensor, keys: int) -> _Plan | None:
-    """The plan of a self-attention on a CPU; None where one masked call serves."""
-    batch, tokens = start_BT.shape
-    if start_BT.device.type != "cpu" or torch.compiler.is_compiling():
-        return None
-    known = _plans.get(start_BT)
-    if (
-        known is not None
-        and known.keys == keys
-        and torch.equal(known.start, start_BT)
-        and torch.equal(known.end, end_BT)
-    ):
-        return known
-    ranges = start_BT.clone(), end_BT.clone()
-    if tokens == 1 or tokens != keys:
-        # Decoding: nothing to mask when every query sees every key.
-        full = bool((start_BT == 0).all()) and bool((end_BT == keys).all())
-        plan = _Plan(*ranges, keys, "full", ()) if full else None
-    else:
-        samples = list(_samples(start_BT, end_BT))
-        if not samples or any(sample is None for sample in samples):
-            plan = None
-        elif len(samples) == batch and {(kind, length) for kind, _, _, length, _ in samples} in (
-            {("causal", tokens)},
-            {("full", tokens)},
-        ):
-            plan = _Plan(*ranges, keys, samples[0][0], ())
-        else:
-            plan = _Plan(*ranges, keys, None, tuple(_groups(samples, tokens)))
-    if plan is not None:
-        _plans[start_BT] = plan
-    return plan
-
-
-def _samples(start_BT: torch.Tensor, end_BT: torch.Tensor) -> Iterator[tuple[str, int, int, int, torch.Tensor] | None]:
-    """(kind, batch row, first token, length, ends) of each sample; None where a query sees keys before its run."""
-    for b, (start, end) in enumerate(zip(start_BT, end_BT, strict=True)):
-        real = (end > start).nonzero().flatten()
-        if real.numel() == 0:
-            continue
-        cuts = (start[real].diff() != 0).nonzero().flatten() + 1
-        for run in torch.tensor_split(real, cuts):
-            first, length = int(run[0]), run.numel()
-            ends = end[run] - first
-            if int(start[run[0]]) != first or int(run[-1]) - first + 1 != length or int(ends.max()) > length:
-                yield None
-                return
-            if bool((ends == length).all()):
-                kind = "full"
-            elif torch.equal(ends, torch.arange(1, length + 1, dtype=ends.dtype)):
-                kind = "causal"
-            else:
-                kind = "ranges"
-            yield kind, b, first, length, ends
-
-
-def _groups(samples: list, tokens: int) -> Iterator[_Group]:
-    """Put samples of one kind, and of lengths within a factor of 1.5, into one call."""
-    waiting: list = []
-    for sample in sorted(samples, key=lambda sample: (sample[0], -sample[3])):
-        kind, _, _, length, _ = sample
-        longest = waiting[0][3] if waiting else length
-        if waiting and (kind != waiting[0][0] or (length != longest if kind == "full" else 3 * length < 2 * longest)):
-            yield _group(waiting, tokens)
-            waiting = []
-        waiting.append(sample)
-    if waiting:
-        yield _group(waiting, tokens)
-
-
-def _group(samples: list, tokens: int) -> _Group:
-    kind, longest = samples[0][0], samples[0][3]
-    length_N = torch.tensor([length for _, _, _, length, _ in samples])
-    first_N = torch.tensor([b * tokens + first for _, b, first, _, _ in samples])
-    step_L = torch.arange(longest)
-    rows_NL = first_N[:, None] + torch.minimum(step_L, length_N[:, None] - 1)
-    real = (step_L < length_N[:, None]).flatten()
-    mask = None
-    if kind == "ranges":
-        end_NL = torch.stack([F.pad(ends, (0, longest - len(ends)), value=len(ends)) for *_, ends in samples])
-        mask = (step_L < end_NL[..., None])[:, None]
-    return _Group(kind, rows_NL, mask, real, rows_NL.flatten()[real])
 
 
 def _masked_attention(
@@ -260,3 +117,234 @@ def _sdpa(
         scale=scale,
         enable_gqa=q_BTHd.shape[2] != k_BSGd.shape[2],
     ).transpose(1, 2)
+
+
+def _block_d(dim: int) -> int:
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def _tile(kernel: str, q: torch.Tensor) -> Tile:
+    """The shipped tile; float32 has its own, as its products run outside the tensor cores and fill more registers."""
+    return tile(kernel, f"{_block_d(q.shape[3])}{' fp32' if q.dtype == torch.float32 else ''}", q.device)
+
+
+def _forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start: torch.Tensor,
+    end: torch.Tensor,
+    first: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [B, T, H, d] and LSE [B, H, T]."""
+    batch, tokens, heads, dim = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
+    choice = _tile("attention_fwd", q)
+    if lse.numel():
+        launch(
+            _attention_fwd_kernel,
+            (-(-tokens // choice["BLOCK_M"]), heads, batch),
+            *(q, k, v, start, end, first, out, lse, tokens, heads // k.shape[2]),
+            *_strides(q, k, v),
+            scale * LOG2_E,
+            tile=choice,
+            DIM=dim,
+            BLOCK_D=_block_d(dim),
+        )
+    return out, lse
+
+
+def _backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start: torch.Tensor,
+    end: torch.Tensor,
+    first: torch.Tensor,
+    keys: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv."""
+    batch, tokens, heads, dim = q.shape
+    if dout.stride(3) != 1:  # the gradient of a sum is one number, expanded
+        dout = dout.contiguous()
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    delta = torch.empty_like(lse)
+    group, rest = heads // k.shape[2], {"DIM": dim, "BLOCK_D": _block_d(dim)}
+    strides = _strides(q, k, v, dout)
+    if lse.numel():
+        choice = _tile("attention_bwd_dq", q)
+        launch(
+            _attention_bwd_dq_kernel,
+            (-(-tokens // choice["BLOCK_M"]), heads, batch),
+            *(q, k, v, start, end, first, out, lse, dout, None if dlse is None else dlse.contiguous(), dq, delta),
+            *(tokens, group, *strides, scale * LOG2_E),
+            tile=choice,
+            **rest,
+        )
+    if dk.numel():
+        choice = _tile("attention_bwd_dkdv", q)
+        launch(
+            _attention_bwd_dkdv_kernel,
+            (-(-k.shape[1] // choice["BLOCK_N"]), k.shape[2], batch),
+            *(q, k, v, start, end, keys, lse, dout, delta, dk, dv, tokens, k.shape[1], group),
+            *(*strides, scale * LOG2_E),
+            tile=choice,
+            **rest,
+        )
+    return dq, dk, dv
+
+
+def _strides(*tensors: torch.Tensor) -> tuple[int, ...]:
+    """Of batch, token and head."""
+    return tuple(stride for x in tensors for stride in x.stride()[:3])
+
+
+@torch.library.custom_op("llava_fast::attention", mutates_args=())
+def _attention_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start: torch.Tensor,
+    end: torch.Tensor,
+    first: torch.Tensor,
+    keys: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _forward(q, k, v, start, end, first, scale)
+
+
+@torch.library.custom_op("llava_fast::attention_backward", mutates_args=())
+def _attention_backward_op(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start: torch.Tensor,
+    end: torch.Tensor,
+    first: torch.Tensor,
+    keys: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _backward(dout, dlse, q, k, v, start, end, first, keys, out, lse, scale)
+
+
+@_attention_op.register_fake
+def _attention_fake(q, k, v, start, end, first, keys, scale):
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+
+
+@_attention_backward_op.register_fake
+def _attention_backward_fake(dout, dlse, q, k, v, start, end, first, keys, out, lse, scale):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, dout, dlse):
+    q, *rest, out, lse = ctx.saved_tensors
+    if dout is None and dlse is None:
+        return (None,) * 8
+    dout = torch.zeros_like(out) if dout is None else dout
+    gradients = torch.ops.llava_fast.attention_backward(dout, dlse, q, *rest, out, lse, ctx.scale)
+    return *(g if wanted else None for g, wanted in zip(gradients, ctx.needs_input_grad)), *(None,) * 5
+
+
+_attention_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _attention_triton(q, k, v, start, end, scale, return_lse):
+    start, end = start.contiguous(), end.contiguous()
+    backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    course = walk(start, end, k.shape[1], backward)
+    return torch.ops.llava_fast.attention(q, k, v, start, end, course.first_BT, course.keys_3BS, scale)
+
+
+def _attention_plain(q, k, v, start, end, scale, return_lse):
+    out = attention_reference(q, k, v, start, end, scale)
+    return out, attention_weights_reference(q, k, start, end, scale)[1] if return_lse else None
+
+
+def _supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool | str:
+    if not q.dtype == k.dtype == v.dtype:
+        return f"q is {q.dtype}, k {k.dtype}, v {v.dtype}"
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"head dimension {q.shape[-1]} is over {MAX_HEAD_DIM}"
+    if any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in (q, k, v)):
+        return "the last dimension is not contiguous"
+    return takes(q, k, v)
+
+
+register("attention", "reference", _attention_plain)
+register("attention", "triton", _attention_triton, _supports)
+
+
+def attention(
+    q_BTHd: torch.Tensor,
+    k_BSGd: torch.Tensor,
+    v_BSGd: torch.Tensor,
+    start_BT: torch.Tensor,
+    end_BT: torch.Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention with one range of visible keys per query.
+
+    Args:
+        q_BTHd, k_BSGd, v_BSGd: one floating dtype; the last dimension contiguous, other strides free.
+        start_BT, end_BT: int32 [B, T]; query t sees keys start ≤ s < end of its batch row. Along T neither decreases.
+        scale: of the scores; 1/sqrt(d) by default.
+        return_lse: also return the log-sum-exp of each query's scores.
+
+    Returns:
+        [B, T, H, d]; with `return_lse` also float32 [B, H, T], −inf for an empty range.
+
+    Raises:
+        ValueError: for shapes that do not fit together, or a scale that is not positive.
+    """
+    batch, tokens, heads, dim = q_BTHd.shape
+    if k_BSGd.shape != v_BSGd.shape or k_BSGd.shape[0] != batch or k_BSGd.shape[3] != dim:
+        raise ValueError(
+            f"attention: q {tuple(q_BTHd.shape)}, k {tuple(k_BSGd.shape)} and v {tuple(v_BSGd.shape)} do not fit"
+        )
+    if heads % k_BSGd.shape[2]:
+        raise ValueError(f"attention: {heads} query heads are not a multiple of {k_BSGd.shape[2]} key heads")
+    if start_BT.shape != (batch, tokens) or end_BT.shape != (batch, tokens):
+        raise ValueError(
+            f"attention: key ranges {tuple(start_BT.shape)} and {tuple(end_BT.shape)}, expected {(batch, tokens)}"
+        )
+    scale = dim**-0.5 if scale is None else scale
+    if not scale > 0:
+        raise ValueError(f"attention: scale is {scale}; it must be positive")
+    if tokens == 0 or batch == 0:
+        out, lse = torch.zeros_like(q_BTHd), q_BTHd.new_zeros(batch, heads, tokens, dtype=torch.float32)
+    else:
+        run = choose("attention", q_BTHd, k_BSGd, v_BSGd)
+        out, lse = run(q_BTHd, k_BSGd, v_BSGd, start_BT, end_BT, scale, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
+    """Calls that between them launch each kernel with every shipped tile, for the compile report."""
+    for key in tile_table("attention_fwd")["sm_80"]["tiles"]:
+        if key.endswith("fp32") != (dtype == torch.float32):
+            continue
+        q = torch.empty(2, 832, 16, int(key.split()[0]), dtype=dtype)
+        k, ranges, lse = q[:, :, :8], torch.empty(2, 832, dtype=torch.int32), torch.empty(2, 16, 832)
+        yield partial(_forward, q, k, k, ranges, ranges, ranges, 0.1)
+        keys = ranges.expand(3, 2, 832).contiguous()
+        yield partial(_backward, q, None, q, k, k, ranges, ranges, ranges, keys, q, lse, 0.1)

@@ -205,12 +205,12 @@ def test_each_path_is_taken() -> None:
 def test_a_plan_is_made_once_and_not_for_other_values() -> None:
     packed = pack([5, 4, 9])
     start, end = packed.key_start, packed.key_end
-    first = module._sample_plan(start, end, 18)
-    assert module._sample_plan(start, end, 18) is first
-    assert module._sample_plan(start, end.clone(), 18) is first
+    first = module.sample_plan(start, end, 18)
+    assert module.sample_plan(start, end, 18) is first
+    assert module.sample_plan(start, end.clone(), 18) is first
     assert check(start, end, 18) == ["causal", "causal"]
     end[0, :5] = 5  # the first sample becomes an image; the tensors are the same
-    assert module._sample_plan(start, end, 18) is not first
+    assert module.sample_plan(start, end, 18) is not first
     assert sorted(check(start, end, 18)) == ["causal", "causal", "full"]
     start[0, :] = 0
     end[0, :] = torch.arange(1, 19)
