@@ -316,8 +316,9 @@ _QUANTILES = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
 def measured(case: Case) -> dict[str, Measurement | Exception]:
     """All providers of a case, verified, then measured in turns; what is wrong with one, in its place."""
     torch.manual_seed(0)
-    # Else a shape seen before would have the next one compiled for any shape, which is slower.
-    torch.compiler.reset()
+    if "compile" in case.providers:
+        # Else, after a first shape, the next would be compiled for any shape, which is slower.
+        torch.compiler.reset()
     inputs = case.inputs()
     cotangents = draw_cotangents(case, inputs)
     errors = verify(case, inputs, cotangents)
