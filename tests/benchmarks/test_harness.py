@@ -1,5 +1,6 @@
 """The harness: what is wrong is not timed, providers take turns, memory is counted, records reach their files."""
 
+import importlib
 import itertools
 import json
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import harness, records, test_attention, test_norm
+from benchmarks import harness, records, test_norm
 from benchmarks.harness import Case, LiveStorages, Measurement, function, measured, verify
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -237,7 +238,8 @@ def test_from_the_root_to_the_records(request: pytest.FixtureRequest, tmp_path: 
         *("--benchmark", "-k", chosen),
         *("--results", tmp_path / "results", f"--benchmark-json={tmp_path / 'pytest.json'}"),
     )
-    everything = [case for subject in (test_norm, test_attention) for case in subject.cases(torch.cuda.is_available())]
+    subjects = [importlib.import_module(f"benchmarks.{path.stem}") for path in (ROOT / "benchmarks").glob("test_*.py")]
+    everything = [case for subject in subjects for case in subject.cases(torch.cuda.is_available())]
     collected = int(re.search(r"collected (\d+) items", table).group(1))
     assert collected == sum(len(case.providers) for case in everything)
     assert "benchmark 'rms_norm 64x512 fp32 forward': 3 tests" in table
