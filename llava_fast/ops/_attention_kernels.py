@@ -3,9 +3,9 @@
 `first` is, for each row (a query, or a key), the first row of its sample. `scale` comes multiplied by log2(e),
 since the hardware's exponential is 2ˣ. A line is a row counted through the batch, b · T + t.
 
-Registers decide these kernels. Addresses outside of the inner loops are written in terms of the tile's first row: what
-does not depend on it would be moved out of the loop over tiles, and hold registers all through the walk, until some
-spill. Bases are 64-bit, offsets inside a tile of an inner loop are not.
+Registers decide these kernels. What does not depend on the tile would be moved out of the loop over tiles and hold
+registers all through the walk, until some spill: hence `disable_licm`, and addresses outside of the inner loops that
+are written in terms of the tile's first row. Bases are 64-bit, offsets inside a tile of an inner loop are not.
 """
 
 from llava_fast.ops._triton import jit, tl
@@ -30,20 +30,20 @@ def _load_tile(
 
 
 @jit
-def _rows_at(ptr, row0, stride, count, DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Pointers to, and mask of, the `count` rows from `row0` on."""
+def _rows_at(ptr, row0, stride, column, count, DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers to, and mask of, DIM columns of the `count` rows from `row0` on."""
     r, d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
-    at = ptr + ((row0 + r).to(tl.int64) * stride)[:, None] + d[None, :]
+    at = ptr + ((row0 + r).to(tl.int64) * stride + column)[:, None] + d[None, :]
     return at, (r < count)[:, None] & (d < DIM)[None, :]
 
 
 @jit
 def _next_tile(first_ptr, line0, row0, stop, BLOCK_R: tl.constexpr):
-    """The first row, from `row0` on, that begins a tile; beyond `stop` where none before it does."""
+    """The first row, from `row0` on, that begins a tile, and how many rows before `stop` do."""
     row = row0 + tl.arange(0, BLOCK_R)
     first = tl.load(first_ptr + (line0 + row), mask=row < stop, other=0)
     begins = (row < stop) & ((row - first) % BLOCK_R == 0)
-    return tl.min(tl.where(begins, row, 0x7FFFFFFF))
+    return tl.min(tl.where(begins, row, 0x7FFFFFFF)), tl.sum(begins.to(tl.int32))
 
 
 @jit
@@ -111,16 +111,16 @@ def _attention_fwd_kernel(
     # Late tiles of a causal sample are the longest, so they go first.
     window, head, batch = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
-    line0, plane = batch * tokens, batch * heads + head
+    line0, plane = batch * tokens, (batch * heads + head) * tokens
     q_ptr += batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
     k_ptr += batch.to(tl.int64) * k_batch + (head // group).to(tl.int64) * k_head
     v_ptr += batch.to(tl.int64) * v_batch + (head // group).to(tl.int64) * v_head
 
     stop = tl.minimum(window * BLOCK_M + BLOCK_M, tokens)
-    row0 = _next_tile(first_ptr, line0, window * BLOCK_M, stop, BLOCK_M)
-    while row0 < stop:
+    row0, tiles_here = _next_tile(first_ptr, line0, window * BLOCK_M, stop, BLOCK_M)
+    for _ in tl.range(tiles_here, disable_licm=True):
         count = _tile_rows(first_ptr, line0, tokens, row0, BLOCK_M)
-        at, inside = _rows_at(q_ptr, row0, q_stride, count, DIM, BLOCK_M, BLOCK_D)
+        at, inside = _rows_at(q_ptr, row0, q_stride, 0, count, DIM, BLOCK_M, BLOCK_D)
         q = tl.load(at, mask=inside, other=0.0)
         low, high, tiles, whole, mixed = _key_walk(start_ptr, end_ptr, line0 + row0, count, BLOCK_M, BLOCK_N)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -140,12 +140,12 @@ def _attention_fwd_kernel(
             )  # fmt: skip
         seen = total > 0
         acc = acc * (1.0 / tl.where(seen, total, 1.0))[:, None]
-        at, inside = _rows_at(out_ptr + head * DIM, line0 + row0, heads * DIM, count, DIM, BLOCK_M, BLOCK_D)
+        at, inside = _rows_at(out_ptr, line0 + row0, heads * DIM, head * DIM, count, DIM, BLOCK_M, BLOCK_D)
         tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=inside)
         lse = tl.where(seen, (best + tl.log2(tl.where(seen, total, 1.0))) * 0.6931471805599453, float("-inf"))
         row = row0 + tl.arange(0, BLOCK_M)
-        tl.store(lse_ptr + (plane.to(tl.int64) * tokens + row), lse, mask=row < row0 + count)
-        row0 = _next_tile(first_ptr, line0, row0 + 1, stop, BLOCK_M)
+        tl.store(lse_ptr + (plane + row), lse, mask=row < row0 + count)
+        row0, _left = _next_tile(first_ptr, line0, row0 + 1, stop, BLOCK_M)
 
 
 @jit
@@ -175,29 +175,29 @@ def _attention_bwd_dq_kernel(
 ):  # fmt: skip
     window, head, batch = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
-    line0, plane = batch * tokens, batch * heads + head
+    line0, plane = batch * tokens, (batch * heads + head) * tokens
     q_ptr += batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
     k_ptr += batch.to(tl.int64) * k_batch + (head // group).to(tl.int64) * k_head
     v_ptr += batch.to(tl.int64) * v_batch + (head // group).to(tl.int64) * v_head
     dout_ptr += batch.to(tl.int64) * dout_batch + head.to(tl.int64) * dout_head
 
     stop = tl.minimum(window * BLOCK_M + BLOCK_M, tokens)
-    row0 = _next_tile(first_ptr, line0, window * BLOCK_M, stop, BLOCK_M)
-    while row0 < stop:
+    row0, tiles_here = _next_tile(first_ptr, line0, window * BLOCK_M, stop, BLOCK_M)
+    for _ in tl.range(tiles_here, disable_licm=True):
         count = _tile_rows(first_ptr, line0, tokens, row0, BLOCK_M)
-        at, inside = _rows_at(out_ptr + head * DIM, line0 + row0, heads * DIM, count, DIM, BLOCK_M, BLOCK_D)
+        at, inside = _rows_at(out_ptr, line0 + row0, heads * DIM, head * DIM, count, DIM, BLOCK_M, BLOCK_D)
         out = tl.load(at, mask=inside, other=0.0)
-        at, inside = _rows_at(dout_ptr, row0, dout_stride, count, DIM, BLOCK_M, BLOCK_D)
+        at, inside = _rows_at(dout_ptr, row0, dout_stride, 0, count, DIM, BLOCK_M, BLOCK_D)
         dout = tl.load(at, mask=inside, other=0.0)
         # d lse / d s = p, so a gradient of the LSE enters where delta = Σ dout · out does.
         delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1)
         row = row0 + tl.arange(0, BLOCK_M)
-        of_row = plane.to(tl.int64) * tokens + row
+        of_row = plane + row
         if dlse_ptr is not None:
             delta -= tl.load(dlse_ptr + of_row, mask=row < row0 + count, other=0.0)
         tl.store(delta_ptr + of_row, delta, mask=row < row0 + count)
         lse = tl.load(lse_ptr + of_row, mask=row < row0 + count, other=0.0) * 1.4426950408889634
-        at, inside = _rows_at(q_ptr, row0, q_stride, count, DIM, BLOCK_M, BLOCK_D)
+        at, inside = _rows_at(q_ptr, row0, q_stride, 0, count, DIM, BLOCK_M, BLOCK_D)
         q = tl.load(at, mask=inside, other=0.0)
         low, high, tiles, whole, mixed = _key_walk(start_ptr, end_ptr, line0 + row0, count, BLOCK_M, BLOCK_N)
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -213,9 +213,9 @@ def _attention_bwd_dq_kernel(
                 dq, q, dout, lse, delta, k_ptr, v_ptr, low + step * BLOCK_N, high, start, end, k_stride, v_stride,
                 scale, True, DIM, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-        at, inside = _rows_at(dq_ptr + head * DIM, line0 + row0, heads * DIM, count, DIM, BLOCK_M, BLOCK_D)
+        at, inside = _rows_at(dq_ptr, line0 + row0, heads * DIM, head * DIM, count, DIM, BLOCK_M, BLOCK_D)
         tl.store(at, (dq * (scale * 0.6931471805599453)).to(dq_ptr.dtype.element_ty), mask=inside)
-        row0 = _next_tile(first_ptr, line0, row0 + 1, stop, BLOCK_M)
+        row0, _left = _next_tile(first_ptr, line0, row0 + 1, stop, BLOCK_M)
 
 
 @jit
@@ -259,8 +259,8 @@ def _attention_bwd_dkdv_kernel(
     start_ptr, end_ptr = start_ptr + batch * tokens, end_ptr + batch * tokens
 
     stop = tl.minimum(window * BLOCK_N + BLOCK_N, keys)
-    k0 = _next_tile(keys_ptr, line0, window * BLOCK_N, stop, BLOCK_N)
-    while k0 < stop:
+    k0, tiles_here = _next_tile(keys_ptr, line0, window * BLOCK_N, stop, BLOCK_N)
+    for _ in tl.range(tiles_here, disable_licm=True):
         count = _tile_rows(keys_ptr, line0, keys, k0, BLOCK_N)
         # The queries that see a key of the tile: one run.
         t_from = tl.load(keys_ptr + (lines + line0 + k0))
@@ -268,10 +268,10 @@ def _attention_bwd_dkdv_kernel(
         tiles = tl.cdiv(tl.maximum(t_to - t_from, 0), BLOCK_M)
         key = k0 + tl.arange(0, BLOCK_N)
         k_at = k_ptr + (batch.to(tl.int64) * k_batch + key_head.to(tl.int64) * k_head)
-        at, inside = _rows_at(k_at, k0, k_stride, count, DIM, BLOCK_N, BLOCK_D)
+        at, inside = _rows_at(k_at, k0, k_stride, 0, count, DIM, BLOCK_N, BLOCK_D)
         k = tl.load(at, mask=inside, other=0.0)
         v_at = v_ptr + (batch.to(tl.int64) * v_batch + key_head.to(tl.int64) * v_head)
-        at, inside = _rows_at(v_at, k0, v_stride, count, DIM, BLOCK_N, BLOCK_D)
+        at, inside = _rows_at(v_at, k0, v_stride, 0, count, DIM, BLOCK_N, BLOCK_D)
         v = tl.load(at, mask=inside, other=0.0)
         dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -283,8 +283,8 @@ def _attention_bwd_dkdv_kernel(
                 delta_ptr + head * tokens, start_ptr, end_ptr, t_from + (i % tiles) * BLOCK_M, t_to, key,
                 q_stride, dout_stride, scale, DIM, BLOCK_M, BLOCK_D,
             )  # fmt: skip
-        at, inside = _rows_at(dk_ptr + key_head * DIM, line0 + k0, key_heads * DIM, count, DIM, BLOCK_N, BLOCK_D)
+        at, inside = _rows_at(dk_ptr, line0 + k0, key_heads * DIM, key_head * DIM, count, DIM, BLOCK_N, BLOCK_D)
         tl.store(at, (dk * (scale * 0.6931471805599453)).to(dk_ptr.dtype.element_ty), mask=inside)
-        at, inside = _rows_at(dv_ptr + key_head * DIM, line0 + k0, key_heads * DIM, count, DIM, BLOCK_N, BLOCK_D)
+        at, inside = _rows_at(dv_ptr, line0 + k0, key_heads * DIM, key_head * DIM, count, DIM, BLOCK_N, BLOCK_D)
         tl.store(at, dv.to(dv_ptr.dtype.element_ty), mask=inside)
-        k0 = _next_tile(keys_ptr, line0, k0 + 1, stop, BLOCK_N)
+        k0, _left = _next_tile(keys_ptr, line0, k0 + 1, stop, BLOCK_N)

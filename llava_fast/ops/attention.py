@@ -68,10 +68,11 @@ def attention_reference(
 def attention_weights_reference(
     q_BTHd: torch.Tensor, k_BSGd: torch.Tensor, start_BT: torch.Tensor, end_BT: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities [B, H, T, S] and log-sum-exp [B, H, T], both float32, by the definition. O(T·S) memory."""
+    """Probabilities [B, H, T, S] and log-sum-exp [B, H, T], at least float32, by the definition. O(T·S) memory."""
     groups = q_BTHd.shape[2] // k_BSGd.shape[2]
     k_BSHd = k_BSGd.repeat_interleave(groups, dim=2)
-    scores = torch.einsum("bthd,bshd->bhts", q_BTHd.float(), k_BSHd.float()) * scale
+    wide = torch.promote_types(q_BTHd.dtype, torch.float32)
+    scores = torch.einsum("bthd,bshd->bhts", q_BTHd.to(wide), k_BSHd.to(wide)) * scale
     mask = _mask(start_BT, end_BT, k_BSGd.shape[1])[:, None]
     scores = scores.masked_fill(~mask, float("-inf"))
     lse = torch.logsumexp(scores, dim=-1)
@@ -281,6 +282,8 @@ def _attention_plain(q, k, v, start, end, scale, return_lse):
 def _supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool | str:
     if not q.dtype == k.dtype == v.dtype:
         return f"q is {q.dtype}, k {k.dtype}, v {v.dtype}"
+    if q.numel() // q.shape[-1] >= 2**31:
+        return f"{q.numel() // q.shape[-1]} rows of all heads are not counted in 31 bits"
     if q.shape[-1] > MAX_HEAD_DIM:
         return f"head dimension {q.shape[-1]} is over {MAX_HEAD_DIM}"
     if any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in (q, k, v)):
