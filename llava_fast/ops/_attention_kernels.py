@@ -8,10 +8,10 @@ registers all through the walk, until some spill: hence `disable_licm`, and addr
 are written in terms of the tile's first row. Bases are 64-bit, offsets inside a tile of an inner loop are not.
 """
 
-from llava_fast.ops._triton import jit, tl
+from llava_fast.ops._triton import inlined, jit, tl
 
 
-@jit
+@inlined
 def _load_tile(
     ptr, stride, rows, CHECK_ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
@@ -29,7 +29,7 @@ def _load_tile(
     return x
 
 
-@jit
+@inlined
 def _rows_at(ptr, row0, stride, column, count, DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     """Pointers to, and mask of, DIM columns of the `count` rows from `row0` on."""
     r, d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
@@ -37,7 +37,7 @@ def _rows_at(ptr, row0, stride, column, count, DIM: tl.constexpr, BLOCK_R: tl.co
     return at, (r < count)[:, None] & (d < DIM)[None, :]
 
 
-@jit
+@inlined
 def _next_tile(first_ptr, line0, row0, stop, BLOCK_R: tl.constexpr):
     """The first row, from `row0` on, that begins a tile, and how many rows before `stop` do."""
     row = row0 + tl.arange(0, BLOCK_R)
@@ -46,7 +46,7 @@ def _next_tile(first_ptr, line0, row0, stop, BLOCK_R: tl.constexpr):
     return tl.min(tl.where(begins, row, 0x7FFFFFFF)), tl.sum(begins.to(tl.int32))
 
 
-@jit
+@inlined
 def _tile_rows(first_ptr, line0, rows, row0, BLOCK_R: tl.constexpr):
     """How many rows the tile at `row0` has: as many of BLOCK_R as are of its sample."""
     row = row0 + tl.arange(0, BLOCK_R)
@@ -54,7 +54,7 @@ def _tile_rows(first_ptr, line0, rows, row0, BLOCK_R: tl.constexpr):
     return tl.sum((first == tl.load(first_ptr + (line0 + row0))).to(tl.int32))
 
 
-@jit
+@inlined
 def _ranges(start_ptr, end_ptr, line, count, BLOCK_M: tl.constexpr):
     row = line + tl.arange(0, BLOCK_M)
     start = tl.load(start_ptr + row, mask=row < line + count, other=0)
@@ -62,7 +62,7 @@ def _ranges(start_ptr, end_ptr, line, count, BLOCK_M: tl.constexpr):
     return start, end
 
 
-@jit
+@inlined
 def _key_walk(start_ptr, end_ptr, line, count, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The first key that a tile's rows see and one past the last; in tiles of keys from the first: the number of them,
     and the run [whole, mixed) of those that every row sees all of."""
@@ -78,7 +78,7 @@ def _key_walk(start_ptr, end_ptr, line, count, BLOCK_M: tl.constexpr, BLOCK_N: t
     return low, high, tiles, whole, mixed
 
 
-@jit
+@inlined
 def _fwd_step(
     acc, best, total, q, k_ptr, v_ptr, k0, high, start, end, k_stride, v_stride, scale,
     MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -148,7 +148,7 @@ def _attention_fwd_kernel(
         row0, _left = _next_tile(first_ptr, line0, row0 + 1, stop, BLOCK_M)
 
 
-@jit
+@inlined
 def _dq_step(
     dq, q, dout, lse, delta, k_ptr, v_ptr, k0, high, start, end, k_stride, v_stride, scale,
     MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -218,7 +218,7 @@ def _attention_bwd_dq_kernel(
         row0, _left = _next_tile(first_ptr, line0, row0 + 1, stop, BLOCK_M)
 
 
-@jit
+@inlined
 def _dkdv_step(
     dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, start_ptr, end_ptr, t0, to, key, q_stride, dout_stride, scale,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -18,6 +18,11 @@ except ModuleNotFoundError:
         return fn
 
 
+def inlined(fn):
+    """`jit` for what kernels call. The interpreter runs it as it is: it would set itself up again at every call."""
+    return fn if interpreting() else jit(fn)
+
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -277,7 +277,7 @@ def test_a_walk_is_made_once_and_not_for_other_values() -> None:
     assert walk(*empty, 6, backward=True).first_BT.tolist() == [[0, 0, 2, 2, 4, 4]]
     assert walk(*empty, 6, backward=True).keys_3BS[:, 0].tolist() == [
         [0, 1, 2, 2, 2, 5],
-        [2, 2, 2, 2, 3, 6],
+        [1, 2, 2, 2, 3, 5],
         [1, 2, 4, 4, 4, 5],
     ]
 
