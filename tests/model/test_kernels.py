@@ -9,13 +9,16 @@ from llava_fast.model.llava import LlavaForConditionalGeneration
 from llava_fast.ops._launch import recorded
 
 # Operations that have a Triton kernel, and the kernels that a forward and backward of the model must launch.
-KERNEL_OPS = ("rms_norm", "layer_norm", "rotary", "swiglu", "quick_gelu")
+KERNEL_OPS = ("rms_norm", "layer_norm", "rotary", "swiglu", "quick_gelu", "attention")
 KERNELS = {
     "norm_fwd_kernel",
     "norm_bwd_kernel",
     "rotary_kernel",
     "activation_fwd_kernel",
     "activation_bwd_kernel",
+    "attention_fwd_kernel",
+    "attention_bwd_dq_kernel",
+    "attention_bwd_dkdv_kernel",
 }
 STEPS = 10
 
