@@ -36,6 +36,7 @@ from llava_fast.ops._attention_kernels import (
 from llava_fast.ops._attention_plan import sample_plan, walk
 from llava_fast.ops._launch import Tile, launch, tile, tile_table
 from llava_fast.ops._triton import takes
+from llava_fast.ops.decode_attention import decode_attention, takes_decode
 
 MAX_HEAD_DIM = 256
 LOG2_E = 1.4426950408889634
@@ -270,6 +271,8 @@ _attention_op.register_autograd(_autograd, setup_context=_setup_context)
 def _attention_triton(q, k, v, start, end, scale, return_lse):
     start, end = start.contiguous(), end.contiguous()
     backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if not backward and takes_decode(q, k):
+        return decode_attention(q, k, v, start, end, scale)
     course = walk(start, end, k.shape[1], backward)
     return torch.ops.llava_fast.attention(q, k, v, start, end, course.first_BT, course.keys_3BS, scale)
 
