@@ -40,6 +40,15 @@ class Positions:
     key_end: torch.Tensor
 
 
+# The rows of a layer's output that somebody reads: so many last tokens of each batch row, or flat places b · T + t.
+Rows = int | torch.Tensor
+
+
+def take_rows(x_BT: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """[B, T, …] -> [B, rows, …] for the last tokens, or [1, len(rows), …] for flat places."""
+    return x_BT[:, -rows:] if isinstance(rows, int) else x_BT.flatten(0, 1)[rows][None]
+
+
 class RMSNorm(nn.Module):
     """Owns the weight of an RMSNorm; `forward` takes the residual to add first and returns the new one as well."""
 
@@ -65,10 +74,16 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=bias)
 
     def forward(
-        self, x_BTD: torch.Tensor, positions: Positions, cache: Cache | None, want_weights: bool
+        self,
+        x_BTD: torch.Tensor,
+        positions: Positions,
+        cache: Cache | None,
+        want_weights: bool = False,
+        rows: Rows | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        heads = (*x_BTD.shape[:2], -1, self.head_dim)
-        q, k, v = (proj(x_BTD).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if rows is not None:
+            return self._forward_rows(x_BTD, positions, cache, rows), None
+        q, k, v = (self._heads(proj, x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotary(q, k, positions.cos, positions.sin)
         if cache is not None:
             # transformers' caches are [B, G, S, d]; the transposes are views.
@@ -81,6 +96,28 @@ class Attention(nn.Module):
                 0
             ].to(q.dtype)
         return self.o_proj(out.flatten(2)), weights
+
+    def _forward_rows(self, x_BTD: torch.Tensor, positions: Positions, cache: Cache | None, rows: Rows) -> torch.Tensor:
+        """The output for some rows alone: queries for those, keys and values for all."""
+        batch = x_BTD.shape[0]
+        q = self._heads(self.q_proj, take_rows(x_BTD, rows))
+        k, v = (self._heads(proj, x_BTD) for proj in (self.k_proj, self.v_proj))
+        cos, sin = (angle.expand(batch, -1, -1) for angle in (positions.cos, positions.sin))
+        start, end = positions.key_start, positions.key_end
+        q, _ = rotary(q, q[:, :, :0], take_rows(cos, rows), take_rows(sin, rows))
+        _, k = rotary(k[:, :, :0], k, cos, sin)
+        if cache is not None:
+            k, v = (x.transpose(1, 2) for x in cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer))
+        if not isinstance(rows, int):
+            # Flat rows come from any batch row, so the keys of all lie end to end as one pack.
+            offset = k.shape[1] * torch.arange(batch, device=start.device, dtype=start.dtype)[:, None]
+            start, end = start + offset, end + offset
+            k, v = k.flatten(0, 1)[None], v.flatten(0, 1)[None]
+        out = attention(q, k, v, take_rows(start, rows), take_rows(end, rows))
+        return self.o_proj(out.flatten(2))
+
+    def _heads(self, projection: nn.Module, x_BTD: torch.Tensor) -> torch.Tensor:
+        return projection(x_BTD).unflatten(-1, (-1, self.head_dim))
 
 
 class MLP(nn.Module):
@@ -111,9 +148,12 @@ class DecoderLayer(GradientCheckpointingLayer):
         positions: Positions,
         past_key_values: Cache | None = None,
         want_weights: bool = False,
+        rows: Rows | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         y, x_BTD = self.input_layernorm(x_BTD)
-        y, weights = self.self_attn(y, positions, past_key_values, want_weights)
+        y, weights = self.self_attn(y, positions, past_key_values, want_weights, rows)
+        if rows is not None:
+            x_BTD = take_rows(x_BTD, rows)
         y, x_BTD = self.post_attention_layernorm(y, x_BTD)
         return x_BTD + self.mlp(y), weights
 
@@ -143,6 +183,7 @@ class LanguageModel(nn.Module):
         *,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        rows: Rows | None = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...] | None]:
         """Run the decoder.
 
@@ -151,25 +192,40 @@ class LanguageModel(nn.Module):
             position_ids: [B or 1, T] int64.
             key_start, key_end: int32 [B, T], see `Positions`.
             cache: written to, and read from, when given.
+            rows: the only rows of the last hidden state that will be read. The last layer then computes queries,
+                output projection and MLP for those alone; keys and values, and so the cache, are complete. It is
+                ignored when hidden states or attention weights are asked for.
 
         Returns:
-            The normalised last hidden state [B, T, D]; all hidden states (the input, each layer's output, the last
-            one normalised); attention weights [B, H, T, S] per layer. The last two are None unless asked for.
+            The normalised last hidden state [B, T, D] (`take_rows` gives its shape with `rows`); all hidden states
+            (the input, each layer's output, the last one normalised); attention weights [B, H, T, S] per layer. The
+            last two are None unless asked for.
         """
         cos, sin = self.rotary_emb(embeds_BTD, position_ids)
         positions = Positions(cos, sin, key_start, key_end)
         states: list[torch.Tensor] = []
         attentions: list[torch.Tensor] = []
         x_BTD = embeds_BTD
-        for layer in self.layers:
+        everything = output_hidden_states or output_attentions
+        if isinstance(rows, int) and rows >= embeds_BTD.shape[1]:
+            rows = None
+        for i, layer in enumerate(self.layers):
             if output_hidden_states:
                 states.append(x_BTD)
-            x_BTD, weights = layer(x_BTD, positions, past_key_values=cache, want_weights=output_attentions)
+            x_BTD, weights = layer(
+                x_BTD,
+                positions,
+                past_key_values=cache,
+                want_weights=output_attentions,
+                rows=rows if i == len(self.layers) - 1 and not everything else None,
+            )
             if output_attentions:
                 attentions.append(weights)
         x_BTD, _ = self.norm(x_BTD)
         if output_hidden_states:
             states.append(x_BTD)
+        if rows is not None and everything:
+            x_BTD = take_rows(x_BTD, rows)
         return (
             x_BTD,
             tuple(states) if output_hidden_states else None,

@@ -20,12 +20,14 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from llava_fast.model.checkpoint import CheckpointMixin
-from llava_fast.model.language import LanguageModel
+from llava_fast.model.language import LanguageModel, Rows
 from llava_fast.model.vision import VisionAttention, VisionEmbeddings, VisionMLP, VisionTower, feature_layers
+from llava_fast.ops.loss import linear_cross_entropy
 from llava_fast.ops.merge import merge
 from llava_fast.ops.projector import projector
 from llava_fast.sequence import key_ranges
 
+IGNORE_INDEX = -100
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -197,8 +199,12 @@ class LlavaModel(LlavaPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        rows: Rows | None = None,
     ) -> LlavaModelOutputWithPast:
-        """Last hidden state of a mixed image-text sequence; see `LlavaForConditionalGeneration.forward`."""
+        """Last hidden state of a mixed image-text sequence; see `LlavaForConditionalGeneration.forward`.
+
+        With `rows` (see `LanguageModel.forward`) only those of its rows.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if pixel_values is not None and mm_encoder_outputs is not None:
@@ -207,6 +213,8 @@ class LlavaModel(LlavaPreTrainedModel):
         image_mask = None
         bidirectional = getattr(self.config, "image_attention", "causal") == "bidirectional"
         has_images = pixel_values is not None or (mm_encoder_outputs or {}).get("image") is not None
+        if bidirectional and key_start is None and input_ids is None and not has_images:
+            raise ValueError("image_attention='bidirectional' cannot find the images in inputs_embeds; pass key ranges")
         if (has_images and image_slots is None) or (bidirectional and key_start is None):
             image_mask = self._image_mask(input_ids, inputs_embeds)
         if inputs_embeds is None:
@@ -265,6 +273,7 @@ class LlavaModel(LlavaPreTrainedModel):
             past_key_values,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            rows=rows,
         )
         return LlavaModelOutputWithPast(
             last_hidden_state=last,
@@ -364,13 +373,18 @@ class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, Gener
         key_start: torch.Tensor | None = None,
         key_end: torch.Tensor | None = None,
         image_slots: torch.Tensor | None = None,
+        label_rows: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         interpolate_pos_encoding: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        return_logits: bool | None = None,
         **kwargs,
     ) -> LlavaCausalLMOutputWithPast:
         """Logits, and the loss where there are labels.
+
+        When training with labels no logits are returned: the loss needs them for labelled rows only, and never all at
+        once. The last layer, too, computes only rows that are read.
 
         Args:
             input_ids: [B, T] with `config.image_token_id` once for every image token; or
@@ -387,13 +401,25 @@ class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, Gener
             use_cache: default: the text config's when evaluating, False when training.
             key_start, key_end: int32 [B, T] key ranges (see `llava_fast.sequence`), instead of a mask.
             image_slots: int64 [M], flat positions of the image tokens in `input_ids`, where the caller knows them.
+            label_rows: int64, flat positions of the tokens whose next token has a label, where the caller knows them:
+                then nothing waits for the device.
             mm_encoder_outputs: {"image": result of `get_image_features`} instead of pixels.
-            kwargs: passed to the loss (`num_items_in_batch`).
+            return_logits: whether `logits` are wanted beside a loss; by default when evaluating, not when training.
+            kwargs: for the loss: `num_items_in_batch` divides its sum, instead of the number of labelled tokens.
 
         Raises:
             ValueError: for inputs that contradict each other, such as a number of image tokens that is not the
                 number of image features.
         """
+        if return_logits is None:
+            # The fused loss reads the head's weight itself, so a head that PEFT or a quantiser has wrapped is called.
+            return_logits = labels is None or not self.training or type(self.lm_head) is not nn.Linear
+        rows = None
+        if not return_logits:
+            rows, targets = _labelled(labels, label_rows)
+            num_labelled = None if rows is None else rows.numel()
+        elif labels is None and isinstance(logits_to_keep, int) and logits_to_keep:
+            rows = logits_to_keep
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -411,13 +437,20 @@ class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, Gener
             interpolate_pos_encoding=interpolate_pos_encoding,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            rows=rows,
             return_dict=True,
         )
-        logits = self.lm_head(_rows_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+        hidden = outputs.last_hidden_state
+        logits = loss = None
+        if return_logits:
+            logits = self.lm_head(_rows_to_keep(hidden, logits_to_keep) if rows is None else hidden)
+            if labels is not None:
+                vocab_size = self.config.text_config.vocab_size
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        else:
+            num_items = kwargs.get("num_items_in_batch")
+            loss = linear_cross_entropy(
+                hidden.flatten(0, 1), self.lm_head.weight, targets, num_items=num_items, num_labelled=num_labelled
             )
         return LlavaCausalLMOutputWithPast(
             loss=loss,
@@ -443,6 +476,17 @@ class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, Gener
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **_) -> torch.Tensor | None:
         """Static caches need no 4-D mask here: the key ranges come from the 2-D one."""
         return attention_mask
+
+
+def _labelled(labels_BT: torch.Tensor, rows: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Flat places of the tokens that have something to predict, and what: the next token's label.
+
+    Where finding the places would wait for the device, none are given, and the targets are those of all tokens.
+    """
+    targets = torch.nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+    if rows is None and labels_BT.device.type == "cpu" and not torch.compiler.is_compiling():
+        rows = (targets != IGNORE_INDEX).nonzero().flatten()
+    return rows, targets if rows is None else targets[rows]
 
 
 def _rows_to_keep(hidden_BTD: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:

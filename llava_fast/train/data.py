@@ -465,7 +465,8 @@ class PackedCollator:
 
         Returns:
             `input_ids`, `labels`, `position_ids` int64 [1, T]; `key_start`, `key_end` int32 [1, T]; `image_slots`
-            int64, the image tokens' places in the row; and `pixel_values` uint8 [N, H, W, 3] if there are images.
+            int64, the image tokens' places in the row; `label_rows` int64, those of the tokens whose next token has a
+            label; and `pixel_values` uint8 [N, H, W, 3] if there are images.
             The first label of each sample is −100: no sample predicts the next one's first token.
         Raises:
             ValueError: if a sample's image tokens do not match its images.
@@ -488,9 +489,11 @@ class PackedCollator:
             spans,
             bidirectional_images=self.bidirectional_images,
         )
+        all_labels = torch.cat(labels)
         batch = {
             "input_ids": input_ids[None],
-            "labels": torch.cat(labels)[None],
+            "labels": all_labels[None],
+            "label_rows": (all_labels[1:] != IGNORE).nonzero().flatten(),
             "position_ids": ranges.position_ids,
             "key_start": ranges.key_start,
             "key_end": ranges.key_end,

@@ -141,7 +141,7 @@ def test_a_cache_goes_on_where_it_stopped(tiny: SimpleNamespace, kind: str) -> N
     assert seen == first.sequences.shape[1] - 1
 
     computed = []
-    model.model.language_model.norm.register_forward_pre_hook(lambda _, args: computed.append(args[0].shape[1]))
+    model.model.language_model.layers[0].register_forward_pre_hook(lambda _, args: computed.append(args[0].shape[1]))
     continued = {name: value for name, value in longer.items() if name != "pixel_values"}
     second = model.generate(**continued, past_key_values=cache, generation_config=tiny.greedy(max_new_tokens=8))
     assert computed[0] == ids.shape[1] - seen
