@@ -16,6 +16,7 @@ _HOME = {
     "LlavaModel": "llava_fast.model.llava",
     "LlavaProcessor": "llava_fast.model.processor",
     "attention": "llava_fast.ops.attention",
+    "register_attention": "llava_fast.model.attention_interface",
     "use_backend": "llava_fast.backend",
 }
 
@@ -26,11 +27,13 @@ __all__ = [
     "LlavaProcessor",
     "__version__",
     "attention",
+    "register_attention",
     "use_backend",
 ]
 
 if TYPE_CHECKING:
     from llava_fast.backend import use_backend
+    from llava_fast.model.attention_interface import register_attention
     from llava_fast.model.llava import LlavaConfig, LlavaForConditionalGeneration, LlavaModel
     from llava_fast.model.processor import LlavaProcessor
     from llava_fast.ops.attention import attention

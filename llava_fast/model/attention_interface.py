@@ -1,0 +1,172 @@
+"""Key-range attention for any transformers model: `attn_implementation="llava_fast"`, once `register_attention()` ran.
+
+transformers calls two functions by that name. The mask function turns its mask into key ranges, [B, 1, T, 3] int32 of
+(start, end, causal): four dimensions, because that is how generation hands on a mask made in advance. The attention
+function runs `ops.attention` on them. Without the mask function padded input would silently be wrong.
+
+A causal mask becomes ranges without being built. Other masks (sliding windows, packs, images that see themselves) are
+evaluated a slice of queries at a time; one in which a query's keys are not one run is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from llava_fast.ops.attention import attention
+from llava_fast.sequence import _require, key_ranges
+
+NAME = "llava_fast"
+SLICE = 256  # queries whose mask is evaluated at a time
+UNSUPPORTED = ("softcap", "position_bias", "s_aux")
+
+
+def register_attention() -> None:
+    """Make `attn_implementation="llava_fast"` known to transformers, for every model that it loads from then on.
+
+    Rows of a pack, told apart by position ids that restart, never see each other, with `use_cache` on or off, provided
+    that no attention mask is given.
+    """
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, range_mask)
+
+
+def range_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **_,
+) -> torch.Tensor:
+    """Key ranges in place of transformers' mask: [B, 1, T, 3] int32; the third is 1 in a causal mask without padding.
+
+    Raises:
+        ValueError: when a query's keys are not one run, or runs go backwards (asserted on the device on a GPU).
+    """
+    if mask_function is causal_mask_function and kv_offset == 0:
+        start_BT, end_BT = key_ranges(
+            batch_size, q_length, torch.device(device), past=q_offset, attention_mask=attention_mask
+        )
+        causal = torch.full_like(end_BT, attention_mask is None)
+        return torch.stack((start_BT, end_BT, causal), -1)[:, None]
+    slices = [
+        _ranges_of_mask(
+            sdpa_mask(
+                batch_size,
+                min(SLICE, q_length - first),
+                kv_length,
+                q_offset + first,
+                kv_offset,
+                mask_function,
+                attention_mask,
+                allow_is_causal_skip=False,
+                use_vmap=use_vmap,
+                device=device,
+            )
+        )
+        for first in range(0, q_length, SLICE)
+    ]
+    start_BT, end_BT = (torch.cat(part, 1) for part in zip(*slices, strict=True))
+    index_T = torch.arange(q_length, device=device) + q_offset - kv_offset
+    causal = (end_BT == index_T + 1).all() & (attention_mask is None)
+    return torch.stack((*_canonical(start_BT, end_BT), causal.to(torch.int32).expand_as(end_BT)), -1)[:, None]
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_ids: torch.Tensor | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls: query [B, H, T, d], key and value [B, G, S, d]; returns [B, T, H, d] and no weights.
+
+    Raises:
+        ValueError: for dropout, soft caps, biases or sinks, and for a float mask.
+    """
+    if dropout:
+        raise ValueError(f"{NAME} attention has no dropout, but {dropout} was asked for")
+    for name in UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{NAME} attention does not support {name}; load with attn_implementation='eager'")
+    tokens, keys = query.shape[2], key.shape[2]
+    if attention_mask is None:
+        causal = tokens > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        index_T = torch.arange(tokens, device=query.device, dtype=torch.int32)
+        start_BT = torch.zeros_like(index_T).expand(query.shape[0], tokens)
+        end_BT = (index_T + 1 if causal else torch.full_like(index_T, keys)).expand_as(start_BT)
+    else:
+        # Positions cut a pack only where nothing came before; with a cache transformers itself does not look at them.
+        packed = position_ids if tokens == keys > 1 and position_ids is not None and position_ids.dim() == 2 else None
+        start_BT, end_BT = _ranges(attention_mask, packed)
+    q_BTHd, k_BSGd, v_BSGd = (x.transpose(1, 2) for x in (query, key, value))
+    out_BTHd = attention(q_BTHd, k_BSGd, v_BSGd, start_BT, end_BT, scale=scaling)
+    return out_BTHd, None
+
+
+# All layers get the same mask, so its two vectors are taken out of it once; what else they lead to is kept with them.
+_taken: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _ranges(mask: torch.Tensor, position_ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    if torch.compiler.is_compiling() or mask.is_inference():
+        return _unpacked(mask, position_ids)
+    known = _taken.get(mask)
+    if known is None or known[0] != mask._version or known[1] is not position_ids:
+        known = _taken[mask] = (mask._version, position_ids, _unpacked(mask, position_ids))
+    return known[2]
+
+
+def _unpacked(mask: torch.Tensor, position_ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    if mask.dtype == torch.bool:
+        return _canonical(*_ranges_of_mask(mask))
+    if mask.dtype != torch.int32 or mask.dim() != 4 or mask.shape[-1] != 3:
+        raise ValueError(
+            f"{NAME} attention takes [batch, tokens] attention masks or boolean [batch, 1, tokens, keys] ones, "
+            f"not {mask.dtype} {tuple(mask.shape)}"
+        )
+    start_BT, end_BT, causal_BT = (part.contiguous() for part in mask[:, 0].unbind(-1))
+    if position_ids is not None:
+        batch, tokens = start_BT.shape
+        sample_BT, _ = key_ranges(batch, tokens, mask.device, position_ids=position_ids.expand(batch, -1))
+        start_BT = torch.where(causal_BT == 1, torch.maximum(start_BT, sample_BT), start_BT)
+    return start_BT, end_BT
+
+
+def _ranges_of_mask(mask_B1TS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """First key and one past the last that each query sees; both −1 where it sees none."""
+    if mask_B1TS.shape[1] != 1:
+        raise ValueError(f"{NAME} attention takes one mask for all heads, not {tuple(mask_B1TS.shape)}")
+    seen_BTS = mask_B1TS[:, 0]
+    slot_S = torch.arange(seen_BTS.shape[-1], device=seen_BTS.device, dtype=torch.int32)
+    end_BT = torch.where(seen_BTS, slot_S + 1, -1).amax(-1)
+    start_BT = torch.where(seen_BTS, slot_S, seen_BTS.shape[-1]).amin(-1)
+    _require(
+        ((end_BT < 0) | (seen_BTS.sum(-1) == end_BT - start_BT)).all(),
+        f"{NAME} attention needs masks in which each query sees one run of keys",
+    )
+    return torch.where(end_BT < 0, -1, start_BT), end_BT
+
+
+def _canonical(start_BT: torch.Tensor, end_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ranges that never decrease: an empty one lies where the ranges before it end."""
+    until_BT = end_BT.clamp(min=0).cummax(1).values
+    start_BT = torch.where(end_BT < 0, until_BT, start_BT)
+    end_BT = torch.where(end_BT < 0, until_BT, end_BT)
+    for part in (start_BT, end_BT):
+        _require((part.diff(dim=1) >= 0).all(), f"{NAME} attention needs masks whose runs of keys never go backwards")
+    return start_BT.to(torch.int32), end_BT.to(torch.int32)
