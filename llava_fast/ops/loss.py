@@ -17,7 +17,7 @@ says too.
 
 How the labelled rows are found costs no synchronisation. Given `num_labelled` (a collator knows it), one stable sort
 puts their indices in front and the library's GEMM multiplies exactly these. Without it the chunks cover all rows and
-the kernels of `_gemm` stop at the count they read on the device: an empty chunk costs five launches and its share of
+the kernels of `_gemm` stop at the count they read on the device: an empty chunk costs six launches and its share of
 dhidden, a full one what Triton's GEMM is slower than the library's, and dW is summed in float32 whenever *all* rows
 would be more than a chunk. "reference" counts on the host instead: free on a CPU, a synchronisation on a GPU.
 
