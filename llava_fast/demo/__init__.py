@@ -1,0 +1,1 @@
+"""The built-in demo: a small picture world, a tiny LLaVA trained on it, and a report."""
