@@ -29,7 +29,7 @@ p { max-width: 72ch; margin: 0 0 10px; }
 .row { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 14px 16px; }
 .number { font-size: 27px; font-weight: 650; letter-spacing: -.02em; }
-.bar { display: grid; grid-template-columns: 90px 1fr 60px; gap: 12px; align-items: center; margin: 7px 0; }
+.bar { display: grid; grid-template-columns: 90px 1fr 72px; gap: 12px; align-items: center; margin: 7px 0; }
 .track { background: var(--line); border-radius: 6px; height: 12px; overflow: hidden; position: relative; }
 .fill { background: var(--blue); height: 100%; }
 .grid { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(235px, 1fr)); }
