@@ -131,25 +131,8 @@ def _liger_layer_norm(x, residual, weight, bias):
 
 
 def _cuda_rms_norm(x, residual, weight):
-    extension = backend.extension()
-    y, s = torch.empty_like(x), torch.empty_like(x)
-    extension.rms_norm_forward(
-        output=y.data_ptr(),
-        input=x.data_ptr(),
-        weight=weight.data_ptr(),
-        rows=x.shape[0],
-        columns=x.shape[1],
-        output_stride=y.stride(0),
-        input_stride=x.stride(0),
-        eps=EPS,
-        dtype=getattr(extension.DType, str(x.dtype).removeprefix("torch.")),
-        residual=residual.data_ptr(),
-        residual_stride=residual.stride(0),
-        residual_output=s.data_ptr(),
-        residual_output_stride=s.stride(0),
-        stream=torch.cuda.current_stream().cuda_stream,
-    )
-    return y, s
+    with backend.use_backend("cuda", "rms_norm"):
+        return norm.rms_norm(x, weight, eps=EPS, residual=residual)
 
 
 @benchmark_of(cases(gpu=torch.cuda.is_available()))

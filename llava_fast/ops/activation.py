@@ -216,3 +216,18 @@ def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
     for kind, up in (("swiglu", x), ("quick_gelu", None), ("gelu", None)):
         yield partial(_forward, x, up, kind)
         yield partial(_backward, x, x, up, kind)
+
+
+def tune_examples(
+    device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, str, Callable[[], Any], list[dict[str, int]]]]:
+    """(kernel, key, call, tiles worth trying): SwiGLU, which moves the most bytes, decides."""
+    rows, columns = (832, 11008) if device.type == "cuda" else (3, 300)
+    gate, up, dy = torch.randn(3, rows, columns, device=device).to(dtype)
+    tiles = [
+        {"BLOCK": block, "num_warps": warps, "num_stages": 1}
+        for block in (512, 1024, 2048, 4096)
+        for warps in (2, 4, 8)
+    ]
+    yield "activation_fwd", "any", partial(_forward, gate, up, "swiglu"), tiles
+    yield "activation_bwd", "any", partial(_backward, dy, gate, up, "swiglu"), tiles

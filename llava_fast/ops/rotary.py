@@ -239,3 +239,20 @@ def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
         q, k, angles = (torch.empty(2, 32, *shape, int(key), dtype=dtype) for shape in ((32,), (8,), ()))
         for transposed in (False, True):
             yield partial(_rotate, q, k, angles, angles, transposed)
+
+
+def tune_examples(
+    device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, int, Callable[[], Any], list[dict[str, int]]]]:
+    """(kernel, key, call, tiles worth trying) for each entry of the tile table, at about LLaVA's sizes on a GPU."""
+    tokens, heads = (832, 32) if device.type == "cuda" else (3, 4)
+    for key in map(int, tile_table("rotary")["sm_80"]["tiles"]):
+        q, k = torch.randn(2, 1, tokens, heads, key, device=device).to(dtype)
+        cos, sin = torch.randn(2, 1, tokens, key, device=device).to(dtype)
+        tiles = [
+            {"BLOCK_H": block, "num_warps": warps, "num_stages": 1}
+            for block in (2, 4, 8, 16, 32)
+            for warps in (1, 2, 4, 8)
+            if 4 <= block * key // (32 * warps) <= 64  # elements per thread
+        ]
+        yield "rotary", key, partial(_rotate, q, k, cos, sin, False), tiles
