@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import importlib
 import json
+import multiprocessing
 import os
 import pkgutil
 import re
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +54,18 @@ def operation_modules() -> list[str]:
     return [m.name for m in pkgutil.iter_modules(ops.__path__) if not m.name.startswith("_") and m.name != own]
 
 
-def launches(op: str, architecture: str) -> Iterator[tuple[str, Launch]]:
-    """(dtype name, launch) for each distinct kernel variant of an operation."""
+def launches(op: str, architecture: str, dtype: str) -> Iterator[Launch]:
+    """One launch for each distinct kernel variant of an operation."""
     module = importlib.import_module(f"llava_fast.ops.{op}")
     seen = set()
-    for name, dtype in DTYPES.items():
-        for example in getattr(module, "compile_examples", lambda dtype: ())(dtype):
-            with recorded(dry=True, architecture=architecture) as record:
-                example()
-            for launch in record:
-                identity = repr(signature(launch)) + repr((launch.name, launch.num_warps, launch.num_stages))
-                if identity not in seen:
-                    seen.add(identity)
-                    yield name, launch
+    for example in getattr(module, "compile_examples", lambda dtype: ())(DTYPES[dtype]):
+        with recorded(dry=True, architecture=architecture) as record:
+            example()
+        for launch in record:
+            identity = repr(signature(launch)) + repr((launch.name, launch.num_warps, launch.num_stages))
+            if identity not in seen:
+                seen.add(identity)
+                yield launch
 
 
 def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list]]:
@@ -168,24 +169,29 @@ def occupancy(registers: int, shared: int, num_warps: int, architecture: str) ->
 
 
 def report(names: list[str]) -> list[dict[str, Any]]:
-    """One record per kernel × tile × architecture × dtype."""
+    """One record per kernel × tile × architecture × dtype; one process per core compiles."""
+    tasks = [(architecture, op, dtype) for architecture in ARCHITECTURES for op in names for dtype in DTYPES]
+    # Forked, so that a tile forced by the caller is forced there, too.
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+        return [record for records in pool.map(_records, *zip(*tasks)) for record in records]
+
+
+def _records(architecture: str, op: str, dtype: str) -> list[dict[str, Any]]:
     records = []
-    for architecture in ARCHITECTURES:
-        for op in names:
-            for dtype, launch in launches(op, architecture):
-                flags = {k: v for k, v in launch.constexprs.items() if not k.startswith("BLOCK")}
-                blocks = {k: v for k, v in launch.constexprs.items() if k.startswith("BLOCK")}
-                records.append(
-                    {
-                        "op": op,
-                        "kernel": launch.name.strip("_"),
-                        "arch": architecture,
-                        "dtype": dtype,
-                        "tile": {**blocks, "num_warps": launch.num_warps, "num_stages": launch.num_stages},
-                        "flags": flags,
-                        **compile_launch(launch, architecture),
-                    }
-                )
+    for launch in launches(op, architecture, dtype):
+        flags = {k: v for k, v in launch.constexprs.items() if not k.startswith("BLOCK")}
+        blocks = {k: v for k, v in launch.constexprs.items() if k.startswith("BLOCK")}
+        records.append(
+            {
+                "op": op,
+                "kernel": launch.name.strip("_"),
+                "arch": architecture,
+                "dtype": dtype,
+                "tile": {**blocks, "num_warps": launch.num_warps, "num_stages": launch.num_stages},
+                "flags": flags,
+                **compile_launch(launch, architecture),
+            }
+        )
     return records
 
 
