@@ -245,9 +245,7 @@ def summarise(exams: list[Exam], results: dict[str, Any], scenes: int, seconds: 
         "seconds": round(seconds, 1),
         "tokens_per_s": round(sum(result["tokens"] for result in results.values()) / training_seconds),
         "peak_mib": round(peak_mib()),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads",
+        "device": device_name(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
