@@ -38,6 +38,7 @@ from torch.nn import functional as F
 from llava_fast import LlavaConfig, LlavaForConditionalGeneration
 from llava_fast.demo import world
 from llava_fast.demo.world import Object, Scene
+from llava_fast.model.llava import CLIP_MEAN, CLIP_STD
 from llava_fast.model.templates import get_template
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -54,8 +55,6 @@ VISION_CONFIG = {
     "patch_size": 16,
     "projection_dim": 64,
 }
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 TEXT_CONFIG = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -201,7 +200,7 @@ def pretrain_tower(folder: Path, steps: int, batch_size: int = 168) -> None:
     rng = random.Random(1)
     for step in track(range(steps), "vision tower"):
         pixels, phrases_BN, parts_BP = tower_batch(rng, batch_size)
-        states, _ = tower(pixels, VISION_CONFIG["num_hidden_layers"], mean=IMAGE_MEAN, std=IMAGE_STD)
+        states, _ = tower(pixels, VISION_CONFIG["num_hidden_layers"], mean=CLIP_MEAN, std=CLIP_STD)
         loss = captions(tower.post_layernorm(states[-1]), phrases_BN, parts_BP)
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * _schedule(step, steps)
