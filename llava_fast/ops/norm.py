@@ -169,12 +169,13 @@ def _forward(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     eps: float,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-    """y, s (None without a residual), mean (None for RMSNorm), rstd."""
+    """y (written to `out` if given, which may be x), s (None without a residual), mean (None for RMSNorm), rstd."""
     x_RD = as_rows(x)
     rows, width = x_RD.shape
     residual_RD = None if residual is None else as_rows(residual)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     s = None if residual is None else torch.empty_like(y)
     mean = None if bias is None else torch.empty(rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
