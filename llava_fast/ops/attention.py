@@ -36,6 +36,7 @@ from llava_fast.ops._attention_kernels import (
 from llava_fast.ops._attention_plan import sample_plan, walk
 from llava_fast.ops._launch import Tile, launch, tile, tile_table
 from llava_fast.ops._triton import takes
+from llava_fast.ops.attention_backends import register_peers
 from llava_fast.ops.decode_attention import decode_attention, takes_decode
 
 MAX_HEAD_DIM = 256
@@ -158,7 +159,7 @@ def _forward(
     return out, lse
 
 
-def _backward(
+def _backward_dq(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
     q: torch.Tensor,
@@ -167,40 +168,53 @@ def _backward(
     start: torch.Tensor,
     end: torch.Tensor,
     first: torch.Tensor,
-    keys: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk, dv."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dq, and delta [B, H, T], which dK and dV are formed with."""
     batch, tokens, heads, dim = q.shape
-    if dout.stride(3) != 1:  # the gradient of a sum is one number, expanded
-        dout = dout.contiguous()
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    delta = torch.empty_like(lse)
-    group, rest = heads // k.shape[2], {"DIM": dim, "BLOCK_D": _block_d(dim)}
-    strides = _strides(q, k, v, dout)
+    dq, delta = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty_like(lse)
+    choice = _tile("attention_bwd_dq", q)
     if lse.numel():
-        choice = _tile("attention_bwd_dq", q)
         launch(
             _attention_bwd_dq_kernel,
             (-(-tokens // choice["BLOCK_M"]), heads, batch),
             *(q, k, v, start, end, first, out, lse, dout, None if dlse is None else dlse.contiguous(), dq, delta),
-            *(tokens, group, *strides, scale * LOG2_E),
+            *(tokens, heads // k.shape[2], *_strides(q, k, v, dout), scale * LOG2_E),
             tile=choice,
-            **rest,
+            DIM=dim,
+            BLOCK_D=_block_d(dim),
         )
+    return dq, delta
+
+
+def _backward_dkdv(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start: torch.Tensor,
+    end: torch.Tensor,
+    keys: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, tokens, heads, dim = q.shape
+    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    choice = _tile("attention_bwd_dkdv", q)
     if dk.numel():
-        choice = _tile("attention_bwd_dkdv", q)
         launch(
             _attention_bwd_dkdv_kernel,
             (-(-k.shape[1] // choice["BLOCK_N"]), k.shape[2], batch),
-            *(q, k, v, start, end, keys, lse, dout, delta, dk, dv, tokens, k.shape[1], group),
-            *(*strides, scale * LOG2_E),
+            *(q, k, v, start, end, keys, lse, dout, delta, dk, dv, tokens, k.shape[1], heads // k.shape[2]),
+            *(*_strides(q, k, v, dout), scale * LOG2_E),
             tile=choice,
-            **rest,
+            DIM=dim,
+            BLOCK_D=_block_d(dim),
         )
-    return dq, dk, dv
+    return dk, dv
 
 
 def _strides(*tensors: torch.Tensor) -> tuple[int, ...]:
@@ -237,7 +251,10 @@ def _attention_backward_op(
     lse: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _backward(dout, dlse, q, k, v, start, end, first, keys, out, lse, scale)
+    if dout.stride(3) != 1:  # the gradient of a sum is one number, expanded
+        dout = dout.contiguous()
+    dq, delta = _backward_dq(dout, dlse, q, k, v, start, end, first, out, lse, scale)
+    return dq, *_backward_dkdv(dout, q, k, v, start, end, keys, lse, delta, scale)
 
 
 @_attention_op.register_fake
@@ -296,6 +313,7 @@ def _supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool | str:
 
 register("attention", "reference", _attention_plain)
 register("attention", "triton", _attention_triton, _supports)
+register_peers()
 
 
 def attention(
@@ -352,5 +370,39 @@ def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
         q = torch.empty(2, 832, 16, int(key.split()[0]), dtype=dtype)
         k, ranges, lse = q[:, :, :8], torch.empty(2, 832, dtype=torch.int32), torch.empty(2, 16, 832)
         yield partial(_forward, q, k, k, ranges, ranges, ranges, 0.1)
-        keys = ranges.expand(3, 2, 832).contiguous()
-        yield partial(_backward, q, None, q, k, k, ranges, ranges, ranges, keys, q, lse, 0.1)
+        yield partial(_backward_dq, q, None, q, k, k, ranges, ranges, ranges, q, lse, 0.1)
+        yield partial(_backward_dkdv, q, q, k, k, ranges, ranges, ranges.expand(3, 2, 832), lse, lse, 0.1)
+
+
+def tune_examples(
+    device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, str, Callable[[], Any], list[dict[str, int]]]]:
+    """(kernel, key, call, tiles worth trying) for head dimensions 64 and 128: LLaVA's tower (16 heads, all of 577
+    tokens see each other) and packs of its samples (32 heads, causal, 832 tokens) on a GPU, little ones on a CPU."""
+    sizes = ((64, 16, 577, 16), (128, 5, 832, 32)) if device.type == "cuda" else ((64, 1, 33, 1), (128, 2, 20, 1))
+    for dim, samples, tokens, heads in sizes:
+        index = torch.arange(samples * tokens, device=device, dtype=torch.int32)[None]
+        start = index // tokens * tokens
+        end = start + tokens if dim == 64 else index + 1
+        q, k, v, out, dout = torch.randn(5, 1, samples * tokens, heads, dim, device=device).to(dtype)
+        # Of normal scores about log(number of keys) + ½; what is timed does not depend on it.
+        lse = ((end - start).log() + 0.5).expand(1, heads, -1).contiguous()
+        course, scale = walk(start, end, samples * tokens, backward=True), dim**-0.5
+        ranges = q, k, v, start, end
+        rows, columns = ((16, 32), (16, 32, 64)) if dtype == torch.float32 else ((64, 128), (32, 64, 128))
+        tiles = [
+            {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+            for m in rows
+            for n in columns
+            for warps in (4, 8)
+            for stages in (2, 3)
+            # Sums and scores in float32, per thread, decide what spills; a warp of a product has 16 rows at least.
+            if m * (dim + n) // (32 * warps) <= 160 and (m >= 16 * warps or dtype == torch.float32)
+        ]
+        turned = [{**t, "BLOCK_M": t["BLOCK_N"], "BLOCK_N": t["BLOCK_M"]} for t in tiles]
+        key = f"{dim} fp32" if dtype == torch.float32 else str(dim)
+        yield "attention_fwd", key, partial(_forward, *ranges, course.first_BT, scale), tiles
+        dq = partial(_backward_dq, dout, None, *ranges, course.first_BT, out, lse, scale)
+        yield "attention_bwd_dq", key, dq, tiles
+        dkdv = partial(_backward_dkdv, dout, *ranges, course.keys_3BS, lse, lse, scale)
+        yield "attention_bwd_dkdv", key, dkdv, turned

@@ -204,3 +204,25 @@ def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
         for key_heads in (32, 8):
             k = torch.empty(2, key_heads, 1024, q.shape[3], dtype=dtype).transpose(1, 2)
             yield partial(_decode, q, k, k, ranges, ranges, 0.1, 8)
+
+
+def tune_examples(
+    device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, str, Callable[[], Any], list[dict[str, int]]]]:
+    """(kernel, key, call, tiles worth trying) for head dimensions 64 and 128: a step of batch 8 with 32 heads after
+    768 tokens on a GPU, a little one on a CPU."""
+    batch, heads, filled, slots = (8, 32, 768, 1024) if device.type == "cuda" else (1, 2, 37, 50)
+    start = torch.zeros(batch, 1, dtype=torch.int32, device=device)
+    end = torch.full_like(start, filled)
+    for dim in (64, 128):
+        q = torch.randn(batch, 1, heads, dim, device=device).to(dtype)
+        k, v = torch.randn(2, batch, heads, slots, dim, device=device).to(dtype).transpose(2, 3)
+        tiles = [
+            {"BLOCK_N": block, "num_warps": warps, "num_stages": stages}
+            for block in (16, 32, 64, 128)
+            for warps in (2, 4, 8)
+            for stages in (2, 3, 4)
+            if 16 <= block * dim // (32 * warps) <= 64  # elements of a tile of keys per thread
+        ]
+        key = f"{dim} fp32" if dtype == torch.float32 else str(dim)
+        yield "decode_attention", key, partial(_decode, q, k, v, start, end, dim**-0.5, _parts(q, k)), tiles

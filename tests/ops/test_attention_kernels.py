@@ -12,10 +12,11 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from kit import DEVICES, DTYPES, check_kernel, poisoned, run
 
+from benchmarks import tune
 from llava_fast.backend import BackendUnavailable, use_backend
 from llava_fast.ops import attention as module
 from llava_fast.ops._attention_plan import walk
-from llava_fast.ops._launch import forced_tile, recorded
+from llava_fast.ops._launch import forced_tile, recorded, tile
 from llava_fast.ops.attention import attention
 from llava_fast.sequence import key_ranges, pack
 
@@ -308,3 +309,12 @@ def test_compiles_without_a_graph_break(device: str) -> None:
     assert [launch.name.strip("_") for launch in launched] == KERNELS
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+
+
+def test_tiles_on_offer_to_the_tuner_agree() -> None:
+    offered = list(module.tune_examples(CPU, torch.float32))
+    assert [(kernel, key) for kernel, key, *_ in offered] == [
+        (kernel.removesuffix("_kernel"), f"{dim} fp32") for dim in (64, 128) for kernel in KERNELS
+    ]
+    for kernel, key, call, tiles in offered[:3]:
+        assert tune.verified(kernel, call, tile(kernel, key, CPU), tiles[::7]) == tiles[::7]

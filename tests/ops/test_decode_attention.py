@@ -5,9 +5,10 @@ import torch
 from kit import DEVICES, check_kernel, poisoned
 from test_attention import dense_attention
 
+from benchmarks import tune
 from llava_fast.backend import use_backend
 from llava_fast.ops import decode_attention as module
-from llava_fast.ops._launch import forced_tile, recorded
+from llava_fast.ops._launch import forced_tile, recorded, tile
 from llava_fast.ops.attention import attention
 from llava_fast.ops.decode_attention import merge_by_lse
 
@@ -149,3 +150,8 @@ def test_opcheck(device: str) -> None:
     q, k = torch.randn(1, 1, 2, 16, device=device), cache(1, 1, 5, 16, device)
     ranges = torch.zeros(1, 1, device=device).int(), torch.full((1, 1), 5, device=device).int()
     torch.library.opcheck(module._decode_op, (q, k, k, *ranges, 0.25))
+
+
+def test_tiles_on_offer_to_the_tuner_agree() -> None:
+    for kernel, key, call, tiles in module.tune_examples(torch.device("cpu"), torch.float32):
+        assert tune.verified(kernel, call, tile(kernel, key, torch.device("cpu")), tiles[::7]) == tiles[::7]
