@@ -5,6 +5,9 @@ for one at each call. What is asked for comes from `use_backend(...)`, else from
 `LLAVA_FAST_BACKEND`, else it is "auto": the first of triton, cuda, reference that supports the tensors.
 An explicit request that cannot be met raises and says why; "auto" falls back and logs it once.
 
+An operation may have peers besides: libraries that do the same, under names of their own (`register_peer`). They run
+only where `use_backend(name, operation)` names both; "auto" and the environment variable never choose one.
+
 The request is one plain global of the process. A ContextVar or a thread-local would be lost where autograd
 recomputes a checkpointed forward (its own thread, for CUDA), and torch.compile cannot guard on either:
 it would refuse to trace the first and go on with a stale value of the second.
@@ -43,16 +46,20 @@ class BackendUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run an operation. `supports(*tensors)` is True, or one line saying why not."""
+    """One way to run an operation. `supports(*tensors)` is True, or one line saying why not.
+
+    peer: of a peer, says why it cannot run anything on this machine; an empty string when it can.
+    """
 
     op: str
     name: str
     fn: Callable[..., Any]
     supports: Supports | None = None
+    peer: Callable[[], str] | None = None
 
     def refusal(self, tensors: tuple[Any, ...]) -> str:
         """Why these tensors cannot be taken here; an empty string when they can."""
-        missing = unavailable(self.name)
+        missing = self.peer() if self.peer else unavailable(self.name)
         if missing or self.supports is None or not tensors:
             return missing
         answer = self.supports(*tensors)
@@ -81,35 +88,66 @@ def register(
     """
     if name not in _PREFERENCE:
         raise ValueError(f"backend {name!r} of operation {op!r} is not one of {', '.join(_PREFERENCE)}")
-    known = _registry.setdefault(op, {}).get(name)
-    if known and (known.fn.__module__, known.fn.__qualname__) != (fn.__module__, fn.__qualname__):
-        raise ValueError(f"operation {op!r} already has a {name!r} implementation: {known.fn.__qualname__}")
-    _registry[op][name] = Implementation(op, name, fn, supports)
+    _add(Implementation(op, name, fn, supports))
     return fn
 
 
-def _checked(name: str, source: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{source} is {name!r}; it must be one of {', '.join(BACKENDS)}")
-    return name
+def register_peer(
+    op: str,
+    name: str,
+    fn: Callable[..., Any],
+    supports: Supports,
+    missing: Callable[[], str],
+) -> None:
+    """Make `fn` an implementation of `op` that runs only when `use_backend(name, op)` asks for it.
+
+    `missing()` says why it cannot run anything on this machine, or is an empty string; it is not called before
+    somebody asks. `supports` and a second registration are as for `register`.
+    """
+    if name in BACKENDS:
+        raise ValueError(f"peer {name!r} of operation {op!r} has the name of a backend of all operations")
+    _add(Implementation(op, name, fn, supports, missing))
+
+
+def _add(new: Implementation) -> None:
+    known = _registry.setdefault(new.op, {}).get(new.name)
+    if known and (known.fn.__module__, known.fn.__qualname__) != (new.fn.__module__, new.fn.__qualname__):
+        raise ValueError(f"operation {new.op!r} already has a {new.name!r} implementation: {known.fn.__qualname__}")
+    _registry[new.op][new.name] = new
+
+
+def peers(op: str) -> list[str]:
+    """The names that can be asked for with `use_backend(name, op)` beyond `BACKENDS`."""
+    return [name for name, implementation in _implementations(op).items() if implementation.peer]
+
+
+def _checked(name: str, source: str, ops: tuple[str, ...] = ()) -> str:
+    if name in BACKENDS or (ops and all(name in peers(op) for op in ops)):
+        return name
+    own = "".join(f"; with operation {op!r} named also {', '.join(peers(op))}" for op in sorted(_registry) if peers(op))
+    raise ValueError(f"{source} is {name!r}; it must be one of {', '.join(BACKENDS)}{own}")
 
 
 def requested(op: str | None = None) -> str:
-    """What is asked for now, for `op` or in general: "auto", "reference", "triton" or "cuda"."""
-    return _checked(_request.get(op, _request[None]), ENVIRONMENT_VARIABLE)
+    """What is asked for now, for `op` or in general: one of `BACKENDS`, or for `op` one of its peers."""
+    if op is not None and op in _request:
+        return _request[op]  # checked by `use_backend`
+    return _checked(_request[None], ENVIRONMENT_VARIABLE)
 
 
 @contextmanager
 def use_backend(name: str, *ops: str) -> Iterator[None]:
     """Ask for a backend by name inside a `with` block: auto, reference, triton or cuda.
 
-    Given names of operations, the request is for those alone; `KeyError` for one that nobody registered.
+    Given names of operations, the request is for those alone, and may be for a peer that they have, as in
+    `use_backend("flash_attn", "attention")`. `ValueError` for another name; `KeyError` for an operation that nobody
+    registered.
     It holds for the whole process (see the top of this file). Blocks may nest and may be open in several
     threads: the one entered last counts, and each takes back only its own request.
     """
     for op in ops:
         _implementations(op)
-    entry = (object(), _checked(name, "backend"), ops)
+    entry = (object(), _checked(name, "backend", ops), ops)
     with _lock:
         _entered.append(entry)
         _update_request()
@@ -189,8 +227,8 @@ def _log_once(op: str, name: str, reason: str, tensors: tuple[Any, ...]) -> None
 def status() -> dict[str, dict[str, Any]]:
     """For every registered operation: the backend that would run here, why, and what else there is.
 
-    `{"norm": {"backend": "reference", "reason": "...", "registered": ["reference"]}}`; `backend` is None
-    when an explicit request cannot be met.
+    `{"norm": {"backend": "reference", "reason": "...", "registered": ["reference"], "peers": {}}}`; `backend` is
+    None when an explicit request cannot be met. Peers by name: "available", or why not.
     """
     report = {}
     for op in sorted(_registry):
@@ -199,7 +237,9 @@ def status() -> dict[str, dict[str, Any]]:
             name: str | None = implementation.name
         except BackendUnavailable as error:
             name, reason = None, str(error)
-        report[op] = {"backend": name, "reason": reason, "registered": list(_registry[op])}
+        of_op = {peer: _registry[op][peer].refusal(()) or "available" for peer in peers(op)}
+        registered = [other for other in _registry[op] if other not in of_op]
+        report[op] = {"backend": name, "reason": reason, "registered": registered, "peers": of_op}
     return report
 
 

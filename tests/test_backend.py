@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llava_fast import backend
-from llava_fast.backend import BackendUnavailable, choose, register, use_backend
+from llava_fast.backend import BackendUnavailable, choose, register, register_peer, use_backend
 
 
 def plain(x: torch.Tensor) -> torch.Tensor:
@@ -18,6 +18,10 @@ def plain(x: torch.Tensor) -> torch.Tensor:
 
 def fast(x: torch.Tensor) -> torch.Tensor:
     return x + 2
+
+
+def other(x: torch.Tensor) -> torch.Tensor:
+    return x + 3
 
 
 def only_float32(x: torch.Tensor) -> bool | str:
@@ -113,6 +117,77 @@ def test_a_request_can_be_for_one_operation(op: str):
         pass
 
 
+@pytest.fixture
+def peer(op: str) -> list[str]:
+    """A peer "theirs" of the operation, and why it cannot be used here: the first of the list, while there is one."""
+    missing: list[str] = []
+    register_peer(op, "theirs", other, only_float32, lambda: missing[0] if missing else "")
+    return missing
+
+
+def test_a_peer_runs_only_where_it_is_named_with_its_operation(op: str, peer: list[str]):
+    assert backend.peers(op) == ["theirs"]
+    assert choose(op, torch.ones(1)) is fast
+    register("mul", "reference", plain)
+    with use_backend("theirs", op):
+        assert backend.requested(op) == "theirs"
+        assert backend.requested() == backend.requested("mul") == "auto"
+        assert choose(op, torch.ones(1)) is other
+        assert choose("mul", torch.ones(1)) is plain
+        with pytest.raises(BackendUnavailable, match=r"'theirs' was asked for, but cannot run 'add': needs float32"):
+            choose(op, torch.ones(1, dtype=torch.float16))
+        peer.append("theirs is not installed")
+        with pytest.raises(BackendUnavailable, match=r"'theirs' was asked for.*: theirs is not installed"):
+            choose(op, torch.ones(1))
+    assert choose(op, torch.ones(1)) is fast
+    assert backend._registry[op].keys() == {"reference", "triton", "theirs"}
+
+
+def test_auto_takes_no_peer_even_where_nothing_else_can(op: str, peer: list[str]):
+    del backend._registry[op]["reference"]
+    with pytest.raises(BackendUnavailable, match="no implementation of 'add' can run: triton: needs float32"):
+        choose(op, torch.ones(1, dtype=torch.float64))
+
+
+def test_a_peer_asked_for_otherwise_is_an_error_that_lists_the_names(op: str, peer: list[str]):
+    register("mul", "reference", plain)
+    names = "auto, reference, triton, cuda; with operation 'add' named also theirs"
+    for request in (("theirs",), ("theirs", "mul"), ("theirs", op, "mul"), ("thiers", op)):
+        with pytest.raises(ValueError, match=f"backend is '{request[0]}'; it must be one of {names}"):
+            with use_backend(*request):
+                pass
+    with pytest.raises(KeyError, match="no operation 'ad'"), use_backend("theirs", "ad"):
+        pass
+    with pytest.raises(ValueError, match="peer 'triton' of operation 'add' has the name of a backend"):
+        register_peer(op, "triton", other, only_float32, str)
+    with pytest.raises(ValueError, match="operation 'add' already has a 'theirs' implementation: other"):
+        register_peer(op, "theirs", fast, only_float32, str)
+
+
+def test_status_says_which_peers_can_run(op: str, peer: list[str]):
+    entry = backend.status()[op]
+    assert (entry["backend"], entry["registered"]) == ("triton", ["reference", "triton"])
+    assert entry["peers"] == {"theirs": "available"}
+    peer.append("theirs is not installed")
+    assert backend.status()[op]["peers"] == {"theirs": "theirs is not installed"}
+    with use_backend("theirs", op):
+        entry = backend.status()[op]
+    assert entry["backend"] is None
+    assert "theirs is not installed" in entry["reason"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_code_follows_a_request_for_a_peer(op: str, peer: list[str]):
+    @torch.compile(fullgraph=True, backend="eager")
+    def compiled(x: torch.Tensor) -> torch.Tensor:
+        return choose(op, x)(x) * 10
+
+    assert compiled(torch.zeros(1)).item() == 20
+    with use_backend("theirs", op):
+        assert compiled(torch.zeros(1)).item() == 30
+    assert compiled(torch.zeros(1)).item() == 20
+
+
 def test_the_interpreter_runs_only_what_is_asked_for(op: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(backend, "_INTERPRETED", True)
     assert choose(op, torch.ones(1)) is plain
@@ -161,7 +236,12 @@ def test_wrong_names_are_refused(op: str):
 
 def test_status_says_what_runs_and_why(op: str, monkeypatch: pytest.MonkeyPatch):
     entry = backend.status()["add"]
-    assert entry == {"backend": "triton", "reason": "first choice", "registered": ["reference", "triton"]}
+    assert entry == {
+        "backend": "triton",
+        "reason": "first choice",
+        "registered": ["reference", "triton"],
+        "peers": {},
+    }
     monkeypatch.setattr(backend, "_HAS_TRITON", False)
     entry = backend.status()["add"]
     assert (entry["backend"], entry["reason"]) == ("reference", "triton: triton is not installed")
