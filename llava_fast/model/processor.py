@@ -14,7 +14,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,9 +21,9 @@ import torch
 import transformers
 from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, BatchFeature, LlavaImageProcessorPil
-from transformers.image_utils import load_image
 from transformers.processing_utils import ImagesKwargs, TextKwargs
 
+from llava_fast.model.images import check_area, expand_to_square, one_line, read_rgb
 from llava_fast.model.templates import get_template
 
 # transformers fences control tokens that came from a user with this character (`sanitize_control_tokens`).
@@ -35,71 +34,6 @@ _IMAGE_SETTINGS = (
     "do_resize size resample do_center_crop crop_size do_rescale rescale_factor "
     "do_normalize image_mean image_std do_convert_rgb do_pad"
 ).split()
-
-
-def read_rgb(source: Image.Image | str | PathLike | np.ndarray | torch.Tensor) -> Image.Image:
-    """Open a picture in any PIL mode as RGB, decoded.
-
-    Args:
-        source: a PIL image, a file, an http(s) URL, or a uint8 array or tensor ([H, W], [H, W, C] or [C, H, W]).
-    Raises:
-        FileNotFoundError: for a file that is not there.
-        ValueError: for one that is no picture, is cut short or has more pixels than PIL allows; one line, with the
-            file's name.
-
-    As in LLaVA this is `convert("RGB")` alone: EXIF orientation is not applied, 16-bit values are clipped and an
-    alpha channel is dropped (recent transformers lay it on white, which LLaVA's weights have never seen).
-    """
-    if isinstance(source, (np.ndarray, torch.Tensor)):
-        source = _from_array(np.asarray(source))
-    if isinstance(source, Image.Image):
-        name = getattr(source, "filename", "") or f"(a PIL image, {source.mode})"
-    elif isinstance(source, (str, PathLike)):
-        name = str(source)
-        if not _is_inline(name) and not Path(name).is_file():
-            raise FileNotFoundError(f"no image file {name}")
-    else:
-        raise ValueError(f"an image is a PIL image, a file name or an array, not {type(source).__name__}")
-    try:
-        if isinstance(source, Image.Image):
-            _check_area(*source.size)
-            return source.convert("RGB")
-        with load_image(name) if _is_inline(name) else Image.open(name) as opened:
-            _check_area(*opened.size)
-            return opened.convert("RGB")
-    except Exception as error:  # decoders raise all sorts: OSError, SyntaxError, struct.error, zlib.error ...
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"cannot read image {name[:200]}: {reason[:300]}") from error
-
-
-def _is_inline(name: str) -> bool:
-    """Whether a string is a URL, or a picture in base64 as chat templates allow, rather than a file."""
-    return name.startswith(("http://", "https://", "data:image/")) or len(name) > 4096
-
-
-def _from_array(array: np.ndarray) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim not in (2, 3):
-        raise ValueError(f"an image array is uint8 with 2 or 3 dimensions, not {array.dtype} {list(array.shape)}")
-    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
-        array = array.transpose(1, 2, 0)
-    return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2:] == (1,) else array))
-
-
-def _check_area(width: int, height: int) -> None:
-    # PIL itself only warns up to twice its limit, and knows nothing of what padding or resizing will make.
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and width * height > limit:
-        raise ValueError(f"{width}x{height} pixels are more than the limit of {limit} (decompression bomb?)")
-
-
-def expand_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
-    """Centre an image on a square of `color` as wide as its longer side; on an odd margin, left and top are less."""
-    side = max(image.size)
-    if image.size == (side, side):
-        return image
-    square = Image.new("RGB", (side, side), color)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
 
 
 def _size(setting: Any) -> dict[str, int]:
@@ -264,14 +198,14 @@ class LlavaProcessor(transformers.LlavaProcessor):
         rgb = read_rgb(image)
         try:
             if self.pad_to_square:
-                _check_area(max(rgb.size), max(rgb.size))
+                check_area(max(rgb.size), max(rgb.size))
                 rgb = expand_to_square(rgb, tuple(int(mean * 255) for mean in settings.image_mean))
             if settings.do_resize:
                 width, height = self._resized(*rgb.size)
-                _check_area(width, height)
+                check_area(width, height)
                 rgb = rgb.resize((width, height), resample=settings.resample)
         except ValueError as error:
-            name = image if isinstance(image, (str, PathLike)) else f"of {rgb.width}x{rgb.height}"
+            name = one_line(image) if isinstance(image, (str, PathLike)) else f"of {rgb.width}x{rgb.height}"
             raise ValueError(f"cannot resize image {name}: {error}") from None
         if settings.do_center_crop:
             height, width = self.image_size

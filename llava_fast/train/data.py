@@ -15,73 +15,43 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from llava_fast.model.images import one_line
 from llava_fast.model.processor import LlavaProcessor
 from llava_fast.model.templates import IMAGE_MARK, Piece, Template, get_template
 from llava_fast.sequence import pack
+from llava_fast.train.mixture import choose_rows
+from llava_fast.train.recipe import Source
+from llava_fast.train.rows import (
+    ERRORS,
+    EXAMPLES,
+    BadLine,
+    ImageFolder,
+    Problem,
+    Report,
+    count_problems,
+    encode_row,
+    identity,
+    parse_row,
+    read_rows,
+)
 
 IGNORE = -100  # the label of a token that is not supervised
 
 _logger = logging.getLogger(__name__)
-_ROLES = ("human", "gpt")
 _SCAN_ROWS = 1000  # rows tokenised in one call, which a fast tokenizer spreads over the cores
 _MAX_SUBSTITUTES = 16  # unreadable images one after another that are bad luck; more are a wrong image_folder
-_EXAMPLES = 3
-
-
-@dataclass
-class Report:
-    """What became of the rows of a data file.
-
-    Attributes:
-        rows: in the file.
-        samples: in this dataset; less than rows − dropped after `split`.
-        with_images: samples that have images.
-        truncated: samples cut at max_length.
-        unreadable: image rows that were met and replaced by another because an image could not be read.
-        dropped: rows left out, by reason: `image_count` (as many marks as images), `image_missing` (no such file),
-            `image_truncated` (max_length falls inside of an image or before it), `fully_masked` (nothing supervised).
-        examples: the first few rows of each reason, in words.
-    """
-
-    rows: int = 0
-    samples: int = 0
-    with_images: int = 0
-    truncated: int = 0
-    unreadable: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return asdict(self)
-
-    def items(self) -> Iterator[tuple[str, int]]:
-        """The counts alone, by flat names, for a log."""
-        for name, value in self.to_dict().items():
-            if name == "dropped":
-                yield from ((f"dropped_{reason}", count) for reason, count in value.items())
-            elif name != "examples":
-                yield name, value
-
-    def __str__(self) -> str:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
-        return (
-            f"{self.samples} samples ({self.with_images} with images) of {self.rows} rows; "
-            f"dropped: {reasons or 'none'}; truncated: {self.truncated}; unreadable: {self.unreadable}"
-        )
 
 
 def encode(pieces: Sequence[Piece], processor: LlavaProcessor) -> tuple[list[int], list[int]]:
@@ -136,87 +106,29 @@ def _check_spaces(processor: LlavaProcessor) -> None:
         )
 
 
-def _read_rows(path: Path) -> list[Any]:
-    """The rows of a JSON list or of a JSONL file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no data file {path}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if text.lstrip()[:1] == "[":
-            return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold other line breaks
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); expected a list or JSONL") from None
-    return rows
+class _Kept(NamedTuple):
+    """A row that can be used."""
+
+    source: int
+    row: int  # in its file
+    content: bytes
+    length: int  # tokens
+    has_images: bool
+    cut: bool  # at max_length
 
 
-def _parse_row(row: Any) -> tuple[list[str], list[str]]:
-    """A row's turns (human, gpt, human, ...) and its images; ValueError says what is wrong with it."""
-    if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
-        raise ValueError("expected an object with a list of 'conversations'")
-    turns = row["conversations"]
-    for i, turn in enumerate(turns):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise ValueError(f"turn {i} has no text 'value'")
-    if turns and turns[0].get("from") != "human":
-        turns = turns[1:]  # a system prompt, or an answer to a question that was cut off
-    for i, turn in enumerate(turns):
-        if turn.get("from") != _ROLES[i % 2]:
-            raise ValueError(f"roles must alternate: turn {i} is from {turn.get('from')!r}, not {_ROLES[i % 2]!r}")
-    images = row.get("image") or []
-    images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise ValueError("'image' must be a file name or a list of them")
-    return [turn["value"] for turn in turns], images
+class _Candidate(NamedTuple):
+    """A row that reads well, before it is tokenised."""
 
-
-class _Folder:
-    """A directory that paths cannot leave, by `..`, by being absolute or through a symbolic link."""
-
-    def __init__(self, root: str | os.PathLike) -> None:
-        self.root = Path(root)
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"no image folder {root}")
-        self._real = os.path.realpath(root)
-        self._listings: dict[str, dict[str, bool]] = {}
-
-    def resolve(self, name: str) -> str:
-        """The real path of an image that may not exist; ValueError if it is outside."""
-        return self._inside(name, name)
-
-    def _inside(self, path: str, name: str) -> str:
-        real = os.path.realpath(os.path.join(self._real, path))
-        if os.path.commonpath([self._real, real]) != self._real:
-            raise ValueError(f"image {name!r} is outside of the image folder {self.root}")
-        return real
-
-    def exists(self, name: str) -> bool:
-        """Like `resolve`, then whether the file is there; one directory listing serves all of its files."""
-        directory, base = os.path.split(name)
-        if directory not in self._listings:
-            real = self._inside(directory, name)
-            entries = os.scandir(real) if os.path.isdir(real) else ()
-            self._listings[directory] = {entry.name: entry.is_symlink() for entry in entries}
-        is_link = self._listings[directory].get(base)
-        if is_link or base in ("", ".", ".."):
-            return os.path.isfile(self.resolve(name))
-        return is_link is not None
-
-    def forget_listings(self) -> None:
-        self._listings.clear()
+    row: int
+    content: dict[str, Any]
+    encoded: bytes
+    pieces: list[Piece]
+    marks: int
 
 
 class LlavaDataset(Dataset):
-    """Rows of a LLaVA data file as training samples; images are read when a sample is asked for.
+    """Rows of LLaVA data files as training samples; images are read when a sample is asked for.
 
     `dataset[i]` is `{"input_ids": int64 [T], "labels": int64 [T], "pixel_values": uint8 [n, H, W, 3]}` with image
     tokens expanded; n is 0 for text alone.
@@ -228,28 +140,39 @@ class LlavaDataset(Dataset):
     Attributes:
         lengths: tokens of each sample, image tokens included.
         modality: "image" or "text" for each sample.
+        problems: every row that was left out, and why.
 
     Args:
-        data_path: a JSON list or JSONL file of `{"id", "image", "conversations"}`.
-        image_folder: what `image` paths are relative to and cannot leave; None if no row has images.
+        data_path: a JSON list or JSONL file of `{"id", "image", "conversations"}`, or several as `Source`s, whose
+            samples follow one another.
+        image_folder: what `image` paths are relative to and cannot leave, for a source that names no folder of its
+            own; None if no row has images.
         processor: gives pixels, tokens and the number of tokens per image.
         template: a name from `TEMPLATES`, or a template.
         max_length: in tokens, images included; what is longer is cut.
+        on_error: what becomes of a row that breaks the format, has not as many images as marks, or an image that is
+            missing or unreadable: "raise", or "skip", which counts it. None raises for the format alone.
+        max_errors: how many such rows are skipped (by this process and its workers) before the next one raises.
+        seed: of the sources' sampling.
         cache: keep finished samples in memory, for small data that is seen many times.
     Raises:
         FileNotFoundError: for a missing data file or image folder.
         ValueError: for a row that breaks the format (roles that do not alternate, a wrong number of turns for
-            `plain`, an image outside of the folder), naming the file and the row; or if no row can be used.
+            `plain`, an image outside of the folder) or whatever `on_error` and `max_errors` do not allow, naming the
+            file and the row; or if no row can be used.
     """
 
     def __init__(
         self,
-        data_path: str | os.PathLike,
+        data_path: str | os.PathLike | Sequence[Source],
         image_folder: str | os.PathLike | None,
         processor: LlavaProcessor,
         template: str | Template = "v1",
         max_length: int = 2048,
         *,
+        on_error: Literal["raise", "skip"] | None = None,
+        max_errors: int | None = None,
+        seed: int = 0,
         cache: bool = False,
     ) -> None:
         if not getattr(processor.tokenizer, "is_fast", False):
@@ -257,131 +180,195 @@ class LlavaDataset(Dataset):
                 f"{type(processor.tokenizer).__name__} has no character offsets, which labels are made from: "
                 "use the fast version of this tokenizer"
             )
-        self.data_path = Path(data_path)
+        if on_error not in (None, "raise", "skip"):
+            raise ValueError(f"on_error is 'raise', 'skip' or None, not {on_error!r}")
+        is_path = isinstance(data_path, (str, os.PathLike))
+        sources = [Source(Path(data_path))] if is_path else list(data_path)
+        if not sources:
+            raise ValueError("a mixture needs at least one data file")
+        self.sources = [replace(source, image_folder=source.image_folder or image_folder) for source in sources]
         self.processor = processor
         self.template = get_template(template)
         self.max_length = max_length
-        self._folder = None if image_folder is None else _Folder(image_folder)
+        self.on_error = on_error
+        self.max_errors = max_errors
+        self.problems: list[Problem] = []
+        self._n_errors = 0
+        self._folders = [source.image_folder and ImageFolder(source.image_folder) for source in self.sources]
         self._cache: dict[int, dict[str, torch.Tensor]] | None = {} if cache else None
 
         _check_spaces(processor)
 
-        rows = _read_rows(self.data_path)
-        # All rows in one buffer: Python objects would be copied into every worker process, one page at a time.
-        texts = [json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") for row in rows]
-        self._ends = np.cumsum([0] + [len(text) for text in texts])
-        self._buffer = b"".join(texts)
-        # One byte per row that workers write to: an image of it could not be read.
-        self._unreadable = torch.zeros(max(1, len(rows)), dtype=torch.uint8).share_memory_()
-
-        self._dropped: Counter[str] = Counter()
-        self._examples: dict[str, list[str]] = {}
-        kept = list(self._scan(rows))
-        if self._folder:
-            self._folder.forget_listings()
-        self._rows = np.array([row for row, *_ in kept], dtype=np.int64)
-        self.lengths = [length for _, length, _, _ in kept]
-        self.modality = ["image" if has_images else "text" for _, _, has_images, _ in kept]
-        self._cut = np.array([cut for *_, cut in kept], dtype=bool)
-        for reason, count in self._dropped.items():
-            _logger.warning("%s: dropped %d rows: %s (such as %s)", data_path, count, reason, self._examples[reason][0])
+        files = [read_rows(source.path) for source in self.sources]
+        chosen = choose_rows(self.sources, [len(rows) for rows in files], seed)
+        distinct = [np.unique(numbers) for numbers in chosen]
+        self._n_rows = sum(map(len, distinct))
+        kept: list[_Kept] = []
+        for source, numbers in enumerate(distinct):
+            kept += self._scan(source, files[source], numbers)
+            files[source].clear()
+        for folder in filter(None, self._folders):
+            folder.forget_listings()
+        self._warn()
         if not kept:
-            first = "; ".join(examples[0] for examples in self._examples.values()) or "the file is empty"
-            raise ValueError(f"{data_path}: none of {len(rows)} rows can be used: {first}")
+            first = str(self.problems[0]) if self.problems else "the file is empty"
+            paths = ", ".join(str(source.path) for source in self.sources)
+            raise ValueError(f"{paths}: none of {self._n_rows} rows can be used: {first}")
 
-    def _name(self, row: int, content: Any) -> str:
-        identity = content.get("id") if isinstance(content, dict) else None
-        return f"{self.data_path}, row {row}" + ("" if identity is None else f" (id {identity})")
+        # All rows in one buffer: Python objects would be copied into every worker process, one page at a time.
+        self._ends = np.cumsum([0] + [len(row.content) for row in kept])
+        self._buffer = b"".join(row.content for row in kept)
+        self._places = np.array([(row.source, row.row) for row in kept], dtype=np.int64)
+        self._cut = np.array([row.cut for row in kept], dtype=bool)
+        # One byte per row that workers write to: an image of it could not be read.
+        self._unreadable = torch.zeros(len(kept), dtype=torch.uint8).share_memory_()
+        # Samples are rows, in the order and as often as the sources give them.
+        at = {(row.source, row.row): i for i, row in enumerate(kept)}
+        given = ((source, int(number)) for source, numbers in enumerate(chosen) for number in numbers)
+        self._rows = np.array([at[place] for place in given if place in at], dtype=np.int64)
+        self.lengths = [kept[i].length for i in self._rows]
+        self.modality = ["image" if kept[i].has_images else "text" for i in self._rows]
 
-    def _drop(self, reason: str, row: int, content: dict, words: str) -> None:
-        self._dropped[reason] += 1
-        examples = self._examples.setdefault(reason, [])
-        if len(examples) < _EXAMPLES:
-            examples.append(f"{self._name(row, content)}: {words}")
+    # Checking and measuring rows
+
+    def _reject(self, source: int, row: int, content: Any, reason: str, words: str) -> None:
+        """Note a row that is left out; raise where that is not allowed."""
+        line = content.line if isinstance(content, BadLine) else None
+        problem = Problem(self.sources[source].path, row, identity(content), reason, words, line)
+        if reason in ERRORS:
+            if self.on_error == "raise" or (self.on_error is None and reason == "malformed"):
+                raise ValueError(str(problem))
+            self._n_errors += 1
+            self._check_errors(problem)
+        self.problems.append(problem)
+
+    def _check_errors(self, latest: Problem, n_unreadable: int = 0) -> None:
+        n_errors = self._n_errors + n_unreadable
+        if self.max_errors is not None and n_errors > self.max_errors:
+            raise ValueError(f"{latest}; it is broken row {n_errors}, and max_errors is {self.max_errors}")
+
+    def _warn(self) -> None:
+        counts, examples = count_problems(self.problems)
+        for reason, count in counts.items():
+            _logger.warning("dropped %d rows: %s (such as %s)", count, reason, examples[reason][0])
 
     def _pieces(self, turns: list[str], images: list[str]) -> list[Piece]:
         tokenizer = self.processor.tokenizer
         turns = self.template.prepare(turns) if images else turns
         return self.template.pieces(turns, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
 
-    def _scan(self, rows: list[Any]) -> Iterator[tuple[int, int, bool, bool]]:
-        """Check and measure every row; yields (row, length, has images, was cut) of those that can be used."""
-        batch: list[tuple[int, list[Piece], int]] = []
-        for row, content in enumerate(tqdm(rows, desc=f"Reading {self.data_path.name}", unit=" rows", delay=5)):
+    def _scan(self, source: int, rows: list[Any], numbers: np.ndarray) -> Iterator[_Kept]:
+        """Check and measure rows of a source; gives those that can be used."""
+        folder, batch = self._folders[source], []
+        for row in tqdm(numbers.tolist(), f"Reading {self.sources[source].path.name}", unit=" rows", delay=5):
+            content = rows[row]
             try:
-                turns, images = _parse_row(content)
+                turns, images = parse_row(content)
                 pieces = self._pieces(turns, images)
-                if images and self._folder is None:
+                encoded = encode_row(content)
+                if images and folder is None:
                     raise ValueError(f"image {images[0]!r} needs an image_folder")
-                missing = [image for image in images if not self._folder.exists(image)]
-            except ValueError as error:
-                raise ValueError(f"{self._name(row, content)}: {error}") from None
+                missing = [image for image in images if not folder.exists(image)]
+            except (ValueError, OSError) as error:
+                self._reject(source, row, content, "malformed", one_line(error, 500))
+                continue
             marks = sum(text.count(IMAGE_MARK) for text, _ in pieces)
             if marks != len(images):
-                self._drop("image_count", row, content, f"{marks} {IMAGE_MARK} marks but {len(images)} images")
+                words = f"{marks} {IMAGE_MARK} marks but {len(images)} images"
+                self._reject(source, row, content, "image_count", words)
             elif missing:
-                self._drop("image_missing", row, content, f"no image file {missing[0]}")
+                self._reject(source, row, content, "image_missing", f"no image file {one_line(missing[0])}")
             elif not any(text for text, supervised in pieces if supervised):
-                self._drop("fully_masked", row, content, "no answer")
+                self._reject(source, row, content, "fully_masked", "no answer")
             else:
-                batch.append((row, pieces, marks))
+                batch.append(_Candidate(row, content, encoded, pieces, marks))
             if len(batch) == _SCAN_ROWS:
-                yield from self._measure(batch, rows)
+                yield from self._measure(source, batch)
                 batch = []
-        yield from self._measure(batch, rows)
+        yield from self._measure(source, batch)
 
-    def _measure(
-        self, batch: list[tuple[int, list[Piece], int]], rows: list[Any]
-    ) -> Iterator[tuple[int, int, bool, bool]]:
+    def _measure(self, source: int, batch: list[_Candidate]) -> Iterator[_Kept]:
         if not batch:
             return
-        chunks = [chunk for _, pieces, _ in batch for chunk in "".join(t for t, _ in pieces).split(IMAGE_MARK)]
-        encoded = self.processor.tokenizer(chunks, add_special_tokens=False, return_attention_mask=False)
-        sizes = iter([len(ids) for ids in encoded["input_ids"]])
-        image_tokens, bos = self.processor.num_image_tokens(), len(_bos(self.processor.tokenizer))
-        for row, pieces, marks in batch:
-            length = bos + marks * image_tokens + sum(next(sizes) for _ in range(marks + 1))
+        chunks = [chunk for row in batch for chunk in "".join(t for t, _ in row.pieces).split(IMAGE_MARK)]
+        tokens = iter(self.processor.tokenizer(chunks, add_special_tokens=False)["input_ids"])
+        bos, image_id = len(_bos(self.processor.tokenizer)), self.processor.image_token_id
+        for row in batch:
+            texts = [next(tokens) for _ in range(row.marks + 1)]
+            n_image_tokens = row.marks * self.processor.num_image_tokens()
+            length = bos + n_image_tokens + sum(map(len, texts))
+            if any(image_id in text for text in texts):  # its mark is not <image>, or was spelled in another way
+                words = f"text that is read as {self.processor.image_token} where no image is"
+                self._reject(source, row.row, row.content, "image_count", words)
+                continue
             if length > self.max_length:
-                ids, labels = encode(pieces, self.processor)
-                if self.processor.image_token_id in ids[self.max_length :]:
-                    words = f"{length} tokens, and max_length {self.max_length} cuts off image tokens"
-                    self._drop("image_truncated", row, rows[row], words)
+                reason = self._cut_short(row.pieces, n_image_tokens)
+                if reason is not None:
+                    self._reject(source, row.row, row.content, reason[0], f"{length} tokens, and {reason[1]}")
                     continue
-                if all(label == IGNORE for label in labels[1 : self.max_length]):
-                    words = f"{length} tokens, and no answer within max_length {self.max_length}"
-                    self._drop("fully_masked", row, rows[row], words)
-                    continue
-            yield row, min(length, self.max_length), marks > 0, length > self.max_length
+            cut = length > self.max_length
+            yield _Kept(source, row.row, row.encoded, min(length, self.max_length), row.marks > 0, cut)
+
+    def _cut_short(self, pieces: list[Piece], n_image_tokens: int) -> tuple[str, str] | None:
+        """Why a row that is too long cannot be cut at max_length, or None."""
+        image_lost = ("image_truncated", f"max_length {self.max_length} cuts off image tokens")
+        if n_image_tokens > self.max_length:
+            return image_lost
+        ids, labels = encode(pieces, self.processor)
+        if self.processor.image_token_id in ids[self.max_length :]:
+            return image_lost
+        if all(label == IGNORE for label in labels[1 : self.max_length]):
+            return "fully_masked", f"no answer within max_length {self.max_length}"
+        return None
+
+    # What there is
 
     @property
     def report(self) -> Report:
         """Counts so far; those of unreadable images grow while samples are read, in any worker process."""
-        unreadable = np.flatnonzero(self._unreadable.numpy()[self._rows])
-        examples = {reason: list(words) for reason, words in self._examples.items()}
-        if len(unreadable):
-            examples["unreadable"] = [self._name(int(self._rows[i]), self.row(i)) for i in unreadable[:_EXAMPLES]]
+        rows = np.unique(self._rows)
+        unreadable = [self._problem(int(row), "") for row in rows[self._unreadable.numpy()[rows] > 0]]
+        dropped, examples = count_problems(self.problems)
+        if unreadable:
+            examples["unreadable"] = [problem.where for problem in unreadable[:EXAMPLES]]
         return Report(
-            rows=len(self._ends) - 1,
+            rows=self._n_rows,
             samples=len(self),
             with_images=self.modality.count("image"),
-            truncated=int(self._cut.sum()),
+            truncated=int(self._cut[self._rows].sum()),
             unreadable=len(unreadable),
-            dropped=dict(self._dropped),
+            dropped=dropped,
             examples=examples,
         )
+
+    def _problem(self, row: int, words: str) -> Problem:
+        """That an image of a row that was kept cannot be read."""
+        source, number = self._places[row]
+        return Problem(self.sources[source].path, int(number), identity(self._content(row)), "unreadable", words)
 
     def __len__(self) -> int:
         return len(self._rows)
 
+    def _content(self, row: int) -> dict[str, Any]:
+        return json.loads(self._buffer[self._ends[row] : self._ends[row + 1]].decode("utf-8", "surrogatepass"))
+
     def row(self, index: int) -> dict[str, Any]:
         """The row of the data file that a sample comes from."""
-        start, end = self._ends[self._rows[index]], self._ends[self._rows[index] + 1]
-        return json.loads(self._buffer[start:end].decode("utf-8", "surrogatepass"))
+        return self._content(self._rows[index])
+
+    def source(self, index: int) -> Source:
+        """The data file that a sample comes from."""
+        return self.sources[int(self._places[self._rows[index], 0])]
+
+    def images(self, index: int) -> list[str]:
+        """The paths of a sample's images, links not followed."""
+        folder = self.source(index).image_folder
+        return [os.path.normpath(os.path.join(folder, image)) for image in parse_row(self.row(index))[1]]
 
     def split(self, fraction: float, seed: int = 0) -> tuple[LlavaDataset, LlavaDataset]:
         """Two datasets, of about 1 − `fraction` and `fraction` of the samples, in the order of the file.
 
-        Samples that share their (first) image stay together, so that no picture is in both.
+        Samples that share their (first) image stay together, and so do a row's repetitions: no picture is in both.
 
         Raises:
             ValueError: if either part would be empty.
@@ -389,9 +376,9 @@ class LlavaDataset(Dataset):
         if not 0 < fraction < 1:
             raise ValueError(f"a validation fraction lies between 0 and 1, not {fraction}")
         groups: dict[Any, list[int]] = {}
-        for i in range(len(self)):
-            _, images = _parse_row(self.row(i))
-            groups.setdefault(images[0] if images else i, []).append(i)
+        for i, row in enumerate(self._rows.tolist()):
+            images = self.images(i)
+            groups.setdefault(images[0] if images else row, []).append(i)
         keys = list(groups)
         wanted = max(1, round(fraction * len(self)))
         held_out: list[int] = []
@@ -407,39 +394,48 @@ class LlavaDataset(Dataset):
 
     def _subset(self, mask: np.ndarray) -> LlavaDataset:
         part = copy(self)
-        part._rows, part._cut = self._rows[mask], self._cut[mask]
+        part._rows = self._rows[mask]
         part.lengths = [self.lengths[i] for i in np.flatnonzero(mask)]
         part.modality = [self.modality[i] for i in np.flatnonzero(mask)]
         part._cache = None if self._cache is None else {}
         return part
 
+    # Samples
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         index = range(len(self))[index]  # negative indices, and IndexError past the end
-        if self._cache is not None and index in self._cache:
-            return self._cache[index]
+        row = int(self._rows[index])
+        if self._cache is not None and row in self._cache:
+            return self._cache[row]
         candidates = (i % len(self) for i in range(index, index + len(self)))
         if self.modality[index] == "image":  # others with images, so that a sampler's groups stay as they are
             candidates = (i for i in candidates if self.modality[i] == "image")
         for candidate in islice(candidates, _MAX_SUBSTITUTES):
+            substitute = int(self._rows[candidate])
             try:
-                sample = self._load(candidate)
+                sample = self._load(substitute)
             except (OSError, ValueError) as error:
-                self._unreadable[self._rows[candidate]] = 1
-                failure = error
-                _logger.warning("%s: %s", self._name(int(self._rows[candidate]), self.row(candidate)), error)
+                failure = self._problem(substitute, one_line(error, 500))
+                if self.on_error == "raise":
+                    raise ValueError(str(failure)) from error
+                self._unreadable[substitute] = 1
+                self._check_errors(failure, int(self._unreadable.sum()))
+                _logger.warning("%s", failure)
                 continue
             if self._cache is not None:
-                self._cache[index] = sample
+                self._cache[row] = sample
             return sample
-        raise ValueError(f"{self.data_path}: no readable sample near row {self._rows[index]}; the last try: {failure}")
+        tried = f"no readable sample near row {self._places[row, 1]}; the last try: {failure.words}"
+        raise ValueError(f"{failure.path}: {tried}")
 
-    def _load(self, index: int) -> dict[str, torch.Tensor]:
-        turns, images = _parse_row(self.row(index))
+    def _load(self, row: int) -> dict[str, torch.Tensor]:
+        turns, images = parse_row(self._content(row))
         ids, labels = encode(self._pieces(turns, images), self.processor)
         height, width = self.processor.image_size
         pixels_nHWC = np.empty((len(images), height, width, 3), dtype=np.uint8)
+        folder = self._folders[self._places[row, 0]]
         for i, image in enumerate(images):
-            pixels_nHWC[i] = self.processor.image_pixels(self._folder.resolve(image))
+            pixels_nHWC[i] = self.processor.image_pixels(folder.resolve(image))
         return {
             "input_ids": torch.tensor(ids[: self.max_length]),
             "labels": torch.tensor(labels[: self.max_length]),

@@ -28,7 +28,7 @@ from llava_fast.model.llava import LlavaForConditionalGeneration
 from llava_fast.model.processor import LlavaProcessor
 from llava_fast.model.templates import get_template
 from llava_fast.train.data import LlavaDataset, PackedCollator
-from llava_fast.train.recipe import Recipe, RecipeError
+from llava_fast.train.recipe import Recipe, RecipeError, Source
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROJECTOR = "multi_modal_projector"
@@ -162,14 +162,26 @@ def load_processor(recipe: Recipe) -> LlavaProcessor:
 def load_data(recipe: Recipe, processor: LlavaProcessor) -> tuple[LlavaDataset, LlavaDataset | None]:
     """Training samples, and validation samples where the recipe asks for them."""
 
-    def read(path: Path) -> LlavaDataset:
-        folder = recipe.image_folder or recipe.data.parent
-        return LlavaDataset(path, folder, processor, recipe.template, recipe.max_length, cache=recipe.cache)
+    def read(sources: list[Source]) -> LlavaDataset:
+        return LlavaDataset(
+            sources,
+            None,
+            processor,
+            recipe.template,
+            recipe.max_length,
+            on_error=recipe.on_error,
+            max_errors=recipe.max_errors,
+            seed=recipe.seed,
+            cache=recipe.cache,
+        )
 
-    train = read(recipe.data)
+    sources = recipe.sources()
+    train = read(sources)
     if isinstance(recipe.validation, float):
         return train.split(recipe.validation, recipe.seed)
-    return train, None if recipe.validation is None else read(recipe.validation)
+    if recipe.validation is None:
+        return train, None
+    return train, read([Source(recipe.validation, image_folder=sources[0].image_folder)])
 
 
 class GroupedSampler(Sampler[int]):

@@ -1,0 +1,254 @@
+"""Rows of LLaVA's data files: read, checked and named. Nothing in them is trusted.
+
+A data file is a JSON list, or JSONL: one object a line. A row is
+
+    {"id": "1", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
+                                                    {"from": "gpt", "value": "A cat."}]}
+
+where `image` may be a list of names or missing, and a leading turn that is not human's is dropped. Other keys are
+ignored. What does not fit is a ValueError of one line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llava_fast.model.images import one_line
+
+MAX_CHARACTERS = 1_000_000  # of all turns of a row; tokenising more only to cut it off takes minutes
+ERRORS = ("malformed", "image_count", "image_missing", "unreadable")  # what `on_error` and `max_errors` are about
+EXAMPLES = 3
+
+_ROLES = ("human", "gpt")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A row that is left out, or replaced by another where its image turns out unreadable."""
+
+    path: Path
+    row: int  # in its file, from 0
+    identity: str  # its `id`, or ""
+    reason: str
+    words: str
+    line: int | None = None  # of a JSONL file, where that is no JSON
+
+    @property
+    def where(self) -> str:
+        if self.line is not None:
+            return f"{self.path}, line {self.line}"
+        return f"{self.path}, row {self.row}" + (f" (id {self.identity})" if self.identity else "")
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.words}"
+
+
+@dataclass
+class Report:
+    """What became of the rows of a dataset's files.
+
+    Attributes:
+        rows: that the dataset takes of its files, each counted once.
+        samples: in this dataset; rows − dropped unless it was split or repeats rows.
+        with_images: samples that have images.
+        truncated: samples cut at max_length.
+        unreadable: image rows that were met and replaced by another because an image could not be read.
+        dropped: rows left out, by reason: `malformed` (breaks the format), `image_count` (as many marks as images),
+            `image_missing` (no such file), `image_truncated` (max_length falls inside of an image or before it),
+            `fully_masked` (nothing supervised).
+        examples: the first few rows of each reason, in words.
+    """
+
+    rows: int = 0
+    samples: int = 0
+    with_images: int = 0
+    truncated: int = 0
+    unreadable: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def errors(self) -> int:
+        """Rows that are broken, rather than just too long or without an answer: what `max_errors` limits."""
+        return self.unreadable + sum(self.dropped.get(reason, 0) for reason in ERRORS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+    def items(self) -> Iterator[tuple[str, int]]:
+        """The counts alone, by flat names, for a log."""
+        for name, value in self.to_dict().items():
+            if name == "dropped":
+                yield from ((f"dropped_{reason}", count) for reason, count in value.items())
+            elif name != "examples":
+                yield name, value
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
+        return (
+            f"{self.samples} samples ({self.with_images} with images) of {self.rows} rows; "
+            f"dropped: {reasons or 'none'}; truncated: {self.truncated}; unreadable: {self.unreadable}"
+        )
+
+
+def count_problems(problems: Sequence[Problem]) -> tuple[dict[str, int], dict[str, list[str]]]:
+    """How many problems there are of each reason, and the first few in words."""
+    examples: dict[str, list[str]] = {}
+    for problem in problems:
+        listed = examples.setdefault(problem.reason, [])
+        if len(listed) < EXAMPLES:
+            listed.append(str(problem))
+    return dict(Counter(problem.reason for problem in problems)), examples
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """In place of a JSONL row: why its line cannot be read."""
+
+    line: int
+    words: str
+
+
+def read_rows(path: Path) -> list[Any]:
+    """The rows of a JSON list or of a JSONL file, as they are; a line that is not JSON becomes a `BadLine`.
+
+    Raises:
+        FileNotFoundError: for a missing file, ValueError for one that is no text or a list that is not JSON.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no data file {one_line(path)}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if text.lstrip()[:1] == "[":
+        try:
+            return _decode(text)
+        except ValueError as error:
+            line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise ValueError(f"{path}{line}: not JSON ({_reason(error)})") from None
+    rows: list[Any] = []
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold other line breaks
+        if line.strip():
+            try:
+                rows.append(_decode(line))
+            except ValueError as error:
+                rows.append(BadLine(number, f"not JSON ({_reason(error)}); expected a list or JSONL"))
+    return rows
+
+
+def _decode(text: str) -> Any:
+    try:
+        return _DECODER.decode(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _reason(error: ValueError) -> str:
+    return error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {one_line(text, 40)} is not finite")
+    return number
+
+
+_DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite)
+
+
+def encode_row(content: dict[str, Any]) -> bytes:
+    """A row as bytes, which worker processes share; `json.loads` of it decoded with "surrogatepass" gives it back."""
+    try:
+        return json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def identity(content: Any) -> str:
+    """What a row calls itself, or ""."""
+    name = content.get("id") if isinstance(content, dict) else None
+    return one_line(name, 80) if isinstance(name, (str, int)) else ""
+
+
+def parse_row(row: Any) -> tuple[list[str], list[str]]:
+    """A row's turns (human, gpt, human, ...) and its images; ValueError says what is wrong with it."""
+    if isinstance(row, BadLine):
+        raise ValueError(row.words)
+    if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
+        raise ValueError("expected an object with a list of 'conversations'")
+    turns = row["conversations"]
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise ValueError(f"turn {i} has no text 'value'")
+    if turns and turns[0].get("from") != "human":
+        turns = turns[1:]  # a system prompt, or an answer to a question that was cut off
+    for i, turn in enumerate(turns):
+        role = turn.get("from")
+        if role != _ROLES[i % 2]:
+            shown = repr(one_line(role, 40)) if isinstance(role, str) else type(role).__name__
+            raise ValueError(f"roles must alternate: turn {i} is from {shown}, not {_ROLES[i % 2]!r}")
+    texts = [turn["value"] for turn in turns]
+    characters = sum(map(len, texts))
+    if characters > MAX_CHARACTERS:
+        raise ValueError(f"{characters} characters of text are more than the limit of {MAX_CHARACTERS}")
+    for i, text in enumerate(texts):
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"turn {i} is no Unicode text: half of a surrogate pair")
+    images = row.get("image") or []
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise ValueError("'image' must be a file name or a list of them")
+    return texts, images
+
+
+class ImageFolder:
+    """A directory that paths cannot leave, by `..`, by being absolute or through a symbolic link.
+
+    The directory itself may be a link: pictures that lie elsewhere are reached by making their folder, or a link to it,
+    the image folder.
+    """
+
+    def __init__(self, root: str | os.PathLike) -> None:
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"no image folder {one_line(root)}")
+        self._real = os.path.realpath(root)
+        self._listings: dict[str, dict[str, bool]] = {}
+
+    def resolve(self, name: str) -> str:
+        """The real path of an image that may not exist; ValueError if it is outside."""
+        return self._inside(name, name)
+
+    def _inside(self, path: str, name: str) -> str:
+        try:
+            real = os.path.realpath(os.path.join(self._real, path))
+        except ValueError:  # a NUL, or half of a surrogate pair
+            raise ValueError(f"image {one_line(name)!r} cannot be the name of a file") from None
+        if os.path.commonpath([self._real, real]) != self._real:
+            raise ValueError(f"image {one_line(name)!r} is outside of the image folder {self.root}")
+        return real
+
+    def exists(self, name: str) -> bool:
+        """Like `resolve`, then whether the file is there; one directory listing serves all of its files."""
+        directory, base = os.path.split(name)
+        if directory not in self._listings:
+            real = self._inside(directory, name)
+            entries = os.scandir(real) if os.path.isdir(real) else ()
+            self._listings[directory] = {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
+        is_plain = self._listings[directory].get(base)
+        if is_plain is False or base in ("", ".", ".."):  # a link, a folder, a pipe
+            return os.path.isfile(self.resolve(name))
+        return is_plain is not None
+
+    def forget_listings(self) -> None:
+        self._listings.clear()
