@@ -9,7 +9,7 @@ from llava_fast.model.llava import LlavaForConditionalGeneration
 from llava_fast.ops._launch import recorded
 
 # Operations that have a Triton kernel, and the kernels that a forward and backward of the model must launch.
-KERNEL_OPS = ("rms_norm", "layer_norm", "rotary", "swiglu", "quick_gelu", "attention")
+KERNEL_OPS = ("rms_norm", "layer_norm", "rotary", "swiglu", "quick_gelu", "attention", "patch_embed")
 KERNELS = {
     "norm_fwd_kernel",
     "norm_bwd_kernel",
@@ -19,6 +19,8 @@ KERNELS = {
     "attention_fwd_kernel",
     "attention_bwd_dq_kernel",
     "attention_bwd_dkdv_kernel",
+    "patch_embed_fwd_kernel",
+    "patch_embed_dweight_kernel",
 }
 STEPS = 10
 

@@ -1,15 +1,18 @@
-"""Pixels to tokens, patch by patch, and against transformers' CLIP."""
+"""Pixels to tokens: the reference patch by patch and against transformers' CLIP, the kernels by the kit's rules."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
+from kit import DEVICES, DTYPES, check_kernel, poisoned
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
-from llava_fast.backend import use_backend
+from llava_fast.backend import BackendUnavailable, use_backend
+from llava_fast.ops import patch_embed as module
+from llava_fast.ops._launch import recorded
 from llava_fast.ops.patch_embed import patch_embed
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -129,3 +132,187 @@ def test_pixels_are_rounded_once(dtype: torch.dtype) -> None:
 def test_other_shapes_are_refused(pixels: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(pixels, parameters(4, 9))
+
+
+# ---- the kernels
+
+FORWARD = ["patch_embed_fwd_kernel", "norm_fwd_kernel"]
+KERNELS = [*FORWARD, "norm_bwd_kernel", "patch_embed_dweight_kernel"]
+# Images, height, width, patch, tower's width: one patch, a margin no patch covers, odd widths, 588 numbers a patch.
+SHAPES = [(1, 4, 4, 4, 16), (3, 12, 12, 4, 64), (2, 17, 17, 5, 70), (2, 9, 14, 3, 33), (2, 28, 42, 14, 48)]
+
+
+def tensors(images, height, width, patch, d, dtype, device, *, as_bytes: bool) -> dict[str, torch.Tensor]:
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(size).to(device, dtype)
+
+    pixels = draw(images, 3, height, width)
+    if as_bytes:
+        pixels = torch.randint(0, 256, (images, height, width, 3), dtype=torch.uint8).to(device)
+    position = draw(1 + (height // patch) * (width // patch), d)
+    return {
+        **{"pixels": pixels, "weight_DCPP": draw(d, 3, patch, patch) / patch, "cls_D": draw(d)},
+        **{"position_TD": position, "norm_weight_D": draw(d), "norm_bias_D": draw(d)},
+    }
+
+
+def embed(**inputs: torch.Tensor) -> torch.Tensor:
+    return patch_embed(**inputs, eps=1e-5, mean=MEAN, std=STD)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("as_bytes", [True, False], ids=["bytes", "floats"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernel(shape, as_bytes, device):
+    for dtype in DTYPES if device == "cpu" else (*DTYPES, torch.bfloat16):
+        draws = [tensors(*shape, dtype, device, as_bytes=as_bytes) for _ in range(2)]
+        check_kernel(embed, *draws, op="patch_embed", kernels=KERNELS)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernel_on_more_rows_than_a_tile(device):
+    """Tiles that span several images, and several steps of the sum over rows in dW."""
+    inputs = tensors(9, 20, 24, 4, 80, torch.float32, device, as_bytes=True)
+    check_kernel(embed, inputs, op="patch_embed", kernels=KERNELS)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernel_on_float_pixels_of_another_dtype(device):
+    """transformers' processor gives float32 pixels whatever the model's dtype: they are rounded in registers."""
+    inputs = tensors(2, 12, 12, 4, 32, torch.float16, device, as_bytes=False)
+    inputs["pixels"] = inputs["pixels"].float() / 3
+    check_kernel(embed, inputs, op="patch_embed", kernels=KERNELS)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernel_on_strided_inputs(device):
+    wide = tensors(4, 12, 24, 4, 64, torch.float32, device, as_bytes=True)
+    inputs = {name: t[..., :32] if name in ("cls_D", "norm_weight_D", "norm_bias_D") else t for name, t in wide.items()}
+    inputs["pixels"] = wide["pixels"][::2, :, 4:16]
+    inputs["weight_DCPP"] = wide["weight_DCPP"][::2].to(memory_format=torch.channels_last)
+    inputs["position_TD"] = wide["position_TD"][:10, 16:48]
+    check_kernel(embed, inputs, op="patch_embed", kernels=KERNELS)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("as_bytes", [True, False], ids=["bytes", "floats"])
+def test_kernel_on_no_images(as_bytes, device):
+    inputs = tensors(0, 8, 8, 4, 16, torch.float32, device, as_bytes=as_bytes)
+    found = check_kernel(embed, inputs, op="patch_embed", kernels=[])
+    assert found["out0"].shape == (0, 5, 16)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("trained", "kernels"),
+    [
+        ((), FORWARD),
+        (("weight_DCPP",), KERNELS),
+        (("cls_D", "position_TD"), KERNELS[:3]),
+        (("norm_weight_D", "norm_bias_D"), KERNELS[:3]),
+    ],
+)
+def test_what_is_frozen_costs_nothing(trained, kernels, device):
+    inputs = tensors(2, 8, 8, 4, 16, torch.float32, device, as_bytes=True)
+    frozen = [name for name in inputs if name not in trained]
+    with recorded() as launched:
+        check_kernel(embed, inputs, op="patch_embed", kernels=kernels, frozen=frozen)
+    want_dweight = [launch.constexprs["WANT_DWEIGHT"] for launch in launched if "WANT_DWEIGHT" in launch.constexprs]
+    assert want_dweight == (["norm_weight_D" in trained] if trained else [])
+
+
+def test_the_norm_is_in_place_where_nothing_is_kept():
+    inputs = tensors(2, 8, 8, 4, 16, torch.float32, "cpu", as_bytes=True)
+    for keep in (False, True):
+        with use_backend("triton", "patch_embed"), recorded() as launched:
+            embed(**{name: t.requires_grad_(keep and t.is_floating_point()) for name, t in inputs.items()})
+        x, y = launched[1].args[0], launched[1].args[4]
+        assert (x.data_ptr() == y.data_ptr()) is not keep
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("as_bytes", [True, False], ids=["bytes", "floats"])
+def test_opcheck(as_bytes, device):
+    inputs = list(tensors(2, 9, 8, 4, 16, torch.float32, device, as_bytes=as_bytes).values())
+    numbers = (list(MEAN), list(STD))
+    torch.library.opcheck(module._patch_embed_op, (*inputs, 1e-5, *numbers, False))
+    leaves = [t.requires_grad_() if t.is_floating_point() else t for t in inputs]
+    torch.library.opcheck(module._patch_embed_op, (*leaves, 1e-5, *numbers, True))
+    pixels, weight, _, _, norm_weight, _ = (t.detach() for t in leaves)
+    z, row = torch.randn(2, 5, 16, device=device), torch.rand(10, device=device)
+    for want in ([not as_bytes, True, False, True, False, True], [False, False, True, False, True, False]):
+        arguments = (torch.randn_like(z), pixels, weight, z, norm_weight, row, row, *numbers, want)
+        torch.library.opcheck(module._patch_embed_backward_op, arguments)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiles_without_a_graph_break(device):
+    inputs = tensors(2, 8, 8, 4, 16, torch.float32, device, as_bytes=True)
+    inputs["weight_DCPP"].requires_grad_()
+
+    def step(**inputs):
+        return embed(**inputs).square().sum()
+
+    with use_backend("triton", "patch_embed"), poisoned():
+        (expected,) = torch.autograd.grad(step(**inputs), inputs["weight_DCPP"])
+        found = torch.compile(step, fullgraph=True, backend="aot_eager")(**inputs)
+        (found,) = torch.autograd.grad(found, inputs["weight_DCPP"])
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_the_kernel_does_not_take():
+    def asked(**changes):
+        inputs = tensors(1, 4, 4, 4, 8, torch.float32, "cpu", as_bytes=True) | changes
+        with use_backend("triton", "patch_embed"):
+            embed(**inputs)
+
+    with pytest.raises(
+        BackendUnavailable, match=r"the patch weight is torch\.float32, another parameter torch\.float16"
+    ):
+        asked(cls_D=torch.ones(8, dtype=torch.float16))
+    with pytest.raises(BackendUnavailable, match="uint8 pixels have 1 channels; the kernel normalises 3"):
+        asked(pixels=torch.zeros(1, 4, 4, 1, dtype=torch.uint8), weight_DCPP=torch.ones(8, 1, 4, 4))
+    with pytest.raises(BackendUnavailable, match=r"torch\.float64 is not one of"):
+        asked(pixels=torch.zeros(1, 3, 4, 4, dtype=torch.float64))
+    with pytest.raises(BackendUnavailable, match="width 8193 is over 8192"):
+        asked(**tensors(1, 4, 4, 4, 8193, torch.float32, "cpu", as_bytes=True))
+
+
+def test_bfloat16_rounded_as_the_kernel_rounds_it():
+    """The interpreter has no bfloat16 product, so the kernel's roundings in PyTorch: pixels once, z once, the result.
+
+    Its error is within PyTorch's own, by the largest and by root mean square; with mean and deviation folded into
+    rounded weights it would be larger.
+    """
+    bf16 = torch.bfloat16
+    inputs = tensors(4, 56, 56, 14, 128, bf16, "cpu", as_bytes=True)
+    with use_backend("reference"):
+        truth = embed(**{name: t.double() if t.is_floating_point() else t for name, t in inputs.items()})
+        theirs = embed(**inputs)
+    wide = {name: t.float() for name, t in inputs.items()}
+
+    def rounded(patches_BNK: torch.Tensor, weight_DK: torch.Tensor, bias_D: torch.Tensor | float = 0.0):
+        """The result, with these operands of the product."""
+        patches = patches_BNK @ weight_DK.T + bias_D
+        z = torch.cat((wide["cls_D"].expand(4, 1, -1), patches), 1) + wide["position_TD"]
+        return F.layer_norm(z.to(bf16).float(), (128,), wide["norm_weight_D"], wide["norm_bias_D"], 1e-5).to(bf16)
+
+    def unfolded(pixels_BHWC: torch.Tensor) -> torch.Tensor:
+        return F.unfold(pixels_BHWC.permute(0, 3, 1, 2), 14, stride=14).transpose(1, 2)
+
+    scale, shift = torch.tensor(module._normalisation(MEAN, STD)).split(3)
+    weight_DK = wide["weight_DCPP"].flatten(1)
+    ours = rounded(unfolded((wide["pixels"] * scale + shift).to(bf16).float()), weight_DK)
+    folded_DK = (wide["weight_DCPP"] * scale.view(3, 1, 1)).to(bf16).float().flatten(1)
+    bias_D = (wide["weight_DCPP"] * shift.view(3, 1, 1)).sum((1, 2, 3))
+    folded = rounded(unfolded(wide["pixels"]), folded_DK, bias_D)
+    errors = [out.double() - truth for out in (ours, theirs, folded)]
+    largest, square = ([float(of(error.abs())) for error in errors] for of in (torch.max, torch.norm))
+    assert largest[0] <= largest[1]
+    assert square[0] <= square[1] < square[2]
+
+
+@pytest.mark.gpu
+def test_bfloat16_at_full_size():
+    inputs = tensors(2, 336, 336, 14, 1024, torch.bfloat16, "cuda", as_bytes=True)
+    check_kernel(embed, inputs, op="patch_embed", kernels=KERNELS)
