@@ -25,8 +25,8 @@ ONLY_IN = {
     "accelerate": ("llava_fast.train",),
     "llava_fast._cuda": ("llava_fast.backend",),
 }
-# Merging an adapter needs peft, so reading a checkpoint may import it, inside a function only.
-LAZILY = {("llava_fast.model.checkpoint", "peft")}
+# Merging an adapter needs peft, so its file may import it, inside a function only.
+LAZILY = {("llava_fast.model.adapter", "peft")}
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def test_every_module_has_a_layer():
         ("llava_fast.model.llava", "import triton.language as tl", "triton belongs to llava_fast.ops"),
         ("llava_fast.ops.norm", "from transformers import LlavaConfig", "transformers belongs to"),
         ("llava_fast.cli", "import importlib\nimportlib.import_module('transformers')", "transformers belongs"),
-        ("llava_fast.model.checkpoint", "import peft", "peft belongs to llava_fast.train"),
+        ("llava_fast.model.adapter", "import peft", "peft belongs to llava_fast.train"),
         ("llava_fast.model.llava", "def f():\n    import peft", "peft belongs to llava_fast.train"),
         ("llava_fast.ops.norm", "from llava_fast import _cuda", "llava_fast._cuda belongs to"),
     ],
@@ -150,7 +150,7 @@ def test_a_forbidden_import_is_found(module: str, source: str, complaint: str):
     [
         ("llava_fast.cli", "from llava_fast.demo.run import run"),
         ("llava_fast.demo.run", "from llava_fast import LlavaProcessor, __version__"),
-        ("llava_fast.model.checkpoint", "def merge():\n    from peft import PeftModel"),
+        ("llava_fast.model.adapter", "def merge():\n    from peft import PeftModel"),
         ("llava_fast.train.trainer", "import transformers, peft, accelerate\nfrom ..model import llava"),
         ("llava_fast.ops.norm", "import triton\nfrom llava_fast.backend import choose\nfrom . import rotary"),
         ("benchmarks.test_norm", "import transformers\nfrom llava_fast.ops.norm import rms_norm"),

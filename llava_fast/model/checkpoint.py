@@ -1,15 +1,10 @@
-"""Every checkpoint layout, in and out.
+"""Every checkpoint layout, in and out: `from_pretrained`, `save_pretrained`, and putting a new model together.
 
-Read, with {none, `model.`} × {with, without `vision_model.`} mixed freely:
+Names and configs of the layouts are in `layouts.py`, weight files in `weights.py`, checkpoints in pieces in
+`source.py`, adapters in `adapter.py`; `convert.py` goes from layout to layout without a model.
 
-    on disk, all versions    language_model.model.*   language_model.lm_head.weight   multi_modal_projector.*
-                             vision_tower.vision_model.*
-    in memory, 4.57          model.language_model.*   lm_head.weight   model.multi_modal_projector.*
-                             model.vision_tower.vision_model.*
-    in memory, ≥ 5.6         the same without `vision_model`   (also the names of our parameters)
-
-Written: the first, which every transformers version since 4.36 loads. Loading is strict: a missing, unexpected or
-mis-shaped key is an error that names it. Weights are safetensors, or `.bin` read without unpickling code.
+Loading is strict: a missing, unexpected or mis-shaped key is an error that names it. Weights are safetensors, or `.bin`
+read without running code.
 """
 
 from __future__ import annotations
@@ -17,71 +12,93 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionModel, LlavaConfig, PreTrainedModel
 from transformers import initialization as init
 
+from llava_fast.model.adapter import apply_adapter, base_of, is_adapter, is_original_adapter, open_original_base
 from llava_fast.model.language import SUPPORTED
+from llava_fast.model.layouts import (
+    DERIVED,
+    EMBEDDINGS,
+    HEAD,
+    KEY_MAPPING,
+    LAYOUTS,
+    classic_name,
+    is_original,
+    original_config,
+    original_name,
+    readable_by_transformers_4,
+)
+from llava_fast.model.source import PROJECTOR, TOWER, Source, open_checkpoint
 from llava_fast.model.vision import feature_layers
+from llava_fast.model.weights import find_weights, open_weights, read_json, write_text
 
 logger = logging.getLogger(__name__)
-
-# From any name on disk to ours. Applied in turn to each key; the patterns do not overlap.
-KEY_MAPPING = {
-    r"^language_model\.model\.": "model.language_model.",
-    r"^language_model\.lm_head\.": "lm_head.",
-    r"^(?:model\.)?multi_modal_projector\.": "model.multi_modal_projector.",
-    r"^(?:model\.)?vision_tower\.(?:vision_model\.)?": "model.vision_tower.",
-}
-# Buffers that old files carry and newer code derives.
-DERIVED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
-
-
-def classic_name(name: str) -> str:
-    """Name on disk of one of our parameters."""
-    for ours, theirs in (
-        ("model.language_model.", "language_model.model."),
-        ("lm_head.", "language_model.lm_head."),
-        ("model.multi_modal_projector.", "multi_modal_projector."),
-        ("model.vision_tower.", "vision_tower.vision_model."),
-    ):
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    raise ValueError(f"{name!r} is not the name of a parameter of this model")
 
 
 class CheckpointMixin:
     """`from_pretrained` and `save_pretrained` for `LlavaForConditionalGeneration`."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args, **kwargs) -> Any:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *args,
+        vision_tower: str | os.PathLike | None = None,
+        mm_projector: str | os.PathLike | None = None,
+        base_model: str | os.PathLike | None = None,
+        merge_adapter: bool = True,
+        **kwargs,
+    ) -> Any:
         """Load a model as `transformers.PreTrainedModel.from_pretrained` does, in any LLaVA layout.
 
-        A directory with an `adapter_config.json` (a LoRA checkpoint) gives its base model with the adapter merged.
+        A directory in the original layout (`model_type` llava_llama), one with an `adapter_config.json` (LoRA, of the
+        original code or of peft), and a bare language model with `mm_projector` are put together from their pieces.
         `attn_implementation` is accepted and ignored: attention always goes by key ranges.
+
+        Args:
+            vision_tower: CLIP directory to take the tower from, where the checkpoint has none, or another is wanted.
+            mm_projector: `mm_projector.bin` or `.safetensors` of stage 1, to take the projector from.
+            base_model: directory of an adapter's base model, where that is not what the adapter names.
+            merge_adapter: merge an adapter into its base; False returns a `peft.PeftModel` instead.
 
         Raises:
             ValueError: when keys are missing, unexpected or mis-shaped; the message names them.
-            OSError: when there is no checkpoint at the path.
+            OSError: when there is no checkpoint at the path, or a piece of it is missing.
         """
         implementation = kwargs.pop("attn_implementation", None)
         if implementation is not None:
             logger.info("attn_implementation=%r is ignored: attention goes by key ranges", implementation)
+        if kwargs.get("weights_only") is False:
+            raise ValueError("weights_only=False would run code from the checkpoint; .bin files are read without")
         path = pretrained_model_name_or_path
-        if path is not None and (Path(path) / "adapter_config.json").is_file():
-            return _load_adapter(cls, Path(path), *args, **kwargs)
+        pieces = {"vision_tower": vision_tower, "mm_projector": mm_projector}
+        if path is not None and is_adapter(path):
+            return _load_adapter(cls, Path(path), base_model, merge_adapter, *args, **pieces, **kwargs)
+        if base_model is not None:
+            raise ValueError(f"base_model is for adapters, and {path} has no adapter_config.json")
+        if path is not None and not kwargs.keys() & {"config", "gguf_file", "subfolder", "variant", "state_dict"}:
+            if _in_pieces(Path(path), pieces):
+                return _from_source(cls, open_checkpoint(Path(path), **pieces), *args, **kwargs)
+        elif given := [name for name, piece in pieces.items() if piece is not None]:
+            raise ValueError(f"{given[0]} goes with a checkpoint directory alone")
+        return cls._from_files("state_dict" if path is None else path, path, *args, **kwargs)
+
+    @classmethod
+    def _from_files(cls, label: str | os.PathLike, path: str | os.PathLike | None, *args, **kwargs) -> Any:
+        """transformers' own `from_pretrained` for HF names, made strict; `label` stands for the source in messages."""
         with_info = kwargs.pop("output_loading_info", False)
         allow_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         # transformers' own error for a mis-shaped key does not name it, hence the switch.
         model, info = super().from_pretrained(
             path, *args, key_mapping=KEY_MAPPING, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
-        _require_complete("state_dict" if path is None else path, info, allow_mismatch)
+        require_complete(label, info, allow_mismatch)
         # What was renamed on the way in must not be renamed a second time on the way out.
         model._weight_conversions = None
         # Loading replaces the parameters, and with them what the constructor froze.
@@ -92,15 +109,73 @@ class CheckpointMixin:
         self,
         save_directory: str | os.PathLike,
         *,
+        layout: str = "hf",
+        with_tower: bool = True,
+        mm_vision_tower: str | None = None,
         state_dict: dict[str, torch.Tensor] | None = None,
         **kwargs,
     ) -> None:
-        """Write config and safetensors in the classic layout, which transformers 4.36 to 5.x load."""
+        """Write config and safetensors.
+
+        Args:
+            layout: "hf", which transformers 4.36 to 5.x load, or "original", which the original LLaVA code loads.
+            with_tower: for "original": put the vision tower among the weights; the released files have none.
+            mm_vision_tower: for "original": CLIP directory or hub name that its code shall read; by default the one
+                that the model came with.
+            kwargs: as transformers takes them (max_shard_size, is_main_process, push_to_hub …).
+
+        Raises:
+            ValueError: for another layout, or a model that the original code has no config for; nothing is written.
+        """
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout is {layout!r}; expected {' or '.join(map(repr, LAYOUTS))}")
+        if layout == "hf" and not (with_tower and mm_vision_tower is None):
+            raise ValueError("with_tower and mm_vision_tower are for layout='original'; the HF layout has its tower")
         weights = self.state_dict() if state_dict is None else state_dict
         if self.config.tie_word_embeddings:
-            weights = {name: weight for name, weight in weights.items() if name != "lm_head.weight"}
-        weights = {classic_name(name): weight for name, weight in weights.items()}
+            weights = {name: weight for name, weight in weights.items() if name != HEAD}
+        if layout == "hf":
+            weights = {classic_name(name): weight for name, weight in weights.items()}
+            with readable_by_transformers_4(self.config):
+                super().save_pretrained(save_directory, state_dict=weights, save_original_format=False, **kwargs)
+            return
+        if kwargs.get("push_to_hub"):
+            raise ValueError("push_to_hub goes with layout='hf'; write the original layout to a directory")
+        flat = original_config(self.config, mm_vision_tower=mm_vision_tower, tower_inside=with_tower)
+        flat["torch_dtype"] = str(self.dtype).removeprefix("torch.")
+        rows = flat["vocab_size"]
+        weights = {
+            original_name(name, flat["mm_projector_type"]): weight[:rows] if name in (EMBEDDINGS, HEAD) else weight
+            for name, weight in weights.items()
+            if with_tower or not name.startswith(TOWER)
+        }
+        weights = {name: weight.contiguous() for name, weight in weights.items()}
         super().save_pretrained(save_directory, state_dict=weights, save_original_format=False, **kwargs)
+        if kwargs.get("is_main_process", True):
+            write_text(Path(save_directory) / "config.json", json.dumps(flat, indent=2, sort_keys=True) + "\n")
+
+    def save_projector(self, file: str | os.PathLike) -> None:
+        """Write the projector alone, as the original code's stage 1 does: `mm_projector.bin`, or `.safetensors`.
+
+        Raises:
+            ValueError: for another ending; nothing is written.
+        """
+        file = Path(file)
+        kind = getattr(self.config, "mm_projector_type", "mlp2x_gelu")
+        weights = {
+            original_name(name, kind): weight.detach().cpu().clone()
+            for name, weight in self.state_dict().items()
+            if name.startswith(PROJECTOR)
+        }
+        save = {".bin": torch.save, ".safetensors": save_file}.get(file.suffix)
+        if save is None:
+            raise ValueError(f"{file} ends in {file.suffix!r}; expected .bin or .safetensors")
+        partial = file.with_name(f".{file.name}.partial")
+        try:
+            save(weights, partial)
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def assemble(
@@ -170,7 +245,8 @@ class CheckpointMixin:
         return model
 
 
-def _require_complete(path: str | os.PathLike, info: dict, allow_mismatch: bool) -> None:
+def require_complete(path: str | os.PathLike, info: dict, allow_mismatch: bool = False) -> None:
+    """Raise ValueError, in one line that names them, when keys are missing, unexpected or mis-shaped."""
     problems = []
     for what in ("missing", "unexpected"):
         keys = sorted(key for key in info[f"{what}_keys"] if not DERIVED.search(key))
@@ -184,37 +260,41 @@ def _require_complete(path: str | os.PathLike, info: dict, allow_mismatch: bool)
         raise ValueError(f"{path}: the checkpoint does not fit the model: {'; '.join(problems)}")
 
 
-def _load_adapter(cls: type, path: Path, *args, **kwargs) -> Any:
-    """Base model with the LoRA adapter in `path` merged into it."""
-    from peft import PeftModel, get_peft_model_state_dict
-    from peft.utils import load_peft_weights
+def _in_pieces(folder: Path, pieces: dict[str, Any]) -> bool:
+    """Whether transformers cannot read this checkpoint by itself; what it will read is looked through first."""
+    given = any(piece is not None for piece in pieces.values())
+    file = folder / "config.json"
+    if not file.is_file():
+        if given:
+            raise FileNotFoundError(f"{file} is missing; vision_tower and mm_projector go with a checkpoint directory")
+        return False
+    config = read_json(file)
+    if given or is_original(config):
+        return True
+    if config.get("model_type") != "llava":
+        open_checkpoint(folder)  # which says what is wrong with it
+    if (weights := find_weights(folder)) is not None:
+        open_weights(weights)  # damaged and malicious files are found here, before transformers opens them
+    return False
 
-    settings = json.loads((path / "adapter_config.json").read_text())
-    base = settings.get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"{path / 'adapter_config.json'} names no base model (base_model_name_or_path)")
-    if not os.path.isabs(base) and (path / base).is_dir():
-        base = path / base
-    model = cls.from_pretrained(base, *args, **kwargs)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # keys that do not fit are an error, below
-        wrapped = PeftModel.from_pretrained(model, path, ignore_mismatched_sizes=True)
-    found = load_peft_weights(str(path), device="cpu")
-    wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    _require_complete(
-        path,
-        {
-            "missing_keys": wanted.keys() - found.keys(),
-            # peft also saves a layer of the base model where its adapter is on the embeddings or the head.
-            "unexpected_keys": found.keys() - wanted.keys() - wrapped.state_dict().keys(),
-            "mismatched_keys": [
-                (key, found[key].shape, wanted[key].shape)
-                for key in found.keys() & wanted.keys()
-                if found[key].shape != wanted[key].shape
-            ],
-        },
-        allow_mismatch=False,
-    )
+
+def _from_source(cls: type, source: Source, *args, **kwargs) -> Any:
+    weights = {name: stored.read() for name, stored in source.weights.items()}
+    model = cls._from_files(source.path, None, *args, config=source.config, state_dict=weights, **kwargs)
+    (model[0] if isinstance(model, tuple) else model).name_or_path = str(source.path)
+    return model
+
+
+def _load_adapter(cls: type, folder: Path, base_model: str | os.PathLike | None, merge: bool, *args, **kwargs) -> Any:
+    """Base model with the adapter in `folder`, merged into it or around it."""
+    if is_original_adapter(folder):
+        pieces = {name: kwargs.pop(name) for name in ("vision_tower", "mm_projector")}
+        model = _from_source(cls, open_original_base(folder, base_model, **pieces), *args, **kwargs)
+    else:
+        model = cls.from_pretrained(base_of(folder, base_model), *args, **kwargs)
+    wrapped = apply_adapter(model, folder, require_complete)
+    if not merge:
+        return wrapped
     merged = wrapped.merge_and_unload().requires_grad_(True)
     merged.model.vision_tower.freeze_unused(feature_layers(merged.config))
     return merged
@@ -224,5 +304,5 @@ def _pretrained(auto_class: Any, path: str | os.PathLike, dtype: torch.dtype) ->
     """A part of LLaVA as transformers loads it, complete."""
     model, info = auto_class.from_pretrained(path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
     # A full CLIP checkpoint also has a text tower; what is not needed is no error here.
-    _require_complete(path, {**info, "unexpected_keys": []}, allow_mismatch=False)
+    require_complete(path, {**info, "unexpected_keys": []}, allow_mismatch=False)
     return model
