@@ -1,4 +1,4 @@
-"""The command line: llava-fast demo · chat · train · doctor."""
+"""The command line: llava-fast demo · chat · train · convert · doctor."""
 
 from __future__ import annotations
 
@@ -111,6 +111,40 @@ def train(
     from llava_fast.train.__main__ import main as train_main
 
     raise typer.Exit(train_main([recipe, *context.args]) or 0)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Checkpoint directory, in any layout; an adapter is merged.")],
+    target: Annotated[Path, typer.Argument(help="New directory.")],
+    layout: Annotated[str, typer.Option(help="hf (transformers) or original (the LLaVA code).")],
+    vision_tower: Annotated[Path | None, typer.Option(help="CLIP directory to take the tower from.")] = None,
+    mm_projector: Annotated[Path | None, typer.Option(help="Projector of stage 1, .bin or .safetensors.")] = None,
+    base_model: Annotated[Path | None, typer.Option(help="Base model of an adapter, if not where it says.")] = None,
+    tower: Annotated[bool, typer.Option(help="original: put the tower among the weights, or leave it out.")] = True,
+    mm_vision_tower: Annotated[str | None, typer.Option(help="original: CLIP that its code shall name.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto leaves each tensor as it is; or float32, bfloat16, float16.")
+    ] = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 512MB.")] = "5GB",
+) -> None:
+    """Write a checkpoint in another layout, in bounded memory; it is verified before it appears."""
+    from llava_fast.model import convert as converter
+
+    done = converter.convert(
+        source,
+        target,
+        layout=layout,
+        vision_tower=vision_tower,
+        mm_projector=mm_projector,
+        base_model=base_model,
+        with_tower=tower,
+        mm_vision_tower=mm_vision_tower,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+    )
+    size = f"{done['bytes'] / 2**20:.1f} MiB in {done['shards']} file{'s' if done['shards'] > 1 else ''}"
+    typer.echo(f"{target}: {done['layout']} layout, {done['tensors']} tensors, {size}, verified")
 
 
 @app.command()
