@@ -31,108 +31,20 @@ import importlib
 import importlib.util
 import inspect
 import sys
-import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, partial, wraps
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.weak import WeakIdKeyDictionary
 
 from llava_fast.backend import BackendUnavailable, register_peer
+from llava_fast.ops._attention_samples import Samples, once, samples_of
 
 MAX_HEAD_DIM = 256
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
-
-
-# ---- from ranges to samples
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Key ranges as samples: runs of queries of a batch row whose ranges begin at the same key.
-
-    causal, full: whether all samples are; a sample of one query is both.
-    queries_N, keys_N: how many each has; cu_queries, cu_keys: int32 [N + 1], their running sums, on the device.
-    query_rows, key_rows: the rows b · T + t and b · S + s of all samples in order; None where those are simply all.
-    row_keys: of each batch row that is one sample of all its T queries, its first key and one past the last; None where
-        another batch row is not.
-    """
-
-    causal: bool
-    full: bool
-    queries_N: tuple[int, ...]
-    keys_N: tuple[int, ...]
-    cu_queries: torch.Tensor
-    cu_keys: torch.Tensor
-    query_rows: torch.Tensor | None
-    key_rows: torch.Tensor | None
-    row_keys: tuple[tuple[int, int], ...] | None
-
-    @property
-    def common_keys(self) -> slice | None:
-        """The keys that every batch row sees, where each is one sample and all see the same."""
-        return slice(*self.row_keys[0]) if self.row_keys and len(set(self.row_keys)) == 1 else None
-
-
-def _samples(start_BT: torch.Tensor, end_BT: torch.Tensor, keys: int) -> Samples:
-    device, (batch, tokens) = start_BT.device, start_BT.shape
-    start, end = torch.stack((start_BT, end_BT)).to("cpu", torch.int64)  # the one wait for the device
-    real = end > start
-    opens = real.clone()
-    opens[:, 1:] &= ~real[:, :-1] | (start[:, 1:] != start[:, :-1])
-    row_R = real.flatten().nonzero().flatten()
-    start_R, end_R, opens_R = (x.flatten()[row_R] for x in (start, end, opens))
-    begins_N = opens_R.nonzero().flatten()
-    queries_N = torch.diff(begins_N, append=torch.tensor([len(row_R)]))
-    last_N = begins_N + queries_N - 1
-    keys_N = end_R[last_N] - start_R[begins_N]
-    last_end_R, last_R = (x.repeat_interleave(queries_N) for x in (end_R[last_N], last_N))
-    key_rows = (row_R[begins_N] // max(1, tokens) * keys + start_R[begins_N]).repeat_interleave(keys_N)
-    key_rows += torch.arange(len(key_rows)) - (keys_N.cumsum(0) - keys_N).repeat_interleave(keys_N)
-    one_per_row = len(queries_N) == batch and bool((queries_N == tokens).all())
-
-    def running_sum(lengths_N: torch.Tensor) -> torch.Tensor:
-        return F.pad(lengths_N.cumsum(0), (1, 0)).to(device, torch.int32)
-
-    def unless_all(rows: torch.Tensor, count: int) -> torch.Tensor | None:
-        return None if torch.equal(rows, torch.arange(count)) else rows.to(device)
-
-    return Samples(
-        causal=torch.equal(end_R, last_end_R - (last_R - torch.arange(len(row_R)))),
-        full=torch.equal(end_R, last_end_R),
-        queries_N=tuple(queries_N.tolist()),
-        keys_N=tuple(keys_N.tolist()),
-        cu_queries=running_sum(queries_N),
-        cu_keys=running_sum(keys_N),
-        query_rows=unless_all(row_R, batch * tokens),
-        key_rows=unless_all(key_rows, batch * keys),
-        row_keys=tuple(zip(start[:, 0].tolist(), end[:, -1].tolist())) if one_per_row else None,
-    )
-
-
-_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by the identity of `start`
-
-
-def forget() -> None:
-    """Drop what is kept of the ranges seen so far, so that the next call works it out anew (for benchmarks)."""
-    _kept.clear()
-
-
-def _once(make: Callable[..., Any], start_BT: torch.Tensor, end_BT: torch.Tensor, keys: int) -> Any:
-    """`make(start, end, keys)`, or what it returned for the same unchanged tensors. It must not hold on to them."""
-    version = tuple(-1 if t.is_inference() else t._version for t in (start_BT, end_BT))
-    of_start = _kept.setdefault(start_BT, {})
-    end_of, identity, found = of_start.get(make, (lambda: None, None, None))
-    if end_of() is not end_BT or identity != (version, keys):
-        with torch.inference_mode(False), torch.no_grad():
-            found = make(start_BT, end_BT, keys)
-        of_start[make] = (weakref.ref(end_BT), (version, keys), found)
-    return found
 
 
 def _refuse(name: str, reason: str) -> BackendUnavailable:
@@ -141,7 +53,7 @@ def _refuse(name: str, reason: str) -> BackendUnavailable:
 
 def _uniform(name: str, start: torch.Tensor, end: torch.Tensor, keys: int) -> Samples:
     """The samples, if all are causal or all are full; raises `BackendUnavailable` otherwise."""
-    samples = _once(_samples, start, end, keys)
+    samples = once(samples_of, start, end, keys)
     if not (samples.causal or samples.full):
         raise _refuse(name, "a sample is neither causal nor full (images that see themselves, a window), or kinds mix")
     return samples
@@ -322,7 +234,7 @@ def _block_mask(start_BT: torch.Tensor, end_BT: torch.Tensor, keys: int) -> Any:
     def sees(b, h, query, key):
         return (key >= start[b, query]) & (key < end[b, query])
 
-    make = _compiled(create_block_mask) if start.is_cuda else create_block_mask
+    make = _compiled(create_block_mask) if _on_gpu(start) else create_block_mask
     return make(sees, start.shape[0], None, start.shape[1], keys, device=start.device)
 
 
@@ -332,20 +244,23 @@ def _compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _flex(q, k, v, start, end, scale, return_lse) -> Result:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    if not q.is_cuda and _wants_gradient(q, k, v):
+    library = importlib.import_module("torch.nn.attention.flex_attention")
+    if not _on_gpu(q) and _wants_gradient(q, k, v):
         raise _refuse("flex", f"FlexAttention has no backward on {q.device.type}")
-    run = _compiled(flex_attention) if q.is_cuda else flex_attention
-    result = run(
+    wanted: dict[str, Any] = {}
+    if return_lse:  # PyTorch before 2.9 asks for it differently
+        wanted = (
+            {"return_aux": library.AuxRequest(lse=True)} if hasattr(library, "AuxRequest") else {"return_lse": True}
+        )
+    found = (_compiled(library.flex_attention) if _on_gpu(q) else library.flex_attention)(
         *(x.transpose(1, 2) for x in (q, k, v)),
-        block_mask=_once(_block_mask, start, end, k.shape[1]),
+        block_mask=once(_block_mask, start, end, k.shape[1]),
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
-        return_lse=return_lse,
+        **wanted,
     )
-    out, lse = result if return_lse else (result, None)
-    return out.transpose(1, 2), lse
+    out, lse = found if return_lse else (found, None)
+    return out.transpose(1, 2), lse if lse is None or isinstance(lse, torch.Tensor) else lse.lse
 
 
 # ---- who can, and where: True, or one line saying why not
