@@ -325,6 +325,11 @@ def _print_report(report: dict[str, Any]) -> None:
     for name, entry in report["backend"]["operations"].items():
         operations.add_row(name, entry["backend"] or "nothing", entry["reason"])
     console.print(operations)
+    peers = table("\npeers, where asked for by name", "operation", "backend", "state")
+    for name, entry in report["backend"]["operations"].items():
+        for peer, state in entry["peers"].items():
+            peers.add_row(name, peer, state)
+    console.print(peers)
 
     console.print("\n[bold]directories[/bold]")
     for name, directory in report["caches"].items():
