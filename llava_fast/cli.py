@@ -147,6 +147,29 @@ def convert(
     typer.echo(f"{target}: {done['layout']} layout, {done['tensors']} tensors, {size}, verified")
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def inspect(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="YAML recipe; key=value after it overrides a key.")],
+    samples: Annotated[int, typer.Option(min=0, help="Samples to show token by token.")] = 3,
+    problems: Annotated[int, typer.Option(min=0, help="Problems to list; 0 lists all.")] = 50,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Show what a model will see of a recipe's data, and check every row and image; exit status 1 if any is broken."""
+    from rich.console import Console
+
+    from llava_fast.train.inspect import inspect as inspect_recipe
+    from llava_fast.train.inspect import show
+    from llava_fast.train.recipe import load_recipe
+
+    found = inspect_recipe(load_recipe(recipe, context.args), samples=samples)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        show(found, Console(), problems)
+    raise typer.Exit(1 if found.broken else 0)
+
+
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,

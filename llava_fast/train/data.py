@@ -1,10 +1,5 @@
 """LLaVA's training data: JSON rows into token ids, labels and uint8 pixels, and samples into packs.
 
-The token ids are those of the original code: the prompt is cut at its `<image>` marks, every chunk is tokenised on its
-own (so each has a SentencePiece vocabulary's leading space), one BOS is kept and every mark becomes its image tokens.
-The labels are not the original's arithmetic on token counts, which gives up on a sample when the counts disagree: a
-token is supervised if any of its characters is, by the tokenizer's own character offsets.
-
 Nothing is lost silently: `LlavaDataset.report` counts every row that was left out, shortened or replaced, and why.
 
 Shapes: T tokens, n images of one sample, N images of a pack, H and W pixels.
@@ -31,6 +26,7 @@ from llava_fast.model.images import one_line
 from llava_fast.model.processor import LlavaProcessor
 from llava_fast.model.templates import IMAGE_MARK, Piece, Template, get_template
 from llava_fast.sequence import pack
+from llava_fast.train.encode import IGNORE, bos, check_spaces, encode
 from llava_fast.train.mixture import choose_rows
 from llava_fast.train.recipe import Source
 from llava_fast.train.rows import (
@@ -47,63 +43,9 @@ from llava_fast.train.rows import (
     read_rows,
 )
 
-IGNORE = -100  # the label of a token that is not supervised
-
 _logger = logging.getLogger(__name__)
 _SCAN_ROWS = 1000  # rows tokenised in one call, which a fast tokenizer spreads over the cores
 _MAX_SUBSTITUTES = 16  # unreadable images one after another that are bad luck; more are a wrong image_folder
-
-
-def encode(pieces: Sequence[Piece], processor: LlavaProcessor) -> tuple[list[int], list[int]]:
-    """Tokenise a training prompt: input ids with images expanded, and labels (−100 where not supervised).
-
-    Args:
-        pieces: from `Template.pieces`.
-    Raises:
-        ValueError: for a tokenizer without character offsets.
-    """
-    tokenizer = processor.tokenizer
-    text = "".join(piece for piece, _ in pieces)
-    supervised = np.repeat([flag for _, flag in pieces], [len(piece) for piece, _ in pieces])
-    n_before = np.concatenate([[0], np.cumsum(supervised)])  # supervised characters before each character
-    chunks = text.split(IMAGE_MARK)
-    encoded = tokenizer(chunks, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
-    ids = _bos(tokenizer)
-    labels = [IGNORE] * len(ids)
-    image = [processor.image_token_id] * processor.num_image_tokens()
-    start = 0
-    for i, chunk in enumerate(chunks):
-        if i:
-            ids += image
-            labels += [IGNORE] * len(image)
-        tokens = encoded["input_ids"][i]
-        first, last = np.array(encoded["offset_mapping"][i], dtype=np.int64).reshape(-1, 2).T
-        # A token of no width, such as a lone leading space, goes with the character it stands before.
-        last = np.minimum(np.maximum(last, first + 1), len(chunk))
-        is_label = n_before[start + last] > n_before[start + first]
-        ids += tokens
-        labels += np.where(is_label, tokens, IGNORE).tolist()
-        start += len(chunk) + len(IMAGE_MARK)
-    return ids, labels
-
-
-def _bos(tokenizer: Any) -> list[int]:
-    """What the tokenizer itself puts in front of a text: [BOS], or nothing."""
-    ids = tokenizer("")["input_ids"]
-    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
-
-
-def _check_spaces(processor: LlavaProcessor) -> None:
-    """Warn where a prompt's tokens after an image will differ from the ones trained on."""
-    tokenizer, after = processor.tokenizer, "\nx"
-    trained = [processor.image_token_id, *tokenizer(after, add_special_tokens=False)["input_ids"]]
-    prompted = tokenizer(processor.image_token + after, add_special_tokens=False)["input_ids"]
-    if prompted != trained:
-        _logger.warning(
-            "this tokenizer puts a leading space at the start of a text only, so after %s a prompt lacks the space "
-            "token that LLaVA is trained with; loaded with legacy=True it has it",
-            processor.image_token,
-        )
 
 
 class _Kept(NamedTuple):
@@ -113,7 +55,7 @@ class _Kept(NamedTuple):
     row: int  # in its file
     content: bytes
     length: int  # tokens
-    has_images: bool
+    n_images: int
     cut: bool  # at max_length
 
 
@@ -139,7 +81,7 @@ class LlavaDataset(Dataset):
 
     Attributes:
         lengths: tokens of each sample, image tokens included.
-        modality: "image" or "text" for each sample.
+        n_images: of each sample.
         problems: every row that was left out, and why.
 
     Args:
@@ -197,7 +139,7 @@ class LlavaDataset(Dataset):
         self._folders = [source.image_folder and ImageFolder(source.image_folder) for source in self.sources]
         self._cache: dict[int, dict[str, torch.Tensor]] | None = {} if cache else None
 
-        _check_spaces(processor)
+        check_spaces(processor)
 
         files = [read_rows(source.path) for source in self.sources]
         chosen = choose_rows(self.sources, [len(rows) for rows in files], seed)
@@ -227,7 +169,7 @@ class LlavaDataset(Dataset):
         given = ((source, int(number)) for source, numbers in enumerate(chosen) for number in numbers)
         self._rows = np.array([at[place] for place in given if place in at], dtype=np.int64)
         self.lengths = [kept[i].length for i in self._rows]
-        self.modality = ["image" if kept[i].has_images else "text" for i in self._rows]
+        self.n_images = [kept[i].n_images for i in self._rows]
 
     # Checking and measuring rows
 
@@ -292,11 +234,11 @@ class LlavaDataset(Dataset):
             return
         chunks = [chunk for row in batch for chunk in "".join(t for t, _ in row.pieces).split(IMAGE_MARK)]
         tokens = iter(self.processor.tokenizer(chunks, add_special_tokens=False)["input_ids"])
-        bos, image_id = len(_bos(self.processor.tokenizer)), self.processor.image_token_id
+        n_bos, image_id = len(bos(self.processor.tokenizer)), self.processor.image_token_id
         for row in batch:
             texts = [next(tokens) for _ in range(row.marks + 1)]
             n_image_tokens = row.marks * self.processor.num_image_tokens()
-            length = bos + n_image_tokens + sum(map(len, texts))
+            length = n_bos + n_image_tokens + sum(map(len, texts))
             if any(image_id in text for text in texts):  # its mark is not <image>, or was spelled in another way
                 words = f"text that is read as {self.processor.image_token} where no image is"
                 self._reject(source, row.row, row.content, "image_count", words)
@@ -307,7 +249,7 @@ class LlavaDataset(Dataset):
                     self._reject(source, row.row, row.content, reason[0], f"{length} tokens, and {reason[1]}")
                     continue
             cut = length > self.max_length
-            yield _Kept(source, row.row, row.encoded, min(length, self.max_length), row.marks > 0, cut)
+            yield _Kept(source, row.row, row.encoded, min(length, self.max_length), row.marks, cut)
 
     def _cut_short(self, pieces: list[Piece], n_image_tokens: int) -> tuple[str, str] | None:
         """Why a row that is too long cannot be cut at max_length, or None."""
@@ -324,6 +266,11 @@ class LlavaDataset(Dataset):
     # What there is
 
     @property
+    def modality(self) -> list[str]:
+        """ "image" or "text" for each sample."""
+        return ["image" if n else "text" for n in self.n_images]
+
+    @property
     def report(self) -> Report:
         """Counts so far; those of unreadable images grow while samples are read, in any worker process."""
         rows = np.unique(self._rows)
@@ -334,15 +281,18 @@ class LlavaDataset(Dataset):
         return Report(
             rows=self._n_rows,
             samples=len(self),
-            with_images=self.modality.count("image"),
+            with_images=np.count_nonzero(self.n_images),
             truncated=int(self._cut[self._rows].sum()),
             unreadable=len(unreadable),
             dropped=dropped,
             examples=examples,
         )
 
+    def unreadable(self, index: int, words: str) -> Problem:
+        """That an image of a sample cannot be read, in `words`."""
+        return self._problem(self._rows[index], words)
+
     def _problem(self, row: int, words: str) -> Problem:
-        """That an image of a row that was kept cannot be read."""
         source, number = self._places[row]
         return Problem(self.sources[source].path, int(number), identity(self._content(row)), "unreadable", words)
 
@@ -356,13 +306,14 @@ class LlavaDataset(Dataset):
         """The row of the data file that a sample comes from."""
         return self._content(self._rows[index])
 
-    def source(self, index: int) -> Source:
-        """The data file that a sample comes from."""
-        return self.sources[int(self._places[self._rows[index], 0])]
+    def place(self, index: int) -> tuple[int, int]:
+        """Where a sample comes from: the number of its source, and of the row in its file."""
+        source, row = self._places[self._rows[index]].tolist()
+        return source, row
 
     def images(self, index: int) -> list[str]:
         """The paths of a sample's images, links not followed."""
-        folder = self.source(index).image_folder
+        folder = self.sources[self.place(index)[0]].image_folder
         return [os.path.normpath(os.path.join(folder, image)) for image in parse_row(self.row(index))[1]]
 
     def split(self, fraction: float, seed: int = 0) -> tuple[LlavaDataset, LlavaDataset]:
@@ -396,7 +347,7 @@ class LlavaDataset(Dataset):
         part = copy(self)
         part._rows = self._rows[mask]
         part.lengths = [self.lengths[i] for i in np.flatnonzero(mask)]
-        part.modality = [self.modality[i] for i in np.flatnonzero(mask)]
+        part.n_images = [self.n_images[i] for i in np.flatnonzero(mask)]
         part._cache = None if self._cache is None else {}
         return part
 
@@ -408,8 +359,8 @@ class LlavaDataset(Dataset):
         if self._cache is not None and row in self._cache:
             return self._cache[row]
         candidates = (i % len(self) for i in range(index, index + len(self)))
-        if self.modality[index] == "image":  # others with images, so that a sampler's groups stay as they are
-            candidates = (i for i in candidates if self.modality[i] == "image")
+        if self.n_images[index]:  # others with images, so that a sampler's groups stay as they are
+            candidates = (i for i in candidates if self.n_images[i])
         for candidate in islice(candidates, _MAX_SUBSTITUTES):
             substitute = int(self._rows[candidate])
             try:
@@ -427,6 +378,12 @@ class LlavaDataset(Dataset):
             return sample
         tried = f"no readable sample near row {self._places[row, 1]}; the last try: {failure.words}"
         raise ValueError(f"{failure.path}: {tried}")
+
+    def tokens(self, index: int) -> tuple[list[int], list[int]]:
+        """A sample's token ids and labels; no image is read."""
+        turns, images = parse_row(self.row(index))
+        ids, labels = encode(self._pieces(turns, images), self.processor)
+        return ids[: self.max_length], labels[: self.max_length]
 
     def _load(self, row: int) -> dict[str, torch.Tensor]:
         turns, images = parse_row(self._content(row))

@@ -1,0 +1,363 @@
+"""`llava-fast inspect RECIPE`: what the model will see, and every row and image that it cannot.
+
+Rows are read and tokenised as training does it; then every image file is decoded and resized once, by as many threads
+as there are cores (decoders and resizing leave the interpreter's lock alone). Nothing is written, and no weights are
+read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+from tqdm import tqdm
+
+from llava_fast.model.images import one_line
+from llava_fast.train.data import LlavaDataset
+from llava_fast.train.encode import IGNORE
+from llava_fast.train.memory import Prediction, predict, read_config
+from llava_fast.train.recipe import Recipe
+from llava_fast.train.rows import ERRORS, Problem
+from llava_fast.train.trainer import GroupedSampler, load_data, load_processor
+
+_SUPERVISION_SAMPLES = 1000  # samples that the share of supervised tokens is taken from
+_SHOWN_TOKENS = 600  # of one sample
+_BINS = 8
+_STYLES = {"supervised": "bold green", "context": "dim", "image": "cyan"}
+
+
+@dataclass(frozen=True)
+class SourceShare:
+    """What one data file gives to an epoch, unreadable images not subtracted."""
+
+    path: str
+    rows: int  # distinct ones
+    samples: int
+    with_images: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class SampleView:
+    """A sample as the model sees it.
+
+    Attributes:
+        runs: (kind, tokens' names) in their order, the kind being context (not supervised) or supervised; or "image"
+            with one name, that of the file and how many tokens it takes.
+    """
+
+    where: str
+    tokens: int
+    supervised: int
+    runs: list[tuple[str, list[str]]]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found.
+
+    Attributes:
+        sources: for each data file of the recipe.
+        samples: some, token by token.
+        validation_samples: held out, or in a file of their own.
+        images: files that were looked at.
+        problems: every row that is left out and every row with an unreadable image, those of validation included.
+        lengths: of the training samples in tokens, ascending.
+        truncated: training samples that are cut at max_length.
+        supervised_share: of the tokens of up to 1000 samples, evenly spread.
+        image_share: of all tokens, those that stand for images.
+        packs: tokens of each device batch of the first epoch, in its order.
+        padded_share: what would be padding if these batches were padded to their longest sample; packs have none.
+        memory: predicted, see `memory.py`; or one line why there is no prediction.
+    """
+
+    sources: list[SourceShare]
+    samples: list[SampleView]
+    validation_samples: int
+    images: int
+    problems: list[Problem]
+    lengths: list[int]
+    truncated: int
+    supervised_share: float
+    image_share: float
+    packs: list[int]
+    padded_share: float
+    memory: Prediction | str
+
+    @property
+    def broken(self) -> list[Problem]:
+        """The problems that are mistakes; rows that are only too long or have no answer are not."""
+        return [problem for problem in self.problems if problem.reason in ERRORS]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON; the long lists as statistics."""
+        memory = self.memory if isinstance(self.memory, str) else {**asdict(self.memory), "total": self.memory.total}
+        return {
+            "sources": [asdict(source) for source in self.sources],
+            "samples": [asdict(sample) for sample in self.samples],
+            "validation_samples": self.validation_samples,
+            "images": self.images,
+            "problems": [{**asdict(problem), "path": str(problem.path)} for problem in self.problems],
+            "broken": len(self.broken),
+            "lengths": statistics(self.lengths),
+            "truncated": self.truncated,
+            "supervised_share": self.supervised_share,
+            "image_share": self.image_share,
+            "packs": {"count": len(self.packs), **statistics(self.packs)},
+            "padded_share": self.padded_share,
+            "memory": memory,
+        }
+
+
+def statistics(values: Sequence[int]) -> dict[str, float]:
+    """Least, mean, median, 95th percentile and most."""
+    array = np.asarray(values)
+    quantiles = {"median": 0.5, "p95": 0.95}
+    middle = {name: float(np.quantile(array, share)) for name, share in quantiles.items()}
+    return {"min": int(array.min()), "mean": float(array.mean()), **middle, "max": int(array.max())}
+
+
+def inspect(recipe: Recipe, *, samples: int = 3, threads: int | None = None) -> Inspection:
+    """Read all data of a recipe as training would, and look at every image.
+
+    Args:
+        samples: how many to show, evenly spread.
+        threads: that read images; None: as many as there are cores.
+    Raises:
+        RecipeError: a missing file or folder.
+        ValueError: for data that cannot be read at all, or of which no row can be used.
+    """
+    recipe.check_inputs()
+    recipe = replace(recipe, on_error="skip", max_errors=None)
+    processor = load_processor(recipe)
+    train, validation = load_data(recipe, processor)
+    parts = [train] if validation is None else [train, validation]
+    problems = list(train.problems)
+    if validation is not None and validation.sources is not train.sources:
+        problems += validation.problems
+    unreadable, n_images = check_images(parts, threads or os.cpu_count() or 1)
+
+    packs = list(_packs(recipe, train))
+    padded = sum(len(pack) * max(pack) for pack in packs)
+    n_tokens = sum(train.lengths)
+    return Inspection(
+        sources=_shares(train),
+        samples=[_view(train, i) for i in _spread(len(train), samples)],
+        validation_samples=0 if validation is None else len(validation),
+        images=n_images,
+        problems=sorted(problems + unreadable, key=lambda problem: (str(problem.path), problem.row)),
+        lengths=sorted(train.lengths),
+        truncated=train.report.truncated,
+        supervised_share=_supervised_share(train),
+        image_share=sum(train.n_images) * processor.num_image_tokens() / n_tokens,
+        packs=[sum(pack) for pack in packs],
+        padded_share=1 - n_tokens / padded,
+        memory=_memory(recipe, max(map(sum, packs))),
+    )
+
+
+def check_images(parts: Sequence[LlavaDataset], threads: int) -> tuple[list[Problem], int]:
+    """Decode and resize every image once; the rows whose images fail, and how many files there are."""
+    users: dict[str, list[tuple[LlavaDataset, int]]] = {}
+    for part in parts:
+        first = {part.place(i): i for i in reversed(range(len(part)))}  # a repeated row is one row
+        for i in first.values():
+            for path in dict.fromkeys(part.images(i)) if part.n_images[i] else ():
+                users.setdefault(path, []).append((part, i))
+    pixels = parts[0].processor.image_pixels
+
+    def failure(path: str) -> str | None:
+        try:
+            pixels(path)
+        except (OSError, ValueError) as error:
+            return one_line(error, 500)
+        return None
+
+    problems = []
+    with ThreadPoolExecutor(threads) as pool:
+        bar = tqdm(users.items(), "Checking images", unit=" files", disable=None)
+        for (_, rows), words in zip(bar, _map(pool, failure, users)):
+            if words is not None:
+                problems += [part.unreadable(i, words) for part, i in rows]
+    return problems, len(users)
+
+
+def _map(pool: ThreadPoolExecutor, function: Any, items: Any, ahead: int = 4096) -> Iterator[Any]:
+    """`pool.map` in order, with a bounded number of tasks waiting."""
+    items = list(items)
+    for start in range(0, len(items), ahead):
+        yield from pool.map(function, items[start : start + ahead])
+
+
+def _shares(dataset: LlavaDataset) -> list[SourceShare]:
+    shares = []
+    places = np.array([dataset.place(i) for i in range(len(dataset))])
+    lengths, n_images = np.array(dataset.lengths), np.array(dataset.n_images)
+    for k, source in enumerate(dataset.sources):
+        mine = places[:, 0] == k
+        shares.append(
+            SourceShare(
+                path=str(source.path),
+                rows=len(np.unique(places[mine, 1])),
+                samples=int(mine.sum()),
+                with_images=int((n_images[mine] > 0).sum()),
+                tokens=int(lengths[mine].sum()),
+            )
+        )
+    return shares
+
+
+def _packs(recipe: Recipe, dataset: LlavaDataset) -> Iterator[list[int]]:
+    """The lengths of the samples in each device batch of the first epoch, on one device."""
+    size = recipe.per_device_batch_size
+    order = list(GroupedSampler(dataset, recipe.group_by, size, recipe.global_batch_size, recipe.seed))
+    for start in range(0, len(order), size):
+        yield [dataset.lengths[i] for i in order[start : start + size]]
+
+
+def _spread(n: int, count: int) -> list[int]:
+    return sorted({round(i) for i in np.linspace(0, n - 1, min(count, n))})
+
+
+def _supervised_share(dataset: LlavaDataset) -> float:
+    labels = [label for i in _spread(len(dataset), _SUPERVISION_SAMPLES) for label in dataset.tokens(i)[1]]
+    return sum(label != IGNORE for label in labels) / len(labels)
+
+
+def _view(dataset: LlavaDataset, index: int) -> SampleView:
+    ids, labels = dataset.tokens(index)
+    names = dataset.processor.tokenizer.convert_ids_to_tokens(ids)
+    images, size = iter(dataset.images(index)), dataset.processor.num_image_tokens()
+    runs: list[tuple[str, list[str]]] = []
+    at = 0
+    while at < len(ids):
+        if ids[at] == dataset.processor.image_token_id:
+            runs.append(("image", [f"{os.path.basename(next(images))}: {size} tokens"]))
+            at += size
+            continue
+        kind = "context" if labels[at] == IGNORE else "supervised"
+        if not runs or runs[-1][0] != kind:
+            runs.append((kind, []))
+        runs[-1][1].append(names[at])
+        at += 1
+    where = dataset.unreadable(index, "").where
+    return SampleView(where, len(ids), sum(label != IGNORE for label in labels), runs)
+
+
+def _memory(recipe: Recipe, pack_tokens: int) -> Prediction | str:
+    try:
+        return predict(recipe, read_config(recipe), pack_tokens)
+    except (OSError, ValueError, AttributeError) as error:  # a layout whose config is not transformers' own
+        return f"the model's config cannot be read: {one_line(error)}"
+
+
+# Printing
+
+
+def show(inspection: Inspection, console: Console, limit: int = 50) -> None:
+    """Print an inspection; without colours, on a narrow terminal or into a file it is plain text.
+
+    Args:
+        limit: of problems listed; the rest is counted. 0 lists all.
+    """
+    for sample in inspection.samples:
+        _show_sample(sample, console)
+    _show_sources(inspection, console)
+    _show_lengths(inspection, console)
+    _show_memory(inspection.memory, console)
+    _show_problems(inspection, console, limit)
+
+
+def _say(console: Console, text: str | Text) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_sample(sample: SampleView, console: Console) -> None:
+    colour = console.color_system is not None
+    _say(console, f"{sample.where}: {sample.tokens} tokens, {sample.supervised} of them supervised")
+    line, room = Text(), _SHOWN_TOKENS
+    for kind, names in sample.runs:
+        if kind == "image":
+            line.append(f"[{one_line(names[0])}] ", _STYLES[kind])
+            continue
+        shown = " ".join(one_line(name, 80) for name in names[:room])
+        bracketed = kind == "supervised" and not colour
+        line.append(f"»{shown}« " if bracketed else f"{shown} ", _STYLES[kind])
+        room -= len(names)
+        if room <= 0:
+            line.append("…")
+            break
+    _say(console, line)
+    _say(console, "")
+
+
+def _show_sources(inspection: Inspection, console: Console) -> None:
+    samples = sum(source.samples for source in inspection.sources)
+    tokens = sum(source.tokens for source in inspection.sources)
+    _say(console, "     rows   samples  with images  of samples  of tokens  file")
+    for source in inspection.sources:
+        counts = f"{source.rows:>9} {source.samples:>9} {source.with_images:>12}"
+        shares = f"{source.samples / samples:>11.1%} {source.tokens / tokens:>10.1%}"
+        _say(console, f"{counts} {shares}  {one_line(source.path)}")
+    if inspection.validation_samples:
+        _say(console, f"validation: {inspection.validation_samples} samples")
+    _say(console, "")
+
+
+def _show_lengths(inspection: Inspection, console: Console) -> None:
+    lengths, packs = statistics(inspection.lengths), statistics(inspection.packs)
+    _say(
+        console,
+        f"lengths: {lengths['min']} to {lengths['max']} tokens, median {lengths['median']:.0f}, "
+        f"95 % up to {lengths['p95']:.0f}; {inspection.truncated} samples are cut at max_length",
+    )
+    counts, edges = np.histogram(inspection.lengths, bins=_BINS, range=(0, lengths["max"] + 1))
+    for count, start, stop in zip(counts, edges, edges[1:]):
+        bar = "#" * int(np.ceil(20 * count / counts.max()))
+        _say(console, f"  {int(np.ceil(start)):>6} to {int(np.ceil(stop)) - 1:<6} {count:>8} {bar}".rstrip())
+    _say(
+        console,
+        f"tokens: {inspection.image_share:.1%} stand for images, {inspection.supervised_share:.1%} are supervised",
+    )
+    _say(
+        console,
+        f"packs: {len(inspection.packs)} of {packs['min']} to {packs['max']} tokens, mean {packs['mean']:.0f}; no "
+        f"padding (in padded batches {inspection.padded_share:.1%} of the tokens would be padding)",
+    )
+
+
+def _show_memory(memory: Prediction | str, console: Console) -> None:
+    if isinstance(memory, str):
+        _say(console, f"memory: not predicted, {memory}")
+        return
+    gb = {name: _bytes(value) for name, value in {**asdict(memory), "total": memory.total}.items()}
+    _say(
+        console,
+        f"memory: predicted by a formula, not measured: at least {gb['total']} on a GPU that holds the whole model: "
+        f"frozen weights {gb['frozen_weights']}, trained weights with gradients and optimiser state "
+        f"{gb['trained_state']}, activations of the largest pack {gb['activations']}",
+    )
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 1e9:.4g} GB" if n >= 1e9 else f"{n / 1e6:.3g} MB"
+
+
+def _show_problems(inspection: Inspection, console: Console, limit: int) -> None:
+    broken, n_left_out = inspection.broken, len(inspection.problems) - len(inspection.broken)
+    _say(console, "")
+    for problem in inspection.problems[: limit or None]:
+        _say(console, f"{problem.reason}: {problem}")
+    if limit and len(inspection.problems) > limit:
+        _say(console, f"… and {len(inspection.problems) - limit} more")
+    _say(
+        console,
+        f"{len(broken)} broken rows, {n_left_out} rows left out as too long or without an answer, "
+        f"{inspection.images} image files read",
+    )

@@ -1,0 +1,103 @@
+"""Device memory that a recipe will need, predicted from the model's config by a formula. Nothing here is measured.
+
+    frozen weights     parameters · bytes of the recipe's dtype
+    trained state      parameters · 16 bytes: fp32 weight, gradient and Adam's two moments
+    activations        tokens · layers · (2 H + Q + 2 K + Q + 2 I) · bytes of the dtype: what the backward pass of one
+                       pack reads of the language model if norms and products are computed again: the two residuals,
+                       q, k, v, the attention's output, gate and up; with LoRA of rank r also r for each adapted linear
+    … checkpointed     tokens · layers · H · bytes, and one layer as above while it is computed again
+
+H hidden, Q = heads · head_dim, K = key-value heads · head_dim, I intermediate size. For one device that holds the
+whole model. Not in it, hence "at least": the chunk of logits (128 MiB on a GPU), passing buffers such as those of the
+frozen tower, pixels, buckets of distributed training, the CUDA context and what the allocator keeps. ZeRO and FSDP
+divide by the devices what they shard. Without kernels (on a CPU) PyTorch saves several times the activations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoConfig, LlavaConfig
+
+from llava_fast.model.llava import LlavaForConditionalGeneration
+from llava_fast.train.recipe import Recipe
+
+STATE_BYTES = 16  # of a trained parameter
+_ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters; `lora` is what an adapter of the recipe's rank adds, 0 without one."""
+
+    tower: int
+    projector: int
+    language: int  # embeddings and head included
+    lora: int
+    adapted_per_layer: int  # linear layers of a decoder layer
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes on one device, at least."""
+
+    frozen_weights: int
+    trained_state: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.frozen_weights + self.trained_state + self.activations
+
+
+def read_config(recipe: Recipe) -> LlavaConfig:
+    """The config of the model that the recipe starts from; no weights are read."""
+    if recipe.model is not None:
+        return LlavaConfig.from_pretrained(recipe.model)
+    vision, text = (AutoConfig.from_pretrained(path) for path in (recipe.vision_tower, recipe.language_model))
+    return LlavaConfig(vision_config=getattr(vision, "vision_config", vision), text_config=text)
+
+
+def count_parameters(config: LlavaConfig, lora_rank: int = 0) -> Parameters:
+    """Counted on a model without storage."""
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    tower, projector, total = (
+        sum(parameter.numel() for parameter in part.parameters())
+        for part in (model.model.vision_tower, model.model.multi_modal_projector, model)
+    )
+    linears = [part for part in model.model.language_model.modules() if isinstance(part, nn.Linear)]
+    return Parameters(
+        tower=tower,
+        projector=projector,
+        language=total - tower - projector,
+        lora=lora_rank * sum(linear.in_features + linear.out_features for linear in linears),
+        adapted_per_layer=len(linears) // config.text_config.num_hidden_layers,
+    )
+
+
+def predict(recipe: Recipe, config: LlavaConfig, pack_tokens: int) -> Prediction:
+    """Memory of training by a recipe.
+
+    Args:
+        pack_tokens: of the largest device batch.
+    """
+    rank = recipe.lora.r if recipe.lora else 0
+    n = count_parameters(config, rank)
+    trained = n.projector + {"projector": 0, "full": n.language, "lora": n.lora}[recipe.stage]
+    frozen = n.tower + (0 if recipe.stage == "full" else n.language)
+    text, item = config.text_config, _ITEM_BYTES[recipe.dtype]
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
+    layer = 2 * text.hidden_size + 2 * queries + 2 * keys + 2 * text.intermediate_size + rank * n.adapted_per_layer
+    if recipe.gradient_checkpointing:
+        saved = text.num_hidden_layers * text.hidden_size + layer
+    else:
+        saved = text.num_hidden_layers * layer
+    return Prediction(
+        frozen_weights=frozen * item,
+        trained_state=trained * STATE_BYTES,
+        activations=pack_tokens * saved * item,
+    )
