@@ -1,35 +1,222 @@
-"""Image features into their slots of the token embeddings: out[slot_i] = features[i], the rest untouched.
+"""Token embeddings and image features in one buffer: out[row] = feature[i] in the i-th slot, else table[id].
 
-Replaces `masked_scatter`: the slots come from the host (a pack knows them) or from a running count of the image
-tokens on the device; neither waits for the device. Gradients flow to the features, and to the embeddings everywhere
-but in the slots.
+Replaces an embedding look-up followed by `masked_scatter`: one kernel writes each row once, from the table or from the
+features (4·T·D bytes in bf16; the look-up alone moves as much, and `masked_scatter` reads and writes it all again with
+a mask of T·D). Rows that are image tokens never read the table. The slots come from the host (a pack knows them) or
+from a running count of the image tokens on the device: one int32 per row, and nobody waits for the device.
 
-Shapes: B batch, T tokens, D width, M image tokens in all.
+Backward: the features' gradient is a gather of rows. The table's is PyTorch's own for a look-up, without the image
+rows and the padding token's; a table that is frozen costs nothing. Already embedded text may come in the table's place.
+
+Shapes: B batch, T tokens, V vocabulary, D width, M image tokens in all, R = B · T rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
 import torch
+from torch.nn import functional as F
 
 from llava_fast.backend import choose, register
+from llava_fast.ops._launch import as_rows, launch, tile
+from llava_fast.ops._triton import jit, takes, tl
 
 
 def merge_reference(
-    embeds_BTD: torch.Tensor,
+    table: torch.Tensor,
+    ids_BT: torch.Tensor | None,
     features_MD: torch.Tensor,
     slots_M: torch.Tensor | None,
     mask_BT: torch.Tensor | None,
+    padding_id: int,
 ) -> torch.Tensor:
-    rows = embeds_BTD.reshape(-1, embeds_BTD.shape[-1])
+    if ids_BT is not None:
+        table = F.embedding(ids_BT, table, None if padding_id < 0 else padding_id)
+    if features_MD.shape[0] == 0:
+        return table
+    rows = table.reshape(-1, table.shape[-1])
+    features_MD = features_MD.to(rows.dtype)
     if slots_M is not None:
-        return rows.index_copy(0, slots_M, features_MD).view_as(embeds_BTD)
+        return rows.index_copy(0, slots_M, features_MD).view(table.shape)
     mask = mask_BT.reshape(-1)
     # Row r of the output, if it is an image token, takes the feature with as many image tokens before it.
     source = (mask.cumsum(0) - 1).clamp(min=0, max=features_MD.shape[0] - 1)
-    return torch.where(mask[:, None], features_MD[source], rows).view_as(embeds_BTD)
+    return torch.where(mask[:, None], features_MD[source], rows).view(table.shape)
+
+
+@jit
+def _merge_fwd_kernel(
+    table_ptr,
+    ids_ptr,
+    features_ptr,
+    source_ptr,
+    out_ptr,
+    vocabulary,
+    count,
+    width,
+    table_stride,
+    features_stride,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    out_ptr += row * width + column
+    source = tl.load(source_ptr + row).to(tl.int64)
+    if source >= 0:
+        known = source < count
+        value = tl.load(features_ptr + source * features_stride + column, mask=inside & known, other=0.0).to(tl.float32)
+    else:
+        token = row
+        if ids_ptr is not None:
+            token = tl.load(ids_ptr + row)
+        known = (token >= 0) & (token < vocabulary)
+        value = tl.load(table_ptr + token * table_stride + column, mask=inside & known, other=0.0).to(tl.float32)
+    # What there is no row for must not pass for one.
+    value = tl.where(known, value, float("nan"))
+    tl.store(out_ptr, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _merge_bwd_kernel(dout_ptr, source_ptr, dtext_ptr, dfeatures_ptr, count, width, dout_stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    source = tl.load(source_ptr + row).to(tl.int64)
+    if dtext_ptr is None:
+        if source < 0:
+            return
+    dout = tl.load(dout_ptr + row * dout_stride + column, mask=inside, other=0.0)
+    if dtext_ptr is not None:
+        text = tl.where(source < 0, dout, 0.0)
+        tl.store(dtext_ptr + row * width + column, text.to(dtext_ptr.dtype.element_ty), mask=inside)
+    if dfeatures_ptr is not None:
+        wanted = inside & (source >= 0) & (source < count)
+        tl.store(dfeatures_ptr + source * width + column, dout.to(dfeatures_ptr.dtype.element_ty), mask=wanted)
+
+
+def _sources(
+    slots_M: torch.Tensor | None, mask_BT: torch.Tensor | None, rows: int, device: torch.device
+) -> torch.Tensor:
+    """int32 [R]: which feature goes to each row, −1 for text."""
+    if slots_M is not None:
+        order = torch.arange(slots_M.numel(), device=device, dtype=torch.int32)
+        return torch.full((rows,), -1, device=device, dtype=torch.int32).index_copy_(0, slots_M, order)
+    mask = mask_BT.reshape(-1)
+    return torch.where(mask, mask.cumsum(0, dtype=torch.int32) - 1, -1)
+
+
+def _forward(
+    table: torch.Tensor, ids: torch.Tensor | None, features: torch.Tensor, source_R: torch.Tensor
+) -> torch.Tensor:
+    rows, shape = as_rows(table), table.shape if ids is None else (*ids.shape, table.shape[1])
+    out, width = torch.empty(shape, dtype=table.dtype, device=table.device), table.shape[-1]
+    if out.numel():
+        features_MD = as_rows(features)
+        choice = tile("merge_fwd", "any", table.device)
+        launch(
+            _merge_fwd_kernel,
+            (source_R.numel(), -(-width // choice["BLOCK"])),
+            *(rows, None if ids is None else ids.contiguous(), features_MD, source_R, out),
+            *(rows.shape[0], features_MD.shape[0], width, rows.stride(0), features_MD.stride(0)),
+            tile=choice,
+        )
+    return out
+
+
+def _backward(
+    dout: torch.Tensor,
+    source_R: torch.Tensor,
+    dtext: torch.Tensor | None,
+    dfeatures_MD: torch.Tensor | None,
+) -> None:
+    """Write the gradients that there is room for."""
+    dout_RD = as_rows(dout)
+    if dout_RD.numel() and not (dtext is None and (dfeatures_MD is None or not dfeatures_MD.numel())):
+        choice = tile("merge_bwd", "any", dout.device)
+        launch(
+            _merge_bwd_kernel,
+            (dout_RD.shape[0], -(-dout_RD.shape[1] // choice["BLOCK"])),
+            *(dout_RD, source_R, dtext, dfeatures_MD, 0 if dfeatures_MD is None else dfeatures_MD.shape[0]),
+            *(dout_RD.shape[1], dout_RD.stride(0)),
+            tile=choice,
+        )
+
+
+def _table_gradient(
+    dout: torch.Tensor, ids: torch.Tensor, source_R: torch.Tensor, vocabulary: int, padding_id: int
+) -> torch.Tensor:
+    """The gradient of a look-up, whose padding token is one beyond the vocabulary: image rows and padding become it."""
+    ids = ids.reshape(-1)
+    ids = torch.where((source_R >= 0) | (ids == padding_id), vocabulary, ids)
+    return torch.ops.aten.embedding_dense_backward(as_rows(dout), ids, vocabulary + 1, vocabulary, False)[:vocabulary]
+
+
+@torch.library.custom_op("llava_fast::merge", mutates_args=())
+def _merge_op(
+    table: torch.Tensor, ids: torch.Tensor | None, features: torch.Tensor, source: torch.Tensor, padding_id: int
+) -> torch.Tensor:
+    return _forward(table, ids, features, source)
+
+
+@_merge_op.register_fake
+def _merge_fake(table, ids, features, source, padding_id):
+    return table.new_empty(table.shape if ids is None else (*ids.shape, table.shape[1]))
+
+
+# An operator always returns tensors, so an output that is not wanted is an empty one.
+@torch.library.custom_op("llava_fast::merge_backward", mutates_args=())
+def _merge_backward_op(
+    dout: torch.Tensor,
+    source: torch.Tensor,
+    features: int,
+    features_dtype: torch.dtype,
+    want_text: bool,
+    want_features: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtext, dfeatures = _merge_backward_fake(dout, source, features, features_dtype, want_text, want_features)
+    _backward(dout, source, dtext if want_text else None, dfeatures if want_features else None)
+    return dtext, dfeatures
+
+
+@_merge_backward_op.register_fake
+def _merge_backward_fake(dout, source, features, features_dtype, want_text, want_features):
+    dfeatures = dout.new_empty((features, dout.shape[-1]) if want_features else 0, dtype=features_dtype)
+    return dout.new_empty(dout.shape if want_text else 0), dfeatures
+
+
+def _setup_context(ctx, inputs, output):
+    table, ids, features, source, ctx.padding_id = inputs
+    ctx.vocabulary, ctx.features, ctx.features_dtype = table.shape[0], features.shape[0], features.dtype
+    ctx.save_for_backward(ids, source)
+
+
+def _autograd(ctx, dout):
+    ids, source = ctx.saved_tensors
+    want_table, _, want_features, *_ = ctx.needs_input_grad
+    want_text = want_table and ids is None
+    dtable, dfeatures = torch.ops.llava_fast.merge_backward(
+        dout, source, ctx.features, ctx.features_dtype, want_text, want_features
+    )
+    if want_table and ids is not None:
+        dtable = _table_gradient(dout, ids, source, ctx.vocabulary, ctx.padding_id)
+    return dtable if want_table else None, None, dfeatures if want_features else None, None, None
+
+
+_merge_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _merge_triton(table, ids_BT, features_MD, slots_M, mask_BT, padding_id):
+    rows = table.numel() // table.shape[-1] if ids_BT is None else ids_BT.numel()
+    source_R = _sources(slots_M, mask_BT, rows, table.device)
+    return torch.ops.llava_fast.merge(table, ids_BT, features_MD, source_R, padding_id)
 
 
 register("merge", "reference", merge_reference)
+register("merge", "triton", _merge_triton, takes)
 
 
 def merge(
@@ -44,7 +231,7 @@ def merge(
     Args:
         embeds_BTD: token embeddings.
         features_MD: [M, D] image features in reading order, any floating dtype.
-        slots_M: int64 [M], the flat position (row · T + column) of each image token; or
+        slots_M: int64 [M], the flat position (row · T + column) of each image token, each once; or
         mask_BT: bool, True at image tokens.
 
     Returns:
@@ -54,22 +241,96 @@ def merge(
         ValueError: when the numbers of image tokens and features differ (with a mask on a GPU this is asserted on
             the device, without waiting for it).
     """
-    if slots_M is not None:
-        if slots_M.numel() != features_MD.shape[0]:
-            raise ValueError(_mismatch(slots_M.numel(), features_MD.shape[0]))
-    elif mask_BT.device.type == "cpu" and not torch.compiler.is_compiling():
-        tokens = int(mask_BT.sum())
-        if tokens != features_MD.shape[0]:
-            raise ValueError(_mismatch(tokens, features_MD.shape[0]))
-    else:
-        torch._assert_async(
-            mask_BT.sum() == features_MD.shape[0], _mismatch("a different number", features_MD.shape[0])
-        )
+    _require_a_feature_each(features_MD, slots_M, mask_BT)
     if features_MD.shape[0] == 0:
         return embeds_BTD
-    features_MD = features_MD.to(embeds_BTD.dtype)
-    return choose("merge", embeds_BTD, features_MD)(embeds_BTD, features_MD, slots_M, mask_BT)
+    return choose("merge", embeds_BTD, features_MD)(embeds_BTD, None, features_MD, slots_M, mask_BT, -1)
+
+
+def embed_merge(
+    ids_BT: torch.Tensor,
+    table_VD: torch.Tensor,
+    features_MD: torch.Tensor,
+    *,
+    slots_M: torch.Tensor | None = None,
+    mask_BT: torch.Tensor | None = None,
+    padding_id: int | None = None,
+) -> torch.Tensor:
+    """Look up the tokens' embeddings and put image features in the slots, in one pass.
+
+    Args:
+        ids_BT: int64; the kernel does not read those of image tokens.
+        table_VD: embedding table.
+        features_MD, slots_M, mask_BT: as `merge` takes them.
+        padding_id: token that gives its row of the table no gradient (`nn.Embedding.padding_idx`).
+
+    Returns:
+        [B, T, D] in the dtype of the table. For an id outside the vocabulary the kernel writes NaN; on a CPU it is an
+        `IndexError`.
+
+    Raises:
+        ValueError: as `merge`.
+    """
+    _require_a_feature_each(features_MD, slots_M, mask_BT)
+    padding_id = -1 if padding_id is None else padding_id % table_VD.shape[0]
+    return choose("merge", table_VD, features_MD)(table_VD, ids_BT, features_MD, slots_M, mask_BT, padding_id)
+
+
+def _require_a_feature_each(
+    features_MD: torch.Tensor, slots_M: torch.Tensor | None, mask_BT: torch.Tensor | None
+) -> None:
+    features = features_MD.shape[0]
+    if slots_M is not None:
+        if slots_M.numel() != features:
+            raise ValueError(_mismatch(slots_M.numel(), features))
+    elif mask_BT.device.type == "cpu" and not torch.compiler.is_compiling():
+        tokens = int(mask_BT.sum())
+        if tokens != features:
+            raise ValueError(_mismatch(tokens, features))
+    else:
+        torch._assert_async(mask_BT.sum() == features, _mismatch("a different number", features))
 
 
 def _mismatch(tokens: int | str, features: int) -> str:
     return f"Image features and image tokens do not match: tokens: {tokens}, features: {features}"
+
+
+def _examples(
+    rows: int, width: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(kernel, call): a row in four is text; ids and embeddings as they come, and both gradients."""
+    table, features = (torch.randn(rows, width, device=device).to(dtype) for _ in range(2))
+    ids = torch.randint(0, rows, (1, rows), device=device)
+    source = _sources(None, torch.arange(rows, device=device) % 4 != 0, rows, device)
+    for of_ids in (ids, None):
+        yield "merge_fwd", partial(_forward, table, of_ids, features, source)
+
+    def backward(text: bool):
+        gradients = torch.zeros_like(table) if text else None, torch.zeros_like(features)
+        _backward(table, source, *gradients)
+        return gradients
+
+    for text in (False, True):
+        yield "merge_bwd", partial(backward, text)
+
+
+def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
+    """Calls that between them launch every kernel variant, for the compile report."""
+    for _, call in _examples(64, 4096, torch.device("cpu"), dtype):
+        yield call
+
+
+def tune_examples(
+    device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, str, Callable[[], Any], list[dict[str, int]]]]:
+    """(kernel, key, call, tiles worth trying): from ids, to the features."""
+    rows, width = (832, 4096) if device.type == "cuda" else (5, 300)
+    tiles = [
+        {"BLOCK": block, "num_warps": warps, "num_stages": 1}
+        for block in (512, 1024, 2048, 4096)
+        for warps in (2, 4, 8)
+        if 4 <= block // (32 * warps) <= 32
+    ]
+    (_, forward), _, (_, backward), _ = _examples(rows, width, device, dtype)
+    yield "merge_fwd", "any", forward, tiles
+    yield "merge_bwd", "any", backward, tiles

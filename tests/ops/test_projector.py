@@ -13,7 +13,7 @@ from llava_fast.ops.projector import projector
 
 FUSED = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "LIBRARY": 0, "num_warps": 4, "num_stages": 2}
 LIBRARY = {**FUSED, "LIBRARY": 1}
-ROWS = {"BLOCK_R": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 1}
+ROWS = {"BLOCK_R": 16, "BLOCK_D": 32, "num_warps": 4, "num_stages": 1}
 FWD, BWD, GELU = "projector_fwd_kernel", "projector_bwd_kernel", "activation_fwd_kernel"
 
 
