@@ -281,7 +281,7 @@ class LlavaDataset(Dataset):
         return Report(
             rows=self._n_rows,
             samples=len(self),
-            with_images=np.count_nonzero(self.n_images),
+            with_images=sum(n > 0 for n in self.n_images),
             truncated=int(self._cut[self._rows].sum()),
             unreadable=len(unreadable),
             dropped=dropped,

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
@@ -20,6 +21,7 @@ from transformers import (
 from llava_fast import LlavaForConditionalGeneration, LlavaProcessor
 from llava_fast.train.recipe import Recipe
 
+WORDS = "<unk> <s> </s> <image> USER: ASSISTANT: one two three four five six what is this".split()
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (30, 60, 230), "grey": (128, 128, 128)}
 
 
@@ -146,3 +148,25 @@ def recipe_for(tiny, tmp_path):
         return Recipe(**{**values, **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def processor() -> LlavaProcessor:
+    """A processor of whole words; an image is 28 × 28 pixels and 4 tokens."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
+    fast.add_tokens(["<image>"], special_tokens=True)
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    return LlavaProcessor(image_processor, fast, 14, "default")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder with four pictures, 0.png to 3.png."""
+    for i, colour in enumerate(["red", "green", "blue", "white"]):
+        Image.new("RGB", (20 + i, 30), colour).save(tmp_path / f"{i}.png")
+    return tmp_path

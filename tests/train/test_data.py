@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
-from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from llava_fast.model.processor import LlavaProcessor
 from llava_fast.model.templates import Vicuna
@@ -20,29 +20,8 @@ from llava_fast.sequence import pack
 from llava_fast.train import data
 from llava_fast.train.data import IGNORE, LlavaDataset, PackedCollator
 
-WORDS = "<unk> <s> </s> <image> USER: ASSISTANT: one two three four five six what is this".split()
 SYSTEM = 24  # <s> and the words of the v1 system prompt
 IMAGE = 4  # tokens of an image
-
-
-@pytest.fixture(scope="module")
-def processor() -> LlavaProcessor:
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
-    )
-    fast.add_tokens(["<image>"], special_tokens=True)
-    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    return LlavaProcessor(image_processor, fast, 14, "default")
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    for i, colour in enumerate(["red", "green", "blue", "white"]):
-        Image.new("RGB", (20 + i, 30), colour).save(tmp_path / f"{i}.png")
-    return tmp_path
 
 
 def row(*turns: str, image=None, first: str = "human", **extra) -> dict:
