@@ -24,6 +24,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.records import CEILINGS, DEVICE, device_name
+from llava_fast.backend import BackendUnavailable
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -302,6 +303,7 @@ class Measurement:
             "ms_p80": p80,
             "peak_mib": self.peak_bytes / 2**20,
             "floor_ms": case.floor_ms,
+            "tflops_per_s": case.flops / median / 1e9,
             "pct_of_floor": case.floor_ms and 100 * case.floor_ms / median,
             "max_rel_error": self.max_rel_error,
             "timer": self.timer,
@@ -316,7 +318,7 @@ _QUANTILES = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
 def measured(case: Case) -> dict[str, Measurement | Exception]:
     """All providers of a case, verified, then measured in turns; what is wrong with one, in its place."""
     torch.manual_seed(0)
-    if "compile" in case.providers:
+    if {"compile", "flex"} & case.providers.keys():
         # Else, after a first shape, the next would be compiled for any shape, which is slower.
         torch.compiler.reset()
     inputs = case.inputs()
@@ -387,6 +389,8 @@ def benchmark_of(cases: Sequence[Case]) -> Callable[[Callable], Callable]:
 def report(benchmark: Any, case: Case, provider: str) -> None:
     """Measure the case, unless that is done, and hand this provider's samples to pytest-benchmark."""
     measurement = measured(case)[provider]
+    if isinstance(measurement, BackendUnavailable):
+        pytest.skip(str(measurement))
     if isinstance(measurement, Exception):
         raise measurement
     record = measurement.record(case, provider)

@@ -1,0 +1,57 @@
+"""Who can do attention by key ranges here: ours, PyTorch's SDPA with the dense mask that says the same, and the peers.
+
+All are called with q [B, T, H, d] and k, v [B, S, G, d] as a model has them; copies that a library needs are its own
+time. A peer that cannot express a case's ranges says so, and is skipped with its line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks.harness import Tensors, function
+from llava_fast import backend
+from llava_fast.ops.attention import attention
+
+Provider = Callable[[Tensors], Callable]
+
+
+def names() -> list[str]:
+    """Ours and the peers; FlexAttention on a GPU alone, as on a CPU it would run uncompiled."""
+    gpu = torch.cuda.is_available()
+    ours = "triton" if gpu and not backend.unavailable("triton") else "reference"
+    peers = backend.status()["attention"]["peers"]
+    return [ours, *(name for name, state in peers.items() if state == "available" and (gpu or name != "flex"))]
+
+
+def providers(dense: bool = True) -> dict[str, Provider]:
+    """`dense`: whether SDPA needs a mask to say what the ranges do; it is made beforehand, like the ranges."""
+    return {"torch": partial(_sdpa, dense), **{name: function(partial(by_range, name)) for name in names()}}
+
+
+def by_range(name: str, q, k, v, start, end) -> tuple[torch.Tensor]:
+    """Attention by the backend or peer of this name."""
+    with backend.use_backend(name, "attention"):
+        return (attention(q, k, v, start, end),)
+
+
+def masked(q, k, v, mask_BTS) -> tuple[torch.Tensor]:
+    """SDPA, by whichever of its kernels PyTorch takes."""
+    heads_first = (t.transpose(1, 2) for t in (q, k, v))
+    mask = None if mask_BTS is None else mask_BTS[:, None]
+    out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=q.shape[2] != k.shape[2])
+    return (out.transpose(1, 2),)
+
+
+def mask_of(start_BT: torch.Tensor, end_BT: torch.Tensor, keys: int) -> torch.Tensor:
+    """[B, T, S] bool: which keys each query sees."""
+    key = torch.arange(keys, device=start_BT.device, dtype=start_BT.dtype)
+    return (key >= start_BT[..., None]) & (key < end_BT[..., None])
+
+
+def _sdpa(dense: bool, inputs: Tensors) -> Callable:
+    q, k, v, start, end = (inputs[name] for name in ("q", "k", "v", "start", "end"))
+    return partial(masked, q, k, v, mask_of(start, end, k.shape[1]) if dense else None)
