@@ -136,7 +136,7 @@ class CheckpointMixin:
             weights = {name: weight for name, weight in weights.items() if name != HEAD}
         if layout == "hf":
             weights = {classic_name(name): weight for name, weight in weights.items()}
-            with readable_by_transformers_4(self.config):
+            with readable_by_transformers_4(self.config, self.dtype):
                 super().save_pretrained(save_directory, state_dict=weights, save_original_format=False, **kwargs)
             return
         if kwargs.get("push_to_hub"):

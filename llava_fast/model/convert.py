@@ -118,7 +118,7 @@ def convert(
         _permit(partial)
         if flat is None:
             config.architectures = ["LlavaForConditionalGeneration"]
-            with readable_by_transformers_4(config):
+            with readable_by_transformers_4(config, config.dtype):
                 config.save_pretrained(partial)
         else:
             write_text(partial / "config.json", json.dumps(flat, indent=2, sort_keys=True) + "\n")

@@ -69,7 +69,8 @@ KNOWN_TOWERS = {
 def is_original(config: dict[str, Any]) -> bool:
     """Whether a `config.json` is one of the original code; "llava" was its model_type before it was HF's."""
     kind = config.get("model_type")
-    return kind in ("llava_llama", "llava_mistral") or (kind == "llava" and "mm_vision_tower" in config)
+    flat = "mm_vision_tower" in config and "text_config" not in config
+    return kind in ("llava_llama", "llava_mistral") or (kind == "llava" and flat)
 
 
 def classic_name(name: str) -> str:
@@ -220,7 +221,8 @@ def original_config(config: LlavaConfig, *, mm_vision_tower: str | None, tower_i
             "the original layout names its CLIP directory, and this model does not say which: pass mm_vision_tower"
         )
     kind = "llava_mistral" if text.model_type == "mistral" else "llava_llama"
-    flat = {key: value for key, value in text.to_dict().items() if key not in ("_name_or_path", "head_dim")}
+    left_out = ("_name_or_path", "head_dim", "transformers_version")
+    flat = {key: value for key, value in text.to_diff_dict().items() if key not in left_out}
     if text.head_dim * text.num_attention_heads != text.hidden_size:
         flat["head_dim"] = text.head_dim
     # transformers 4.37, which the original code pins, wants exactly `type` and `factor`.
@@ -243,7 +245,7 @@ def original_config(config: LlavaConfig, *, mm_vision_tower: str | None, tower_i
         # The original code reads a tower that is among the weights only when it is told that it was trained.
         "unfreeze_mm_vision_tower": tower_inside,
         # Not of the original: the shape of the tower for readers that do not have its directory.
-        "mm_vision_config": vision.to_diff_dict(),
+        "mm_vision_config": {key: v for key, v in vision.to_diff_dict().items() if key not in left_out},
     }
     if flat["vocab_size"] == text.vocab_size:
         flat["image_token_index"] = config.image_token_index
@@ -266,19 +268,25 @@ def legacy_rope(parameters: dict[str, Any], kind_key: str = "rope_type") -> dict
 
 
 @contextmanager
-def readable_by_transformers_4(config: LlavaConfig) -> Iterator[None]:
-    """While this lasts, `config` is written with the rotary settings under their old names, too.
+def readable_by_transformers_4(config: LlavaConfig, dtype: torch.dtype) -> Iterator[None]:
+    """While this lasts, `config` is written so that transformers 4 reads it as transformers 5 does.
 
-    Without them 4.45 and 4.57 take a base of 10,000 for every model, and say nothing.
+    The rotary settings get their old names, too: without them 4.45 and 4.57 take a base of 10,000 for every model, and
+    say nothing. The parts get the dtype of the whole, which 4.57 believes where it differs.
     """
-    text = vars(config.text_config)  # not through the config's properties, which would change rope_parameters
-    legacy = legacy_rope(text["rope_parameters"])
-    text.update(legacy)
+    # Not through the config's properties, which would change rope_parameters.
+    text, vision = vars(config.text_config), vars(config.vision_config)
+    name = str(dtype).removeprefix("torch.")
+    changes = [(text, {**legacy_rope(text["rope_parameters"]), "dtype": name}), (vision, {"dtype": name})]
+    before = [(settings, dict(settings)) for settings, _ in changes]
+    for settings, new in changes:
+        settings.update(new)
     try:
         yield
     finally:
-        for key in legacy:
-            del text[key]
+        for settings, old in before:
+            settings.clear()
+            settings.update(old)
 
 
 def dtype_of(name: str | torch.dtype | None) -> torch.dtype | None:
