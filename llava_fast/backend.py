@@ -121,18 +121,20 @@ def peers(op: str) -> list[str]:
     return [name for name, implementation in _implementations(op).items() if implementation.peer]
 
 
-def _checked(name: str, source: str, ops: tuple[str, ...] = ()) -> str:
+def _checked(name: str, ops: tuple[str, ...]) -> str:
     if name in BACKENDS or (ops and all(name in peers(op) for op in ops)):
         return name
     own = "".join(f"; with operation {op!r} named also {', '.join(peers(op))}" for op in sorted(_registry) if peers(op))
-    raise ValueError(f"{source} is {name!r}; it must be one of {', '.join(BACKENDS)}{own}")
+    raise ValueError(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}{own}")
 
 
 def requested(op: str | None = None) -> str:
     """What is asked for now, for `op` or in general: one of `BACKENDS`, or for `op` one of its peers."""
     if op is not None and op in _request:
-        return _request[op]  # checked by `use_backend`
-    return _checked(_request[None], ENVIRONMENT_VARIABLE)
+        return _request[op]
+    if _request[None] not in BACKENDS:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE} is {_request[None]!r}; it must be one of {', '.join(BACKENDS)}")
+    return _request[None]
 
 
 @contextmanager
@@ -147,7 +149,7 @@ def use_backend(name: str, *ops: str) -> Iterator[None]:
     """
     for op in ops:
         _implementations(op)
-    entry = (object(), _checked(name, "backend", ops), ops)
+    entry = (object(), _checked(name, ops), ops)
     with _lock:
         _entered.append(entry)
         _update_request()

@@ -83,11 +83,6 @@ def samples_of(start_BT: torch.Tensor, end_BT: torch.Tensor, keys: int) -> Sampl
 _kept: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by the identity of `start`
 
 
-def forget() -> None:
-    """Drop what is kept of the ranges seen so far, so that the next call works it out anew (for benchmarks)."""
-    _kept.clear()
-
-
 def once(make: Callable[..., Any], start_BT: torch.Tensor, end_BT: torch.Tensor, keys: int) -> Any:
     """`make(start, end, keys)`, or what it returned for the same unchanged tensors. It must not hold on to them."""
     if start_BT.is_inference() or end_BT.is_inference():

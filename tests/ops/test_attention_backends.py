@@ -405,9 +405,6 @@ def test_ranges_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         tensors["end"] = tensors["end"].clone()
         call()
         assert len(read) == 3
-        kept.forget()
-        call()
-        assert len(read) == 4
         with torch.inference_mode():  # such tensors do not say that they have changed
             tensors["start"], tensors["end"] = (x.clone() for x in key_ranges(1, 6, CPU))
             call()
@@ -455,37 +452,50 @@ def test_nothing_is_imported_before_it_is_asked_for() -> None:
 # ---- the real ones
 
 
+BY_LENGTHS = {"varlen", "flash_attn", "flash_attn_3", "xformers"}
+SDPA = {"sdpa_flash", "sdpa_cudnn"}
+# case -> ranges, keys, key heads of eight, and who can express it
+ON_A_GPU = {
+    "tower": (rows(*[[(0, 577)] * 577] * 2), 577, 8, BY_LENGTHS | SDPA),
+    "pack": (packed(300, 1, 212), 513, 2, BY_LENGTHS),
+    "left padding": (padded([0] * 40 + [1] * 160, [1] * 200), 200, 8, BY_LENGTHS | {"flex"}),
+    "images": (packed(200, 113, images=[[(4, 150)], [(0, 100)]]), 313, 2, {"flex"}),
+    "cache": (rows([(0, 700)], [(0, 700)]), 1024, 2, BY_LENGTHS | SDPA | {"flex"}),
+}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("key_heads", [8, 2])
-@pytest.mark.parametrize("case", ["tower", "pack", "images", "left padding", "cache"])
-@pytest.mark.parametrize("name", backend.peers("attention"))
-def test_on_a_gpu(name: str, case: str, key_heads: int) -> None:
-    """As by the reference in float64, within twice its own error in bfloat16 and some; skipped where not installed."""
+@pytest.mark.parametrize(("name", "case"), [(name, case) for case in ON_A_GPU for name in sorted(ON_A_GPU[case][3])])
+def test_on_a_gpu(name: str, case: str) -> None:
+    """Against the reference in float64: twice the reference's own error in bfloat16, or 1 % of the largest value, as
+    libraries round elsewhere. A cache is decoded from, without gradients."""
     missing = backend.status()["attention"]["peers"][name]
     if missing != "available":
         pytest.skip(missing)
-    ranges, keys = {
-        "tower": (rows(*[[(0, 577)] * 577] * 2), 577),
-        "pack": (packed(300, 1, 212), 513),
-        "images": (packed(200, 113, images=[[(4, 150)], [(0, 100)]]), 313),
-        "left padding": (padded([0] * 40 + [1] * 160, [1] * 200), 200),
-        "cache": (rows([(0, 700)], [(0, 700)]), 1024),
-    }[case]
+    ranges, keys, key_heads, _ = ON_A_GPU[case]
     tensors = {key: x.cuda() for key, x in draw(ranges, keys, 8, key_heads, torch.bfloat16, 64).items()}
     frozen = ("q", "k", "v") if case == "cache" else ()
     cotangents = [torch.randn_like(tensors["q"])]
     doubles = {key: x.double() if x.is_floating_point() else x for key, x in tensors.items()}
+
+    def call(**tensors):
+        return attention(**by_name(tensors))
+
     with use_backend("reference"):
-        truth = run(lambda **t: attention(**by_name(t)), doubles, [cotangents[0].double()], frozen)
-        usual = run(lambda **t: attention(**by_name(t)), tensors, cotangents, frozen)
-    try:
-        with use_backend(name, "attention"):
-            found = run(lambda **t: attention(**by_name(t)), tensors, cotangents, frozen)
-    except BackendUnavailable as refusal:
-        assert name != "flex"
-        assert case != "tower" or "no such kernel" in str(refusal)
-        assert case != "pack" or name.startswith("sdpa")
-        return
+        truth = run(call, doubles, [cotangents[0].double()], frozen)
+        usual = run(call, tensors, cotangents, frozen)
+    with use_backend(name, "attention"):
+        try:
+            found = run(call, tensors, cotangents, frozen)
+        except BackendUnavailable as refusal:
+            # Which kernels PyTorch has depends on its version and on the GPU.
+            assert name in SDPA and "PyTorch has no such kernel" in str(refusal)
+            return
+        lse = attention(**by_name(tensors), return_lse=True)[1] if name not in SDPA | {"xformers"} else None
     for key, value in found.items():
         error, theirs = (float((x.double() - truth[key]).abs().max()) for x in (value, usual[key]))
-        assert error <= 2 * theirs + 1e-2 * float(truth[key].abs().max()), key
+        assert error <= max(2 * theirs, 1e-2 * float(truth[key].abs().max())), key
+    if lse is not None:
+        with use_backend("reference"):
+            _, expected = attention(**by_name(doubles), return_lse=True)
+        torch.testing.assert_close(lse, expected.float(), rtol=1e-2, atol=1e-2)
