@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, LlavaConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
@@ -21,59 +20,16 @@ from transformers.utils.generic import can_return_tuple
 
 from llava_fast.model.checkpoint import CheckpointMixin
 from llava_fast.model.language import LanguageModel, Rows
+from llava_fast.model.plain import is_plain_lookup
+from llava_fast.model.projector import Projector
 from llava_fast.model.vision import VisionAttention, VisionEmbeddings, VisionMLP, VisionTower, feature_layers
 from llava_fast.ops.loss import linear_cross_entropy
-from llava_fast.ops.merge import merge
-from llava_fast.ops.projector import projector
+from llava_fast.ops.merge import embed_merge, merge
 from llava_fast.sequence import key_ranges
 
 IGNORE_INDEX = -100
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def projector_layers(config: LlavaConfig) -> int:
-    """Number of linear layers in the projector, from `config.mm_projector_type` (LLaVA-1.5: mlp2x_gelu).
-
-    Raises:
-        ValueError: for a type that is none of linear, mlpNx_gelu, identity.
-    """
-    kind = getattr(config, "mm_projector_type", "mlp2x_gelu")
-    if kind in ("linear", "identity"):
-        return int(kind == "linear")
-    count = kind.removeprefix("mlp").removesuffix("x_gelu")
-    if kind != f"mlp{count}x_gelu" or not count.isdecimal() or int(count) < 1:
-        raise ValueError(f"mm_projector_type is {kind!r}; expected 'linear', 'mlpNx_gelu' or 'identity'")
-    return int(count)
-
-
-class Projector(nn.Module):
-    """linear_1 … linear_N with GELU between them."""
-
-    def __init__(self, config: LlavaConfig):
-        super().__init__()
-        vision_width = config.vision_config.hidden_size * len(feature_layers(config))
-        width = config.text_config.hidden_size
-        count = projector_layers(config)
-        if count == 0 and vision_width != width:
-            raise ValueError(
-                f"an identity projector needs equal widths, but the tower has {vision_width}, the text {width}"
-            )
-        self.layers = [f"linear_{i + 1}" for i in range(count)]
-        for i, name in enumerate(self.layers):
-            setattr(self, name, nn.Linear(width if i else vision_width, width, config.multimodal_projector_bias))
-        self.input_width = vision_width
-        self.act = None if config.projector_hidden_act == "gelu" else ACT2FN[config.projector_hidden_act]
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        layers = [getattr(self, name) for name in self.layers]
-        # The fused operation reads the weights itself, so a child that PEFT or a quantiser has wrapped is called.
-        if self.act is None and all(type(layer) is nn.Linear for layer in layers):
-            return projector(features, [layer.weight for layer in layers], [layer.bias for layer in layers])
-        act = self.act or nn.functional.gelu
-        for i, layer in enumerate(layers):
-            features = layer(act(features) if i else features)
-        return features
 
 
 class LlavaPreTrainedModel(PreTrainedModel):
@@ -158,6 +114,30 @@ class LlavaModel(LlavaPreTrainedModel):
             `pooler_output`: one [tokens, D] tensor per image. `last_hidden_state` and `hidden_states` are the
             tower's as far as it was computed, that is up to the last feature layer.
         """
+        features_BND, states, attentions = self._encode_images(
+            pixel_values,
+            vision_feature_layer,
+            vision_feature_select_strategy,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            output_attentions=output_attentions,
+        )
+        return BaseModelOutputWithPooling(
+            last_hidden_state=states[-1],
+            pooler_output=list(features_BND),
+            hidden_states=tuple(states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+    def _encode_images(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | list[int] | None,
+        vision_feature_select_strategy: str | None,
+        *,
+        interpolate_pos_encoding: bool = False,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+        """Projected features [images, tokens, D], and the tower's hidden states and attention weights."""
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
         if strategy not in ("default", "full"):
             raise ValueError(f"vision_feature_select_strategy is {strategy!r}; expected 'default' or 'full'")
@@ -173,12 +153,7 @@ class LlavaModel(LlavaPreTrainedModel):
         features = states[layers[0]] if len(layers) == 1 else torch.cat([states[i] for i in layers], dim=-1)
         if strategy == "default":
             features = features[:, 1:]
-        return BaseModelOutputWithPooling(
-            last_hidden_state=states[-1],
-            pooler_output=list(self.multi_modal_projector(features)),
-            hidden_states=tuple(states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
-        )
+        return self.multi_modal_projector(features), states, attentions
 
     @can_return_tuple
     def forward(
@@ -217,23 +192,34 @@ class LlavaModel(LlavaPreTrainedModel):
             raise ValueError("image_attention='bidirectional' cannot find the images in inputs_embeds; pass key ranges")
         if (has_images and image_slots is None) or (bidirectional and key_start is None):
             image_mask = self._image_mask(input_ids, inputs_embeds)
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+        embed = self.get_input_embeddings()
+        # Image rows and the look-up in one pass; an embedding that somebody has wrapped or hooked is called.
+        in_one = has_images and input_ids is not None and is_plain_lookup(embed)
+        if inputs_embeds is None and not in_one:
+            inputs_embeds = embed(input_ids)
 
         features_MD, image_tokens = None, 1
         if has_images:
             if pixel_values is not None:
-                encoded = self.get_image_features(
+                features_BND, _, _ = self._encode_images(
                     pixel_values,
                     vision_feature_layer,
                     vision_feature_select_strategy,
                     interpolate_pos_encoding=interpolate_pos_encoding,
                 )
+                image_tokens, features_MD = features_BND.shape[1], features_BND.flatten(0, 1)
             else:
-                encoded = mm_encoder_outputs["image"]
-            image_tokens = encoded.pooler_output[0].shape[0]
-            features_MD = torch.cat(list(encoded.pooler_output)).to(inputs_embeds.device)
-            inputs_embeds = merge(inputs_embeds, features_MD, slots_M=image_slots, mask_BT=image_mask)
+                features = list(mm_encoder_outputs["image"].pooler_output)
+                image_tokens, features_MD = features[0].shape[0], torch.cat(features)
+            places = {"slots_M": image_slots, "mask_BT": image_mask}
+            if in_one:
+                features_MD = features_MD.to(embed.weight.device)
+                inputs_embeds = embed_merge(
+                    input_ids, embed.weight, features_MD, padding_id=embed.padding_idx, **places
+                )
+            else:
+                features_MD = features_MD.to(inputs_embeds.device)
+                inputs_embeds = merge(inputs_embeds, features_MD, **places)
         elif self.training and torch.is_grad_enabled():
             inputs_embeds = self._keep_projector_in_graph(inputs_embeds)
 

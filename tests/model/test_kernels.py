@@ -9,7 +9,7 @@ from llava_fast.model.llava import LlavaForConditionalGeneration
 from llava_fast.ops._launch import recorded
 
 # Operations that have a Triton kernel, and the kernels that a forward and backward of the model must launch.
-KERNEL_OPS = ("rms_norm", "layer_norm", "rotary", "swiglu", "quick_gelu", "attention", "patch_embed")
+KERNEL_OPS = ("rms_norm", "layer_norm", "rotary", "swiglu", "quick_gelu", "attention", "patch_embed", "projector", "merge")
 KERNELS = {
     "norm_fwd_kernel",
     "norm_bwd_kernel",
@@ -21,6 +21,9 @@ KERNELS = {
     "attention_bwd_dkdv_kernel",
     "patch_embed_fwd_kernel",
     "patch_embed_dweight_kernel",
+    "projector_bwd_kernel",
+    "merge_fwd_kernel",
+    "merge_bwd_kernel",
 }
 STEPS = 10
 
