@@ -3,10 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "patch_embed.h"
 #include "rms_norm.h"
 
 namespace py = pybind11;
@@ -35,6 +37,19 @@ int device_count() {
 
 std::vector<int> compiled_architectures() { return {LLAVA_FAST_ARCHITECTURES}; }
 
+// Two Python functions for each kernel, which take what `make` takes: one checks and launches, one checks and tells.
+template <typename Arguments, typename... Args>
+auto launching(Arguments (*make)(Args...), cudaError_t (*launch)(const Arguments&, cudaStream_t)) {
+    return [=](Args... args, std::uintptr_t stream) {
+        check(launch(make(args...), reinterpret_cast<cudaStream_t>(stream)));
+    };
+}
+
+template <typename Arguments, typename... Args>
+auto planning(Arguments (*make)(Args...), py::dict (*plan)(const Arguments&)) {
+    return [=](Args... args) { return plan(make(args...)); };
+}
+
 RmsNormArguments rms_norm_arguments(std::uintptr_t output, std::uintptr_t input, std::uintptr_t weight,
                                     std::int64_t rows, std::int64_t columns, std::int64_t output_stride,
                                     std::int64_t input_stride, double eps, DType dtype, std::uintptr_t residual,
@@ -42,6 +57,38 @@ RmsNormArguments rms_norm_arguments(std::uintptr_t output, std::uintptr_t input,
                                     std::int64_t residual_output_stride) {
     return {output,        input,        weight,          residual,               residual_output, rows, columns,
             output_stride, input_stride, residual_stride, residual_output_stride, eps,             dtype};
+}
+
+py::dict rms_norm_plan(const RmsNormArguments& arguments) {
+    const RmsNormPlan plan = plan_rms_norm(arguments);
+    py::dict report;
+    report["vector_elements"] = plan.vector_elements;
+    report["threads"] = plan.threads;
+    report["blocks"] = plan.blocks;
+    return report;
+}
+
+PatchEmbedArguments patch_embed_arguments(std::uintptr_t output, std::uintptr_t pixels, std::uintptr_t weight,
+                                          std::uintptr_t cls, std::uintptr_t position, std::uintptr_t norm_weight,
+                                          std::uintptr_t norm_bias, std::int64_t images, std::int64_t height,
+                                          std::int64_t width, std::int64_t patch, std::int64_t columns,
+                                          std::array<double, 3> mean, std::array<double, 3> std, double eps,
+                                          DType dtype, int multiprocessors) {
+    return {output, pixels, weight,  cls,  position, norm_weight, norm_bias, images,         height,
+            width,  patch,  columns, mean, std,      eps,         dtype,     multiprocessors};
+}
+
+py::dict patch_embed_plan(const PatchEmbedArguments& arguments) {
+    const PatchEmbedPlan plan = plan_patch_embed(arguments);
+    py::dict report;
+    report["strips"] = plan.strips;
+    report["row_tiles"] = plan.row_tiles;
+    report["column_tiles"] = plan.column_tiles;
+    report["blocks"] = py::make_tuple(plan.row_blocks, plan.column_blocks);
+    report["shared_bytes"] = plan.shared_bytes;
+    report["copy_bytes"] = plan.copy_bytes;
+    report["pixel_pairs"] = plan.pixel_pairs;
+    return report;
 }
 
 }  // namespace
@@ -65,33 +112,26 @@ PYBIND11_MODULE(_cuda, module) {
                    py::arg("residual_output") = 0, py::arg("residual_output_stride") = 0, extra...);
     };
     with_rms_norm_arguments(
-        "rms_norm_forward",
-        [](std::uintptr_t output, std::uintptr_t input, std::uintptr_t weight, std::int64_t rows,
-           std::int64_t columns, std::int64_t output_stride, std::int64_t input_stride, double eps, DType dtype,
-           std::uintptr_t residual, std::int64_t residual_stride, std::uintptr_t residual_output,
-           std::int64_t residual_output_stride, std::uintptr_t stream) {
-            check(launch_rms_norm(
-                rms_norm_arguments(output, input, weight, rows, columns, output_stride, input_stride, eps, dtype,
-                                   residual, residual_stride, residual_output, residual_output_stride),
-                reinterpret_cast<cudaStream_t>(stream)));
-        },
+        "rms_norm_forward", launching(rms_norm_arguments, launch_rms_norm),
         "Queue output = weight * rms_norm(input [+ residual]) on a stream of the current device; the sum goes to "
         "residual_output. Raises ValueError for a wrong argument and RuntimeError when CUDA refuses the launch.",
         py::arg("stream") = 0);
-    with_rms_norm_arguments(
-        "rms_norm_plan",
-        [](std::uintptr_t output, std::uintptr_t input, std::uintptr_t weight, std::int64_t rows,
-           std::int64_t columns, std::int64_t output_stride, std::int64_t input_stride, double eps, DType dtype,
-           std::uintptr_t residual, std::int64_t residual_stride, std::uintptr_t residual_output,
-           std::int64_t residual_output_stride) {
-            const RmsNormPlan plan = plan_rms_norm(
-                rms_norm_arguments(output, input, weight, rows, columns, output_stride, input_stride, eps, dtype,
-                                   residual, residual_stride, residual_output, residual_output_stride));
-            py::dict report;
-            report["vector_elements"] = plan.vector_elements;
-            report["threads"] = plan.threads;
-            report["blocks"] = plan.blocks;
-            return report;
-        },
-        "Check the arguments of rms_norm_forward and say how it would launch; needs no GPU.");
+    with_rms_norm_arguments("rms_norm_plan", planning(rms_norm_arguments, rms_norm_plan),
+                            "Check the arguments of rms_norm_forward and say how it would launch; needs no GPU.");
+
+    const auto with_patch_embed_arguments = [&](const char* name, auto function, const char* doc, auto... extra) {
+        module.def(name, function, doc, py::kw_only(), py::arg("output"), py::arg("pixels"), py::arg("weight"),
+                   py::arg("cls"), py::arg("position"), py::arg("norm_weight"), py::arg("norm_bias"),
+                   py::arg("images"), py::arg("height"), py::arg("width"), py::arg("patch"), py::arg("columns"),
+                   py::arg("mean"), py::arg("std"), py::arg("eps"), py::arg("dtype"), py::arg("multiprocessors"),
+                   extra...);
+    };
+    with_patch_embed_arguments(
+        "patch_embed_forward", launching(patch_embed_arguments, launch_patch_embed),
+        "Queue uint8 images [images, height, width, 3] to tokens after CLS, position and LayerNorm on a stream of the "
+        "current device; weight is [patch * patch * 3, columns]. Raises ValueError for a wrong argument and "
+        "RuntimeError when CUDA refuses the launch.",
+        py::arg("stream") = 0);
+    with_patch_embed_arguments("patch_embed_plan", planning(patch_embed_arguments, patch_embed_plan),
+                               "Check the arguments of patch_embed_forward and say how it would launch; needs no GPU.");
 }

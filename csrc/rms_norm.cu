@@ -9,61 +9,15 @@
 // row's width, so any number of columns works.
 #include "rms_norm.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
-#include <stdexcept>
 #include <string>
+
+#include "common.cuh"
 
 namespace llava_fast {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kMaxThreads = 512;
-constexpr int kVectorBytes = 16;  // the widest load there is
-
-__device__ float to_float(float value) { return value; }
-__device__ float to_float(__half value) { return __half2float(value); }
-__device__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-
-template <typename T>
-__device__ T from_float(float value);
-template <>
-__device__ float from_float<float>(float value) {
-    return value;
-}
-template <>
-__device__ __half from_float<__half>(float value) {
-    return __float2half_rn(value);
-}
-template <>
-__device__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
-    return __float2bfloat16_rn(value);
-}
-
-template <typename T, int kElements>
-struct alignas(sizeof(T) * kElements) Vector {
-    T values[kElements];
-};
-
-// The sum over the block, in every thread. Called once per kernel, so `partial` needs no second barrier.
-__device__ float block_sum(float value) {
-    __shared__ float partial[kMaxThreads / kWarp];
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-        value += __shfl_xor_sync(0xffffffffu, value, offset);
-    }
-    if (threadIdx.x % kWarp == 0) {
-        partial[threadIdx.x / kWarp] = value;
-    }
-    __syncthreads();
-    // Every thread adds the same few numbers in the same order: no second shuffle, no broadcast.
-    float sum = 0.0f;
-    for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) {
-        sum += partial[warp];
-    }
-    return sum;
-}
 
 // No __restrict__ on the rows: writing the output over the input, or the new residual over the old, is allowed.
 template <typename T, int kElements, bool kResidual>
@@ -73,6 +27,7 @@ __global__ void __launch_bounds__(kMaxThreads)
                     std::int64_t input_stride, std::int64_t residual_stride,
                     std::int64_t residual_output_stride, float eps) {
     using Pack = Vector<T, kElements>;
+    __shared__ float partial[kMaxThreads / kWarp];
     // 64-bit base of the row, 32-bit steps inside it.
     const std::int64_t row = blockIdx.x;
     const int packs = static_cast<int>(columns / kElements);
@@ -99,7 +54,7 @@ __global__ void __launch_bounds__(kMaxThreads)
             square += value * value;
         }
     }
-    const float scale = rsqrtf(block_sum(square) / static_cast<float>(columns) + eps);
+    const float scale = rsqrtf(block_sum(square, partial) / static_cast<float>(columns) + eps);
 
     // Each thread reads back what it wrote or read itself, so no barrier is needed here.
     const Pack* source = kResidual ? sum_row : input_row;
@@ -131,12 +86,6 @@ void launch(const RmsNormArguments& a, const RmsNormPlan& plan, cudaStream_t str
         residual ? launch<T, kWide, true>(a, plan, stream) : launch<T, kWide, false>(a, plan, stream);
     } else {
         residual ? launch<T, 1, true>(a, plan, stream) : launch<T, 1, false>(a, plan, stream);
-    }
-}
-
-void require(bool condition, const std::string& message) {
-    if (!condition) {
-        throw std::invalid_argument(message);
     }
 }
 

@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-namespace llava_fast {
+#include "common.h"
 
-enum class DType { float32, float16, bfloat16 };
+namespace llava_fast {
 
 int element_bytes(DType dtype);
 

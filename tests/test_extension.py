@@ -165,6 +165,121 @@ def test_kernels_spill_nothing_and_load_16_bytes(library: Path):
     assert len(re.findall(r"STG\.E\.128", code)) >= 2 * 6
 
 
+# ---- patch embedding
+
+
+@pytest.fixture
+def images(cuda: ModuleType) -> dict[str, Any]:
+    """Well-formed arguments for 32 images of CLIP ViT-L/14 at 336 in bfloat16, on an A100; nobody's addresses."""
+    names = ("output", "pixels", "weight", "cls", "position", "norm_weight", "norm_bias")
+    return {
+        **{name: (i + 1) << 20 for i, name in enumerate(names)},
+        **{"images": 32, "height": 336, "width": 336, "patch": 14, "columns": 1024},
+        **{"mean": (0.5, 0.5, 0.5), "std": (0.3, 0.3, 0.3), "eps": 1e-5},
+        **{"dtype": cuda.DType.bfloat16, "multiprocessors": 108},
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "strips", "row_tiles", "column_tiles", "blocks"),
+    [
+        ({}, 4, 3, 4, (192, 1)),  # four strips of 24 patches are 96 rows; a block makes all 1024 columns of them
+        ({"images": 8}, 4, 3, 1, (48, 4)),  # fewer blocks than multiprocessors: the columns are shared out
+        ({"images": 1}, 1, 1, 1, (24, 4)),  # then the rows; 96 blocks are the most there can be
+        ({"images": 0}, 1, 1, 1, (0, 4)),
+        ({"images": 8, "multiprocessors": 132}, 4, 3, 1, (48, 4)),
+        ({"images": 64, "height": 224, "width": 224, "patch": 16}, 4, 2, 4, (224, 1)),  # 96 rows of 768 do not fit
+        ({"columns": 264}, 4, 3, 2, (192, 1)),
+    ],
+)
+def test_patches_are_shared_out_over_the_multiprocessors(
+    cuda: ModuleType, images: dict[str, Any], change: dict[str, int], strips: int, row_tiles: int, column_tiles: int,
+    blocks: tuple[int, int],
+):  # fmt: skip
+    plan = cuda.patch_embed_plan(**images | change)
+    assert (plan["strips"], plan["row_tiles"]) == (strips, row_tiles)
+    assert (plan["column_tiles"], plan["blocks"]) == (column_tiles, blocks)
+    assert plan["shared_bytes"] <= 163 * 1024
+
+
+def test_shared_memory_holds_the_patches_and_the_weight_or_two_strips(cuda: ModuleType, images: dict[str, Any]):
+    patches, stages = 96 * (592 + 8) * 2, 4 * 16 * (256 + 8) * 2
+    assert cuda.patch_embed_plan(**images)["shared_bytes"] == patches + stages
+    wide = images | {"width": 1344, "height": 14}  # one strip of 96 patches
+    assert cuda.patch_embed_plan(**images | {"patch": 2, "width": 96})["shared_bytes"] == 96 * (16 + 8) * 2 + stages
+    with pytest.raises(ValueError, match="width 1344 with patch 14 makes a strip of 96 patches of 588 numbers"):
+        cuda.patch_embed_plan(**wide)
+
+
+@pytest.mark.parametrize(
+    ("change", "copy_bytes", "pairs"),
+    [
+        ({}, 16, True),
+        ({"pixels": (1 << 20) + 4}, 4, True),
+        ({"pixels": (1 << 20) + 2}, 1, True),
+        ({"height": 340, "width": 340}, 4, True),
+        ({"width": 337}, 1, False),
+        ({"patch": 7}, 16, False),
+    ],
+)
+def test_copies_are_as_wide_as_the_pixels_are_aligned(
+    cuda: ModuleType, images: dict[str, Any], change: dict[str, int], copy_bytes: int, pairs: bool
+):
+    plan = cuda.patch_embed_plan(**images | change)
+    assert (plan["copy_bytes"], plan["pixel_pairs"]) == (copy_bytes, pairs)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"images": -1}, "images is -1, less than 0"),
+        ({"images": 1 << 24}, "images is 16777216: more than 2147483647 tokens"),
+        ({"patch": 0}, "patch is 0, less than 1"),
+        ({"height": 13}, "height is 13, less than 14"),
+        ({"width": 1 << 15}, "width is 32768, more than 16384"),
+        ({"columns": 1020}, "columns is 1020, not a multiple of 8"),
+        ({"columns": 8200}, "columns is 8200, more than 8192"),
+        ({"multiprocessors": 0}, "multiprocessors is 0, less than 1"),
+        ({"eps": float("nan")}, "eps is nan"),
+        ({"std": (0.3, 0.0, 0.3)}, r"std has 0\.0+; it must be more than 0"),
+        ({"patch": 32}, "a strip of 10 patches of 3072 numbers, which does not fit into shared memory"),
+        ({"pixels": 0}, "pixels is a null pointer"),
+        ({"position": 0}, "position is a null pointer"),
+        ({"weight": (3 << 20) + 8}, "weight is not aligned to 16 bytes"),
+        ({"output": (1 << 20) + 2}, "output is not aligned to 16 bytes"),
+    ],
+)
+def test_wrong_images_are_refused_by_name(
+    cuda: ModuleType, images: dict[str, Any], change: dict[str, Any], complaint: str
+):
+    for function in (cuda.patch_embed_plan, cuda.patch_embed_forward):
+        with pytest.raises(ValueError, match=complaint):
+            function(**images | change)
+
+
+def test_the_tensor_cores_take_no_float32(cuda: ModuleType, images: dict[str, Any]):
+    with pytest.raises(ValueError, match="dtype is float32"):
+        cuda.patch_embed_plan(**images | {"dtype": cuda.DType.float32})
+
+
+def test_no_images_need_no_gpu(cuda: ModuleType, images: dict[str, Any]):
+    assert cuda.patch_embed_forward(**images | {"images": 0, "pixels": 0, "output": 0}) is None
+
+
+def test_patch_embedding_spills_nothing_and_multiplies_on_tensor_cores(library: Path):
+    """Two dtypes, three heights of a tile, pixels by two or one; and the norm at three widths."""
+    usage = run(tool("cuobjdump"), "--dump-resource-usage", library)
+    kernels = re.findall(r"Function \S*(patch_embed|token_norm)_kernel\S*:\s+REG:(\d+) STACK:(\d+)", usage)
+    assert len([name for name, _, _ in kernels if name == "patch_embed"]) == 2 * 12
+    assert len([name for name, _, _ in kernels if name == "token_norm"]) == 2 * 6
+    assert {int(stack) for _, _, stack in kernels} == {0}
+    code = run(tool("cuobjdump"), "-sass", library)
+    bodies = [part for part in code.split("Function : ") if "patch_embed_kernel" in part.split()[0]]
+    assert len(bodies) == 2 * 12
+    for body in bodies:
+        assert "HMMA.16816.F32" in body and "LDGSTS.E.BYPASS.128" in body and "LDSM.16.MT88.4" in body
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", DTYPES)
 @pytest.mark.parametrize(("rows", "columns", "offset"), [(1, 1, 0), (17, 577, 0), (5, 4096, 0), (5, 4096, 1)])

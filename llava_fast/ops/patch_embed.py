@@ -32,11 +32,13 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from llava_fast.backend import choose, register
+from llava_fast.backend import choose, extension, register
 from llava_fast.ops import norm
-from llava_fast.ops._launch import launch, tile
+from llava_fast.ops._launch import launch, multiprocessors, tile
 from llava_fast.ops._patch_embed_kernels import _patch_embed_dweight_kernel, _patch_embed_fwd_kernel
 from llava_fast.ops._triton import takes
+
+_MEAN_STD = ((0.5,) * 3, (0.5,) * 3)  # of examples: pixels from -1 to 1
 
 
 def patch_embed_reference(
@@ -237,8 +239,59 @@ def _patch_embed_triton(pixels, weight, cls, position, norm_weight, norm_bias, e
     return torch.ops.llava_fast.patch_embed(*tensors, eps, mean, std, keep_z)[0]
 
 
+def _patch_embed_cuda(pixels, weight, cls, position, norm_weight, norm_bias, eps, mean, std):
+    module, pixels = extension(), pixels.contiguous()
+    weight_KD = weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0]).contiguous()
+    inputs = {"pixels": pixels, "weight": weight_KD, "cls": cls, "position": position}
+    inputs = {**inputs, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    inputs = {name: tensor.contiguous() for name, tensor in inputs.items()}
+    out = torch.empty(pixels.shape[0], *position.shape, dtype=weight.dtype, device=pixels.device)
+    with torch.cuda.device(pixels.device):
+        module.patch_embed_forward(
+            output=out.data_ptr(),
+            **{name: tensor.data_ptr() for name, tensor in inputs.items()},
+            **_cuda_sizes(module, pixels, weight),
+            eps=eps,
+            mean=mean,
+            std=std,
+            stream=torch.cuda.current_stream(pixels.device).cuda_stream,
+        )
+    return out
+
+
+def _cuda_sizes(module: Any, pixels: torch.Tensor, weight_DCPP: torch.Tensor) -> dict[str, Any]:
+    images, height, width, _ = pixels.shape
+    return {
+        **{"images": images, "height": height, "width": width},
+        **{"patch": weight_DCPP.shape[-1], "columns": weight_DCPP.shape[0]},
+        "dtype": getattr(module.DType, str(weight_DCPP.dtype).removeprefix("torch.")),
+        "multiprocessors": multiprocessors(pixels.device),
+    }
+
+
+def _supports_cuda(pixels: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor) -> bool | str:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (pixels, weight, *others)):
+        return "the CUDA kernel has no backward"
+    if not pixels.is_cuda:
+        return f"the tensors are on {pixels.device.type}"
+    if pixels.dtype != torch.uint8:
+        return f"the pixels are {pixels.dtype}; the CUDA kernel takes torch.uint8"
+    answer = _supports(pixels, weight, *others)
+    if answer is not True:
+        return answer
+    module, nowhere = extension(), 16  # an address that is aligned
+    names = ("output", "pixels", "weight", "cls", "position", "norm_weight", "norm_bias")
+    try:
+        sizes = _cuda_sizes(module, pixels, weight)
+        module.patch_embed_plan(**dict.fromkeys(names, nowhere), **sizes, eps=0, mean=(0,) * 3, std=(1,) * 3)
+    except ValueError as error:
+        return str(error)
+    return True
+
+
 register("patch_embed", "reference", patch_embed_reference)
 register("patch_embed", "triton", _patch_embed_triton, _supports)
+register("patch_embed", "cuda", _patch_embed_cuda, _supports_cuda)
 
 
 def patch_embed(
@@ -294,17 +347,14 @@ def _example(images: int, side: int, patch: int, width: int, device: Any, dtype:
     return torch.randn(images, 3, side, side, device=device).to(dtype), *parameters
 
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-
 def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
     """Calls that between them launch each kernel with every shipped tile, for the compile report."""
     for as_bytes in (True, False):
         for images in (1, 4):
             tensors = _example(images, 336, 14, 1024, "cpu", dtype, as_bytes)
-            yield partial(_forward, *tensors, 1e-5, CLIP_MEAN, CLIP_STD, False)
+            yield partial(_forward, *tensors, 1e-5, *_MEAN_STD, False)
         dz = torch.empty(4, 577, 1024, dtype=dtype)
-        yield partial(_dweight, tensors[0], tensors[1], dz, CLIP_MEAN, CLIP_STD)
+        yield partial(_dweight, tensors[0], tensors[1], dz, *_MEAN_STD)
 
 
 def tune_examples(
@@ -326,6 +376,6 @@ def tune_examples(
         tensors = _example(images, side, 14, width, device, dtype, True)
         dz = torch.randn(images, tensors[3].shape[0], width, device=device).to(dtype)
         key = _tile_key(dtype, dz.shape[0] * dz.shape[1])
-        yield "patch_embed_fwd", key, partial(_forward, *tensors, 1e-5, CLIP_MEAN, CLIP_STD, False), tiles
+        yield "patch_embed_fwd", key, partial(_forward, *tensors, 1e-5, *_MEAN_STD, False), tiles
     key = "single" if single else "half"
-    yield "patch_embed_dweight", key, partial(_dweight, tensors[0], tensors[1], dz, CLIP_MEAN, CLIP_STD), tiles
+    yield "patch_embed_dweight", key, partial(_dweight, tensors[0], tensors[1], dz, *_MEAN_STD), tiles

@@ -316,3 +316,57 @@ def test_bfloat16_rounded_as_the_kernel_rounds_it():
 def test_bfloat16_at_full_size():
     inputs = tensors(2, 336, 336, 14, 1024, torch.bfloat16, "cuda", as_bytes=True)
     check_kernel(embed, inputs, op="patch_embed", kernels=KERNELS)
+
+
+# ---- the CUDA twin
+
+# Whole tiles, several columns of tiles, a block of few strips; strips that are aligned to 16, 4 and 1 bytes.
+CUDA_SHAPES = [
+    (5, 336, 336, 14, 1024),
+    (1, 336, 336, 14, 1024),
+    (3, 28, 42, 14, 264),
+    (2, 17, 17, 5, 72),
+    (1, 4, 4, 4, 16),
+]
+
+
+def cuda_embed(shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> None:
+    """The twin against PyTorch; the pixels start `offset` bytes into their storage."""
+    inputs = tensors(*shape, dtype, "cuda", as_bytes=True)
+    storage = torch.empty(inputs["pixels"].numel() + offset, dtype=torch.uint8, device="cuda")
+    inputs["pixels"] = storage[offset:].view_as(inputs["pixels"]).copy_(inputs["pixels"])
+    check_kernel(embed, inputs, op="patch_embed", kernels=[], frozen=tuple(inputs), backend="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", CUDA_SHAPES, ids=str)
+def test_cuda_twin(shape, dtype):
+    cuda_embed(shape, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offset", [1, 4])
+def test_cuda_twin_on_pixels_that_are_not_aligned(offset):
+    cuda_embed((3, 28, 42, 14, 264), torch.bfloat16, offset)
+
+
+@pytest.mark.gpu
+def test_cuda_twin_on_no_images():
+    cuda_embed((0, 28, 28, 14, 64), torch.bfloat16)
+
+
+def test_the_cuda_twin_refuses_what_it_cannot_do():
+    inputs = list(tensors(1, 4, 4, 4, 16, torch.float16, "cpu", as_bytes=True).values())
+    assert module._supports_cuda(*inputs) == "the tensors are on cpu"
+    inputs[1].requires_grad_()
+    assert module._supports_cuda(*inputs) == "the CUDA kernel has no backward"
+    with torch.no_grad():
+        assert module._supports_cuda(*inputs) == "the tensors are on cpu"
+
+
+@pytest.mark.gpu
+def test_what_the_cuda_twin_does_not_take():
+    inputs = list(tensors(1, 8, 8, 4, 12, torch.float16, "cuda", as_bytes=True).values())
+    assert module._supports_cuda(*inputs) == "columns is 12, not a multiple of 8"
+    assert "takes torch.uint8" in module._supports_cuda(inputs[0].half().permute(0, 3, 1, 2), *inputs[1:])
