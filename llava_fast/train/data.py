@@ -36,6 +36,7 @@ from llava_fast.train.rows import (
     ImageFolder,
     Problem,
     Report,
+    RowError,
     count_problems,
     encode_row,
     identity,
@@ -179,7 +180,7 @@ class LlavaDataset(Dataset):
         problem = Problem(self.sources[source].path, row, identity(content), reason, words, line)
         if reason in ERRORS:
             if self.on_error == "raise" or (self.on_error is None and reason == "malformed"):
-                raise ValueError(str(problem))
+                raise RowError(str(problem))
             self._n_errors += 1
             self._check_errors(problem)
         self.problems.append(problem)
@@ -187,7 +188,7 @@ class LlavaDataset(Dataset):
     def _check_errors(self, latest: Problem, n_unreadable: int = 0) -> None:
         n_errors = self._n_errors + n_unreadable
         if self.max_errors is not None and n_errors > self.max_errors:
-            raise ValueError(f"{latest}; it is broken row {n_errors}, and max_errors is {self.max_errors}")
+            raise RowError(f"{latest}; it is broken row {n_errors}, and max_errors is {self.max_errors}")
 
     def _warn(self) -> None:
         counts, examples = count_problems(self.problems)
@@ -209,7 +210,7 @@ class LlavaDataset(Dataset):
                 pieces = self._pieces(turns, images)
                 encoded = encode_row(content)
                 if images and folder is None:
-                    raise ValueError(f"image {images[0]!r} needs an image_folder")
+                    raise ValueError(f"image '{one_line(images[0])}' needs an image_folder")
                 missing = [image for image in images if not folder.exists(image)]
             except (ValueError, OSError) as error:
                 self._reject(source, row, content, "malformed", one_line(error, 500))
@@ -368,7 +369,7 @@ class LlavaDataset(Dataset):
             except (OSError, ValueError) as error:
                 failure = self._problem(substitute, one_line(error, 500))
                 if self.on_error == "raise":
-                    raise ValueError(str(failure)) from error
+                    raise RowError(str(failure)) from error
                 self._unreadable[substitute] = 1
                 self._check_errors(failure, int(self._unreadable.sum()))
                 _logger.warning("%s", failure)
@@ -377,7 +378,7 @@ class LlavaDataset(Dataset):
                 self._cache[row] = sample
             return sample
         tried = f"no readable sample near row {self._places[row, 1]}; the last try: {failure.words}"
-        raise ValueError(f"{failure.path}: {tried}")
+        raise RowError(f"{failure.path}: {tried}")
 
     def tokens(self, index: int) -> tuple[list[int], list[int]]:
         """A sample's token ids and labels; no image is read."""

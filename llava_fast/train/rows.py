@@ -21,12 +21,24 @@ from pathlib import Path
 from typing import Any
 
 from llava_fast.model.images import one_line
+from llava_fast.train.recipe import RecipeError
 
 MAX_CHARACTERS = 1_000_000  # of all turns of a row; tokenising more only to cut it off takes minutes
 ERRORS = ("malformed", "image_count", "image_missing", "unreadable")  # what `on_error` and `max_errors` are about
 EXAMPLES = 3
 
 _ROLES = ("human", "gpt")
+
+
+class RowError(RecipeError):
+    """A row that stops a run, in one line.
+
+    It stays one line where PyTorch passes it on from a worker process, as the end of a traceback in text.
+    """
+
+    def __init__(self, message: str) -> None:
+        last = message.rstrip().rpartition("\n")[2]
+        super().__init__(last.removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: "))
 
 
 @dataclass(frozen=True)
@@ -195,7 +207,7 @@ def parse_row(row: Any) -> tuple[list[str], list[str]]:
     for i, turn in enumerate(turns):
         role = turn.get("from")
         if role != _ROLES[i % 2]:
-            shown = repr(one_line(role, 40)) if isinstance(role, str) else type(role).__name__
+            shown = f"'{one_line(role, 40)}'" if isinstance(role, str) else type(role).__name__
             raise ValueError(f"roles must alternate: turn {i} is from {shown}, not {_ROLES[i % 2]!r}")
     texts = [turn["value"] for turn in turns]
     characters = sum(map(len, texts))
@@ -233,9 +245,9 @@ class ImageFolder:
         try:
             real = os.path.realpath(os.path.join(self._real, path))
         except ValueError:  # a NUL, or half of a surrogate pair
-            raise ValueError(f"image {one_line(name)!r} cannot be the name of a file") from None
+            raise ValueError(f"image '{one_line(name)}' cannot be the name of a file") from None
         if os.path.commonpath([self._real, real]) != self._real:
-            raise ValueError(f"image {one_line(name)!r} is outside of the image folder {self.root}")
+            raise ValueError(f"image '{one_line(name)}' is outside of the image folder {self.root}")
         return real
 
     def exists(self, name: str) -> bool:
