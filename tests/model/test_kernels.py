@@ -9,7 +9,17 @@ from llava_fast.model.llava import LlavaForConditionalGeneration
 from llava_fast.ops._launch import recorded
 
 # Operations that have a Triton kernel, and the kernels that a forward and backward of the model must launch.
-KERNEL_OPS = ("rms_norm", "layer_norm", "rotary", "swiglu", "quick_gelu", "attention", "patch_embed", "projector", "merge")
+KERNEL_OPS = (
+    "rms_norm",
+    "layer_norm",
+    "rotary",
+    "swiglu",
+    "quick_gelu",
+    "attention",
+    "patch_embed",
+    "projector",
+    "merge",
+)
 KERNELS = {
     "norm_fwd_kernel",
     "norm_bwd_kernel",
