@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from llava_fast.train.data import LlavaDataset
 from llava_fast.train.mixture import choose_rows
-from llava_fast.train.recipe import Recipe, Source, load_recipe
+from llava_fast.train.recipe import Recipe, RecipeError, Source, load_recipe
 from llava_fast.train.trainer import GroupedSampler, load_data, load_processor
 
 
@@ -201,11 +201,12 @@ def test_max_errors_stops_past_the_cap(broken, folder, processor, max_errors):
     dataset = LlavaDataset(broken, folder, processor, on_error="skip", max_errors=max_errors)
     batches = iter(DataLoader(dataset, 1, num_workers=1, collate_fn=list))  # workers count as one with this process
     next(batches)
-    words = (
-        rf"broken\.json, row {max_errors + 1} .*cannot read image .*it is broken row {max_errors + 1}, and max_errors"
-    )
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(RecipeError) as error:
         next(batches)
+    row = max_errors + 1
+    message = str(error.value)  # not the worker's traceback
+    assert message.startswith(f"{broken}, row {row} (id {row}): cannot read image {folder}")
+    assert message.endswith(f"; it is broken row {row}, and max_errors is {max_errors}") and message.isprintable()
 
 
 def test_max_errors_is_what_may_be_skipped(broken, folder, processor):
