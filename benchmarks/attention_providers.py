@@ -39,11 +39,17 @@ def by_range(name: str, q, k, v, start, end) -> tuple[torch.Tensor]:
 
 
 def masked(q, k, v, mask_BTS) -> tuple[torch.Tensor]:
-    """SDPA, by whichever of its kernels PyTorch takes."""
-    heads_first = (t.transpose(1, 2) for t in (q, k, v))
-    mask = None if mask_BTS is None else mask_BTS[:, None]
-    out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=q.shape[2] != k.shape[2])
+    """SDPA, by whichever of its kernels PyTorch takes; with a mask, keys are repeated as transformers does."""
+    if mask_BTS is None:
+        out = F.scaled_dot_product_attention(*_heads_first(q, k, v), enable_gqa=q.shape[2] != k.shape[2])
+    else:
+        k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], 2) if q.shape[2] != k.shape[2] else t for t in (k, v))
+        out = F.scaled_dot_product_attention(*_heads_first(q, k, v), attn_mask=mask_BTS[:, None])
     return (out.transpose(1, 2),)
+
+
+def _heads_first(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [t.transpose(1, 2) for t in tensors]
 
 
 def mask_of(start_BT: torch.Tensor, end_BT: torch.Tensor, keys: int) -> torch.Tensor:

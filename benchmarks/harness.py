@@ -52,6 +52,7 @@ class Case:
         providers: name -> function of the inputs that returns the call to be measured. Whatever is not part of the
             operation (modules, masks that a user makes once) happens in that function.
         bytes_moved, flops: the least that any implementation must do.
+        capturable: whether every provider can be captured in a CUDA graph; who waits for the GPU in a call cannot.
     """
 
     op: str
@@ -63,6 +64,7 @@ class Case:
     providers: Mapping[str, Callable[[Tensors], Call]]
     bytes_moved: int
     flops: int
+    capturable: bool = True
 
     @property
     def identity(self) -> dict[str, str]:
@@ -222,6 +224,8 @@ def bursts(case: Case, names: Sequence[str], sets: int) -> tuple[dict[str, Calla
         return {name: partial(_loop, steps[name][0], calls[name]) for name in names}, calls, "perf_counter"
     plain = {name: partial(_repeat, of_name) for name, of_name in steps.items()}
     calls = dict.fromkeys(names, sets)
+    if not case.capturable:
+        return plain, calls, "cuda events"
     try:
         return {name: _captured(burst) for name, burst in plain.items()}, calls, "cuda graph"
     except RuntimeError:

@@ -19,6 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+# Packages of other libraries' attention; their versions are recorded where they are installed.
+PEERS = ("flash-attn", "tokenspeed-fa3", "xformers")
+
 # Dense 16-bit tensor-core FLOP/s and bytes/s. A100: datasheet; the others measured (8192³ product, device copy).
 CEILINGS = {"a100": (312e12, 2.04e12), "h100": (798e12, 3.0e12), "h200": (788e12, 4.3e12)}
 
@@ -51,7 +54,7 @@ def run_info() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "triton", "transformers", "liger-kernel")},
+        **{name: _version(name) for name in ("torch", "triton", "transformers", "liger-kernel", *PEERS)},
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

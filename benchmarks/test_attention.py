@@ -104,6 +104,7 @@ def pack_case(
         providers=_building(count) if op.endswith("build") else providers(),
         bytes_moved=_bytes(tokens, heads, key_heads, dim, dtype, backward),
         flops=_flops(int((packed.key_end - packed.key_start).sum()), heads, dim, backward),
+        capturable=not op.endswith("build"),  # lengths that a library wants on the host are waited for
     )
 
 

@@ -196,7 +196,6 @@ def _flash_attn(name: str, module: str, q, k, v, start, end, scale, return_lse) 
 
 def _xformers(q, k, v, start, end, scale, return_lse) -> Result:
     library = importlib.import_module("xformers.ops")
-    masks = library.fmha.attn_bias
     samples = _uniform("xformers", start, end, k.shape[1])
     if return_lse:
         raise _refuse("xformers", "memory_efficient_attention does not return its LSE")
@@ -206,16 +205,12 @@ def _xformers(q, k, v, start, end, scale, return_lse) -> Result:
     x = q
     if samples.common_keys is not None:
         k, v = k[:, samples.common_keys], v[:, samples.common_keys]
-        mask = None if samples.full else masks.LowerTriangularFromBottomRightMask()
+        mask = None if samples.full else library.fmha.attn_bias.LowerTriangularFromBottomRightMask()
     elif _is_cache(samples, q, k) and not backward and not any(first for first, _ in samples.row_keys):
-        lengths = samples.queries_N, k.shape[1], samples.keys_N
-        kind = masks.BlockDiagonalPaddedKeysMask if samples.full else masks.BlockDiagonalCausalWithOffsetPaddedKeysMask
-        mask = kind.from_seqlens(*lengths, device=q.device)
+        mask = once(_padded_keys_mask, start, end, k.shape[1])
         x, k, v = (_rows(t, None)[None] for t in (q, k, v))
     else:
-        rows = samples.query_rows
-        mask = masks.BlockDiagonalMask.from_seqlens(samples.queries_N, samples.keys_N, device=q.device)
-        mask = mask if samples.full else mask.make_causal_from_bottomright()
+        rows, mask = samples.query_rows, once(_block_diagonal_mask, start, end, k.shape[1])
         x, k, v = _rows(q, rows)[None], *(_rows(t, samples.key_rows)[None] for t in (k, v))
     if group > 1 and backward:  # its backward knows no groups
         k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
@@ -224,6 +219,20 @@ def _xformers(q, k, v, start, end, scale, return_lse) -> Result:
         k, v = (t.unsqueeze(3).expand(*t.shape[:3], group, t.shape[3]) for t in (k, v))
     out = library.memory_efficient_attention(x, k, v, attn_bias=mask, scale=scale)
     return _put_back(out.reshape(-1, *q.shape[2:]), None, rows, q)
+
+
+def _block_diagonal_mask(start: torch.Tensor, end: torch.Tensor, keys: int) -> Any:
+    masks = importlib.import_module("xformers.ops").fmha.attn_bias
+    samples = once(samples_of, start, end, keys)
+    mask = masks.BlockDiagonalMask.from_seqlens(samples.queries_N, samples.keys_N, device=start.device)
+    return mask if samples.full else mask.make_causal_from_bottomright()
+
+
+def _padded_keys_mask(start: torch.Tensor, end: torch.Tensor, keys: int) -> Any:
+    masks = importlib.import_module("xformers.ops").fmha.attn_bias
+    samples = once(samples_of, start, end, keys)
+    kind = masks.BlockDiagonalPaddedKeysMask if samples.full else masks.BlockDiagonalCausalWithOffsetPaddedKeysMask
+    return kind.from_seqlens(samples.queries_N, keys, samples.keys_N, device=start.device)
 
 
 def _block_mask(start_BT: torch.Tensor, end_BT: torch.Tensor, keys: int) -> Any:
@@ -288,21 +297,23 @@ def _on_gpu(x: torch.Tensor) -> bool:
 def _tensors_of_sdpa_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool | str:
     if not _on_gpu(q):  # PyTorch has a flash kernel for CPUs too
         return _same_dtype(q, k, v)
-    return _tensors_of_sdpa(torch.backends.cuda.can_use_flash_attention, q, k, v)
+    return _tensors_of_sdpa(SDPBackend.FLASH_ATTENTION, torch.backends.cuda.can_use_flash_attention, q, k, v)
 
 
 def _tensors_of_sdpa_cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool | str:
-    return _tensors_of_sdpa(torch.backends.cuda.can_use_cudnn_attention, q, k, v)
+    return _tensors_of_sdpa(SDPBackend.CUDNN_ATTENTION, torch.backends.cuda.can_use_cudnn_attention, q, k, v)
 
 
-def _tensors_of_sdpa(can_use: Callable[[Any], bool], q, k, v) -> bool | str:
+def _tensors_of_sdpa(kernel: SDPBackend, can_use: Callable[[Any], bool], q, k, v) -> bool | str:
     answer = _tensors(q, k, v)
     if answer is not True:
         return answer
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     # No mask, no dropout, not causal; the last says whether heads are grouped.
     parameters = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, q.shape[1] != k.shape[1])
-    return can_use(parameters) or "PyTorch has no such kernel for these tensors on this GPU"
+    with sdpa_kernel(kernel):
+        can = can_use(parameters)
+    return can or "PyTorch has no such kernel for these tensors on this GPU"
 
 
 def _missing(module: str, package: str, capability: int = 0) -> str:

@@ -90,6 +90,19 @@ def test_the_cases_of_a_gpu_are_told_apart():
     assert {dtype for _, _, dtype, _ in found} == {"bf16"}
 
 
+def test_who_waits_for_the_gpu_is_not_captured(monkeypatch: pytest.MonkeyPatch):
+    build, plain = (small(op, False) for op in ("attention_build", "attention"))
+    captured = []
+    monkeypatch.setattr(harness, "_captured", captured.append)
+    timers = []
+    for case in (build, plain):
+        with monkeypatch.context() as patch:
+            patch.setattr(harness, "DEVICE", torch.device("cuda"))
+            timers.append(harness.bursts(case, ["torch", "reference"], 2)[2])
+    assert timers == ["cuda events", "cuda graph"]
+    assert len(captured) == 2  # the providers of the second
+
+
 def test_who_says_that_it_cannot_is_skipped(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(harness, "measured", lambda case: {"sdpa_flash": BackendUnavailable("no packs")})
     with pytest.raises(pytest.skip.Exception, match="no packs"):

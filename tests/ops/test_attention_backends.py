@@ -371,9 +371,10 @@ def test_tensors_that_no_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = torch.zeros(1, 1, 1, 264, dtype=torch.bfloat16)
     assert module._tensors(wide, wide, wide) == "head dimension 264 is over 256"
     no_kernel = "PyTorch has no such kernel for these tensors on this GPU"
-    assert module._tensors_of_sdpa(lambda p: p.enable_gqa, x, x[:, :, :1], x[:, :, :1]) is True
-    assert module._tensors_of_sdpa(lambda p: p.enable_gqa, x, x, x) == no_kernel
-    assert module._tensors_of_sdpa(lambda p: True, *[x.float()] * 3) == "torch.float32 is not one of float16, bfloat16"
+    kernel = module.SDPBackend.FLASH_ATTENTION
+    assert module._tensors_of_sdpa(kernel, lambda p: p.enable_gqa, x, x[:, :, :1], x[:, :, :1]) is True
+    assert module._tensors_of_sdpa(kernel, lambda p: p.enable_gqa, x, x, x) == no_kernel
+    assert module._tensors_of_sdpa_flash(*[x.float()] * 3) == "torch.float32 is not one of float16, bfloat16"
 
 
 # ---- what is kept
