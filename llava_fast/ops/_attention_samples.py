@@ -41,6 +41,12 @@ class Samples:
         """The keys that every batch row sees, where each is one sample and all see the same."""
         return slice(*self.row_keys[0]) if self.row_keys and len(set(self.row_keys)) == 1 else None
 
+    @property
+    def equal(self) -> bool:
+        """Whether samples of equal lengths lie end to end, so that a pack is a batch of them without a copy."""
+        apart = self.query_rows is None and self.key_rows is None
+        return apart and len(set(self.queries_N)) == 1 and len(set(self.keys_N)) == 1
+
 
 def samples_of(start_BT: torch.Tensor, end_BT: torch.Tensor, keys: int) -> Samples:
     device, (batch, tokens) = start_BT.device, start_BT.shape

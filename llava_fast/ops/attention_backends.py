@@ -7,7 +7,8 @@ A peer is imported when it is first asked for, runs only when it is asked for by
 `BackendUnavailable` says in a line why not. What each can express, of q [B, T, H, d] with one range of keys per query:
 
     name            library                                 ranges
-    sdpa_flash      PyTorch's SDPA, its flash kernel        each batch row one sample, all over the same keys
+    sdpa_flash      PyTorch's SDPA, its flash kernel        samples of equal lengths: each batch row one, all over the
+                                                            same keys, or a pack without anything between them
     sdpa_cudnn      PyTorch's SDPA, cuDNN's kernel          the same
     varlen          torch.nn.attention.varlen               packs and padding: all samples causal, or all full
     flash_attn      FlashAttention-2                        the same, and a cache (forward only)
@@ -108,9 +109,13 @@ def _sdpa(name: str, kernel: SDPBackend, q, k, v, start, end, scale, return_lse)
     samples = _uniform(name, start, end, k.shape[1])
     if return_lse:
         raise _refuse(name, "PyTorch's SDPA does not return its LSE")
-    if samples.common_keys is None:
-        raise _refuse(name, "packs, padding and keys that differ by batch row would need a dense mask")
-    k, v = k[:, samples.common_keys], v[:, samples.common_keys]
+    shape = q.shape
+    if samples.common_keys is not None:
+        k, v = k[:, samples.common_keys], v[:, samples.common_keys]
+    elif samples.equal:
+        q, k, v = (x.flatten(0, 1).unflatten(0, (len(samples.queries_N), -1)) for x in (q, k, v))
+    else:
+        raise _refuse(name, "samples of different lengths, padding and keys that differ by batch row need a dense mask")
     # SDPA's causal mask begins at the first key, ours ends at the last: the same for square ones.
     if not samples.full and q.shape[1] != k.shape[1]:
         raise _refuse(name, f"causal with {q.shape[1]} queries and {k.shape[1]} keys")
@@ -121,7 +126,7 @@ def _sdpa(name: str, kernel: SDPBackend, q, k, v, start, end, scale, return_lse)
             scale=scale,
             enable_gqa=q.shape[2] != k.shape[2],
         )
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).reshape(shape), None
 
 
 def _varlen(name: str, call: Callable[..., Any], q, k, v, start, end, scale, return_lse) -> Result:

@@ -50,6 +50,9 @@ DENSE = {
     "full": (rows([(0, 5)] * 5, [(0, 5)] * 5), 5),
     "the first keys alone": (rows(*[[(0, 3)] * 4] * 2), 6),
     "pack of one sample": (packed(6), 6),
+    "pack of equal samples": (packed(4, 4, 4), 12),
+    "two packs of equal samples": (rows(*[[(0, 2), (0, 2), (2, 4), (2, 4)]] * 2), 4),
+    "single tokens": (packed(1, 1, 1), 3),
     "keys from the middle": (rows([(2, 3), (2, 4)], [(2, 3), (2, 4)]), 6),
     "one query, a cache filled alike": (rows([(1, 6)], [(1, 6)], [(1, 6)]), 9),
 }
@@ -58,7 +61,6 @@ UNIFORM = {
     **DENSE,
     **NOT_SQUARE,
     "pack": (packed(3, 1, 5, 4), 13),
-    "single tokens": (packed(1, 1, 1), 3),
     "images": (rows([(0, 3)] * 3 + [(3, 5)] * 2 + [(5, 6)]), 6),
     "left padding": (padded([0, 0, 1, 1, 1], [1, 1, 1, 1, 1]), 5),
     "right padding": (padded([1, 1, 1, 0, 0], [1, 0, 0, 0, 0]), 5),
@@ -127,7 +129,7 @@ def test_sdpa_flash_refuses(case: str) -> None:
         **dict.fromkeys(NOT_SQUARE, "causal with 3"),
     }
     with use_backend("sdpa_flash", "attention"):
-        with pytest.raises(BackendUnavailable, match=reasons.get(case, "would need a dense mask")):
+        with pytest.raises(BackendUnavailable, match=reasons.get(case, "need a dense mask")):
             attention(**by_name(draw(ranges, keys, 2, 2)))
 
 
@@ -457,6 +459,7 @@ BY_LENGTHS = {"varlen", "flash_attn", "flash_attn_3", "xformers"}
 SDPA = {"sdpa_flash", "sdpa_cudnn"}
 # case -> ranges, keys, key heads of eight, and who can express it
 ON_A_GPU = {
+    "equal samples": (packed(96, 96, 96), 288, 8, BY_LENGTHS | SDPA),
     "tower": (rows(*[[(0, 577)] * 577] * 2), 577, 8, BY_LENGTHS | SDPA),
     "pack": (packed(300, 1, 212), 513, 2, BY_LENGTHS),
     "left padding": (padded([0] * 40 + [1] * 160, [1] * 200), 200, 8, BY_LENGTHS | {"flex"}),
