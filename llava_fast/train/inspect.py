@@ -253,8 +253,8 @@ def _view(dataset: LlavaDataset, index: int) -> SampleView:
 def _memory(recipe: Recipe, pack_tokens: int) -> Prediction | str:
     try:
         return predict(recipe, read_config(recipe), pack_tokens)
-    except (OSError, ValueError, AttributeError) as error:  # a layout whose config is not transformers' own
-        return f"the model's config cannot be read: {one_line(error)}"
+    except (OSError, ValueError) as error:
+        return one_line(error, 500)
 
 
 # Printing

@@ -16,12 +16,15 @@ divide by the devices what they shard. Without kernels (on a CPU) PyTorch saves 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoConfig, LlavaConfig
 
+from llava_fast.model.adapter import base_of, is_adapter
 from llava_fast.model.llava import LlavaForConditionalGeneration
+from llava_fast.model.source import open_checkpoint
 from llava_fast.train.recipe import Recipe
 
 STATE_BYTES = 16  # of a trained parameter
@@ -53,9 +56,14 @@ class Prediction:
 
 
 def read_config(recipe: Recipe) -> LlavaConfig:
-    """The config of the model that the recipe starts from; no weights are read."""
+    """The config of the model that the recipe starts from, in any layout; no weights are read.
+
+    Raises:
+        OSError, ValueError: for a checkpoint that cannot be opened; the message names the file.
+    """
     if recipe.model is not None:
-        return LlavaConfig.from_pretrained(recipe.model)
+        folder = recipe.model
+        return open_checkpoint(Path(base_of(folder, None)) if is_adapter(folder) else folder).config
     vision, text = (AutoConfig.from_pretrained(path) for path in (recipe.vision_tower, recipe.language_model))
     return LlavaConfig(vision_config=getattr(vision, "vision_config", vision), text_config=text)
 

@@ -1,0 +1,337 @@
+"""`llava-fast inspect`: what it shows, what it finds, its exit status, and the memory it predicts."""
+
+import io
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+from llava_fast import LlavaForConditionalGeneration, cli
+from llava_fast.demo import run as demo
+from llava_fast.model.processor import LlavaProcessor
+from llava_fast.train.inspect import Inspection, check_images, inspect, show, statistics
+from llava_fast.train.memory import count_parameters, predict
+from llava_fast.train.recipe import Recipe
+from llava_fast.train.trainer import GroupedSampler, load_data, load_processor
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def demo_out(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("demo")
+    demo.draw(out, demo.Size(captions=32, pictures=8, questions=3, held_out=2))
+    return out
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["inspect", *map(str, arguments)])
+    return exit_.value.code or 0
+
+
+def printed(found: Inspection, **options) -> str:
+    limit = options.pop("limit", 50)
+    console = Console(file=io.StringIO(), **{"width": 80, **options})
+    show(found, console, limit)
+    return console.file.getvalue()
+
+
+def test_the_demos_data_is_fine(demo_out, capsys):
+    before = sorted(demo_out.rglob("*"))
+    assert run(ROOT / "train" / "demo-stage1.yaml", f"data={demo_out / 'stage1.json'}", "--samples", 1) == 0
+    captured = capsys.readouterr()
+    out = captured.out
+    assert "\x1b" not in out  # plain text where there is no terminal
+    first = json.loads((demo_out / "stage1.json").read_text())[0]
+    assert f"row 0 (id {first['id']}): " in out
+    assert f"<s> [{first['id']}.png: 16 tokens] »" in out
+    caption = first["conversations"][1]["value"]
+    assert caption.replace(" ", " Ġ").replace(",", " ,").replace(".", " .") + " Ċ«" in out
+    assert f"       32        32           32      100.0%     100.0%  {demo_out / 'stage1.json'}" in out
+    assert "packs: 2 of " in out and "no padding" in out
+    assert "memory: predicted by a formula, not measured: at least " in out
+    assert out.rstrip().endswith("0 broken rows, 0 rows left out as too long or without an answer, 32 image files read")
+    assert captured.err == ""  # no progress bar without a terminal
+    assert sorted(demo_out.rglob("*")) == before  # nothing is written
+
+
+def test_as_a_program_without_a_terminal(demo_out):
+    recipe = ROOT / "train" / "demo-stage1.yaml"
+    rows = json.loads((demo_out / "stage1.json").read_text())
+    rows[3]["image"] = "images/none.png"
+    (demo_out / "broken.json").write_text(json.dumps(rows))
+    command = [Path(sys.executable).with_name("llava-fast"), "inspect", recipe, f"data={demo_out / 'broken.json'}"]
+    done = subprocess.run([*command, "--samples", "0"], capture_output=True, text=True, env={"COLUMNS": "40"})
+    assert done.returncode == 1
+    assert f"image_missing: {demo_out / 'broken.json'}, row 3 (id train-00003): no image file images/none.png\n" in (
+        done.stdout
+    )
+    assert "1 broken rows" in done.stdout
+
+
+def statement(**found) -> Inspection:
+    """An inspection with some values."""
+    values = {
+        "sources": [],
+        "samples": [],
+        "validation_samples": 0,
+        "images": 0,
+        "problems": [],
+        "lengths": [1],
+        "truncated": 0,
+        "supervised_share": 0.5,
+        "image_share": 0.25,
+        "packs": [1],
+        "padded_share": 0.0,
+        "memory": "no model",
+    }
+    return Inspection(**{**values, **found})
+
+
+@pytest.fixture
+def mixed(tiny, recipe_for, tmp_path) -> Recipe:
+    """A mixture with six broken rows: every kind of them, and one row that is just too long."""
+    rows = json.loads(tiny.chat.read_text())[:24]
+    with_image = [row for row in rows if "image" in row]
+    with_image[0]["conversations"][1]["from"] = "human"
+    with_image[1]["image"] = "none.png"
+    with_image[2]["conversations"][0]["value"] = "no mark"
+    with_image[3]["image"] = with_image[4]["image"] = "cut.png"
+    with_image[5]["image"] = "../secret.png"
+    with_image[6]["conversations"][0]["value"] = "<image> What colour? " * 1 + "red " * 300
+    (tmp_path / "pictures").symlink_to(tiny.folder)
+    for path in tiny.folder.glob("*.png"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:-40])
+    (tmp_path / "mixed.json").write_text(json.dumps(rows))
+    data = [
+        {"path": tmp_path / "mixed.json"},
+        {"path": tiny.chat, "image_folder": tmp_path / "pictures", "sampling": "repeat", "count": 144},
+    ]
+    return recipe_for(data=data, max_length=200, per_device_batch_size=4, group_by="modality")
+
+
+def test_every_broken_row_is_listed(mixed):
+    found = inspect(mixed, samples=4, threads=3)
+    reasons = [problem.reason for problem in found.broken]
+    assert sorted(reasons) == sorted([*["malformed", "unreadable"] * 2, "image_missing", "image_count"])
+    assert [problem.reason for problem in found.problems if problem not in found.broken] == ["fully_masked"]
+    text = printed(found)
+    for problem in found.problems:
+        assert f"\n{problem.reason}: {problem.path}, row {problem.row} (id {problem.identity}): " in text
+    assert "image '../secret.png' is outside of the image folder" in text
+    assert text.count("cut.png") == 2  # each row that uses a file, which is read once
+    assert "6 broken rows, 1 rows left out as too long or without an answer" in text
+    short = printed(found, limit=2)
+    assert "… and 5 more" in short and short.count(", row ") == 4 + 2
+
+
+def test_numbers_are_those_of_training(mixed):
+    found = inspect(mixed, samples=2)
+    processor = load_processor(mixed)
+    train, _ = load_data(Recipe(**{**vars(mixed), "on_error": "skip"}), processor)
+    assert found.lengths == sorted(train.lengths)
+    assert [source.samples for source in found.sources] == [24 - 5, 144]
+    assert [source.rows for source in found.sources] == [24 - 5, 96]
+    assert sum(source.tokens for source in found.sources) == sum(train.lengths) == sum(found.packs)
+    tokens = [train.tokens(i) for i in range(len(train))]
+    n_tokens = sum(len(ids) for ids, _ in tokens)
+    assert found.image_share == sum(ids.count(processor.image_token_id) for ids, _ in tokens) / n_tokens
+    assert found.supervised_share == sum(len(labels) - labels.count(-100) for _, labels in tokens) / n_tokens
+    order = list(GroupedSampler(train, "modality", 4, mixed.global_batch_size, mixed.seed))
+    packs = [[train.lengths[i] for i in order[start : start + 4]] for start in range(0, len(order), 4)]
+    assert found.packs == [sum(pack) for pack in packs]
+    assert found.padded_share == pytest.approx(1 - n_tokens / sum(len(pack) * max(pack) for pack in packs))
+    assert len(found.packs) == -(-len(train) // 4)
+    assert found.images == len({image for i in range(len(train)) for image in train.images(i)})
+    assert found.truncated == train.report.truncated
+
+
+def test_batches_of_one_need_no_padding(recipe_for, tiny):
+    assert inspect(recipe_for(data=tiny.chat, per_device_batch_size=1), samples=0).padded_share == 0
+
+
+def test_validation_rows_are_checked_too(recipe_for, tiny, tmp_path):
+    rows = json.loads(tiny.captions.read_text())[:3]
+    rows[1]["image"] = "none.png"
+    (tiny.folder / "validation.json").write_text(json.dumps(rows))
+    found = inspect(recipe_for(validation=tiny.folder / "validation.json"), samples=0)
+    assert found.validation_samples == 2
+    assert [str(problem) for problem in found.problems] == [
+        f"{tiny.folder / 'validation.json'}, row 1 (id 1): no image file none.png"
+    ]
+    split = inspect(recipe_for(validation=0.25), samples=0)
+    assert split.validation_samples >= 24 and split.problems == []
+    assert "validation: 2 samples" in printed(found)
+
+
+@pytest.mark.parametrize("width", [20, 40, 200])
+def test_lines_are_not_broken_on_a_narrow_terminal(mixed, width):
+    found = inspect(mixed, samples=1)
+    assert printed(found, width=width) == printed(found, width=80)
+
+
+def test_colours_on_a_terminal(recipe_for, tiny):
+    found = inspect(recipe_for(data=tiny.captions, template="plain"), samples=1)
+    text = printed(found, force_terminal=True, color_system="standard")
+    assert "\x1b[1;32ma" in text  # the caption is green
+    assert "\x1b[36m[0.png: 4 tokens]" in text
+    assert "»" not in text
+    assert "»a" in printed(found)
+
+
+def test_text_cannot_steer_the_terminal(recipe_for, tiny):
+    said = [{"from": "human", "value": "\x1b[2J\x07 hi"}, {"from": "gpt", "value": "[bold]no[/bold] \x9b31m\u202e"}]
+    path = tiny.folder / "escape.json"
+    path.write_text(json.dumps([{"id": "\x1b[2J", "conversations": said}, {"id": "\x1b]0;x\x07", "conversations": 3}]))
+    text = printed(inspect(recipe_for(data=path), samples=1))
+    assert not set(text) & {"\x1b", "\x07", "\x9b", "\u202e"}
+    assert r"(id \x1b]0;x\x07): expected an object with a list" in text
+
+
+def test_json_has_everything(mixed, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text(mixed.to_yaml())
+    assert run(tmp_path / "recipe.yaml", "--json", "--samples", 2) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["broken"] == 6 and len(found["problems"]) == 7
+    assert {"path", "row", "reason", "words"} <= found["problems"][0].keys()
+    assert len(found["samples"]) == 2 and {run_[0] for run_ in found["samples"][0]["runs"]} >= {"context", "supervised"}
+    assert found["lengths"]["max"] <= 200 and found["packs"]["count"] > 0
+    assert found["memory"]["total"] == sum(value for key, value in found["memory"].items() if key != "total")
+    assert found["sources"][1]["samples"] == 144
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data=none.json"], "data: no file"),
+        (["model=none"], "model: no folder"),
+        (["dta=x"], "unknown key 'dta'"),
+        (["--sample=3"], "unknown key '--sample'"),
+        (["image_folder=none"], "image_folder: no folder"),
+        (["max_length=3"], "none of 96 rows can be used"),
+    ],
+)
+def test_what_cannot_be_inspected_is_one_line_and_exit_status_2(recipe_for, tmp_path, capsys, overrides, words):
+    (tmp_path / "recipe.yaml").write_text(recipe_for().to_yaml())
+    assert run(tmp_path / "recipe.yaml", *overrides) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err.splitlines()[-1] and captured.err.splitlines()[-1].startswith("llava-fast: error: ")
+    assert captured.out == "" and not (tmp_path / "out").exists()
+
+
+def test_images_are_read_in_parallel_and_once(recipe_for, tiny, monkeypatch):
+    recipe = recipe_for(data=[{"path": tiny.chat}, {"path": tiny.captions}])
+    train, _ = load_data(recipe, load_processor(recipe))
+    together, read = threading.Barrier(2, timeout=30), []
+
+    def pixels(self, path):
+        read.append(path)
+        if len(read) <= 2:
+            together.wait()  # two threads are here at the same time, or the barrier breaks
+
+    monkeypatch.setattr(LlavaProcessor, "image_pixels", pixels)
+    problems, n_images = check_images([train], threads=2)
+    assert problems == [] and sorted(read) == sorted({image for i in range(len(train)) for image in train.images(i)})
+    assert n_images == len(read) == 96
+
+
+def test_statistics():
+    assert statistics([4, 1, 2, 3]) == {"min": 1, "mean": 2.5, "median": 2.5, "p95": pytest.approx(3.85), "max": 4}
+    assert "1 to 1 tokens" in printed(statement())
+
+
+# Memory: by hand, for LLaVA-1.5-7B
+
+TOWER = 303_507_456  # CLIP ViT-L/14-336 with post_layernorm
+PROJECTOR = (1024 + 1) * 4096 + (4096 + 1) * 4096
+LAYER = 4 * 4096 * 4096 + 3 * 4096 * 11008 + 2 * 4096
+LANGUAGE = 32 * LAYER + 2 * 32000 * 4096 + 4096
+LORA = 32 * 128 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+
+
+@pytest.fixture(scope="module")
+def llava_7b() -> LlavaConfig:
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    vision = CLIPVisionConfig(**sizes, image_size=336, patch_size=14)
+    return LlavaConfig(vision_config=vision, text_config=LlamaConfig(vocab_size=32000))
+
+
+def test_parameters_of_llava_7b(llava_7b):
+    n = count_parameters(llava_7b, lora_rank=128)
+    assert (n.tower, n.projector, n.language, n.lora) == (TOWER, PROJECTOR, LANGUAGE, LORA)
+    assert (n.language, n.adapted_per_layer) == (6_738_415_616, 7)
+    embedding = 2 * 577 * 1024 - 577 * 1024 + 1024 + 3 * 14 * 14 * 1024 + 4 * 1024
+    layer = 4 * (1024 + 1) * 1024 + (1024 + 1) * 4096 + (4096 + 1) * 1024 + 4 * 1024
+    assert embedding + 24 * layer == TOWER
+
+
+def recipe_7b(stage: str, **keys) -> Recipe:
+    return Recipe(stage=stage, data="a.json", model="b", output_dir="c", **keys)
+
+
+@pytest.mark.parametrize(
+    ("stage", "frozen", "trained", "per_layer"),
+    [
+        # elements a token and layer: x, h, q, k, v, o of 4096, gate and up of 11008; LoRA adds 7 products of rank 128
+        ("projector", TOWER + LANGUAGE, PROJECTOR, 6 * 4096 + 2 * 11008),
+        ("full", TOWER, PROJECTOR + LANGUAGE, 6 * 4096 + 2 * 11008),
+        ("lora", TOWER + LANGUAGE, PROJECTOR + LORA, 6 * 4096 + 2 * 11008 + 7 * 128),
+    ],
+)
+def test_predicted_memory_of_llava_7b(llava_7b, stage, frozen, trained, per_layer):
+    plain = predict(recipe_7b(stage), llava_7b, 832)
+    assert plain.frozen_weights == 2 * frozen
+    assert plain.trained_state == 16 * trained  # fp32 weight, gradient and two moments
+    assert plain.activations == 832 * 32 * per_layer * 2
+    assert plain.total == 2 * frozen + 16 * trained + 832 * 32 * per_layer * 2
+    checkpointed = predict(recipe_7b(stage, gradient_checkpointing=True), llava_7b, 832)
+    assert checkpointed.activations == 832 * (32 * 4096 + per_layer) * 2
+    fp32 = predict(recipe_7b(stage, dtype="fp32"), llava_7b, 832)
+    assert (fp32.frozen_weights, fp32.trained_state) == (4 * frozen, 16 * trained)
+    assert fp32.activations == 2 * plain.activations
+
+
+def test_predicted_memory_in_round_numbers(llava_7b):
+    """13.48 + 0.61 GB of weights, 0.34 GB and 5.1 GB of state, 2.48 GB of activations a sample."""
+    stage1, lora = predict(recipe_7b("projector"), llava_7b, 832), predict(recipe_7b("lora"), llava_7b, 832)
+    assert round(stage1.frozen_weights / 1e9, 2) == 14.08
+    assert round(stage1.trained_state / 1e9, 2) == 0.34
+    assert round((lora.trained_state - stage1.trained_state) / 1e9, 1) == 5.1
+    assert round(stage1.activations / 1e9, 2) == 2.48
+    assert round(lora.activations / 1e9, 2) == 2.53
+
+
+def test_grouped_queries_and_a_rank_change_the_prediction(llava_7b):
+    text = LlamaConfig(vocab_size=32000, num_key_value_heads=8)
+    grouped = LlavaConfig(vision_config=llava_7b.vision_config, text_config=text)
+    saved = (
+        predict(recipe_7b("projector"), llava_7b, 1).activations
+        - predict(recipe_7b("projector"), grouped, 1).activations
+    )
+    assert saved == 2 * (4096 - 1024) * 32 * 2  # keys and values of 8 heads instead of 32
+    rank = predict(recipe_7b("lora", lora={"r": 64}), llava_7b, 1)
+    assert rank.trained_state == 16 * (PROJECTOR + LORA // 2)
+
+
+def test_a_model_of_any_layout_is_predicted(recipe_for, tiny, tmp_path):
+    model = LlavaForConditionalGeneration.from_pretrained(tiny.base)
+    model.save_pretrained(tmp_path / "original", layout="original", mm_vision_tower=tiny.tower)
+    expected = inspect(recipe_for(data=tiny.chat), samples=0).memory
+    recipe = recipe_for(data=tiny.chat, model=tmp_path / "original", processor=tiny.base)
+    assert inspect(recipe, samples=0).memory == expected
+
+
+def test_no_prediction_says_why(recipe_for, tiny, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{")
+    found = inspect(recipe_for(data=tiny.chat, model=tmp_path / "model", processor=tiny.base), samples=0)
+    assert str(tmp_path / "model" / "config.json") in found.memory
+    assert f"memory: not predicted, {found.memory}\n" in printed(found)
+    assert json.dumps(found.to_dict())
