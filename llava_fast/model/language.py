@@ -8,7 +8,9 @@ Shapes: B batch, T tokens, S keys, D width, H query heads, G key heads, d head d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -18,8 +20,10 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from llava_fast.model.cache import attend, dense, rotate_and_cache
+from llava_fast.model.recompute import recomputed
 from llava_fast.ops.activation import swiglu
-from llava_fast.ops.attention import attention, attention_weights_reference
+from llava_fast.ops.attention import attention_weights_reference
 from llava_fast.ops.norm import rms_norm
 from llava_fast.ops.rotary import rotary
 
@@ -60,6 +64,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         return rms_norm(x, self.weight, eps=self.eps, residual=residual)
 
+    def again(self, total: torch.Tensor) -> torch.Tensor:
+        """The normalised tensor once more, from the sum that `forward` returned."""
+        return rms_norm(total, self.weight, eps=self.eps)[0]
+
 
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig | MistralConfig, layer: int):
@@ -80,40 +88,52 @@ class Attention(nn.Module):
         cache: Cache | None,
         want_weights: bool = False,
         rows: Rows | None = None,
+        again: Callable[[], torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if rows is not None:
-            return self._forward_rows(x_BTD, positions, cache, rows), None
-        q, k, v = (self._heads(proj, x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotary(q, k, positions.cos, positions.sin)
-        if cache is not None:
-            # transformers' caches are [B, G, S, d]; the transposes are views.
-            k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer)
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
-        out = attention(q, k, v, positions.key_start, positions.key_end)
+            return self._forward_rows(x_BTD, positions, cache, rows, again), None
+        with recomputed(x_BTD, again):
+            q, k, v = (self._heads(proj, x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if cache is None:
+            q, k = rotary(q, k, positions.cos, positions.sin)
+        else:
+            q, k, v = rotate_and_cache(cache, self.layer, q, k, v, positions.cos, positions.sin)
+        out = attend(q, k, v, positions.key_start, positions.key_end)
         weights = None
         if want_weights:
+            k = dense(k, q.dtype)
             weights = attention_weights_reference(q, k, positions.key_start, positions.key_end, self.head_dim**-0.5)[
                 0
             ].to(q.dtype)
         return self.o_proj(out.flatten(2)), weights
 
-    def _forward_rows(self, x_BTD: torch.Tensor, positions: Positions, cache: Cache | None, rows: Rows) -> torch.Tensor:
+    def _forward_rows(
+        self,
+        x_BTD: torch.Tensor,
+        positions: Positions,
+        cache: Cache | None,
+        rows: Rows,
+        again: Callable[[], torch.Tensor] | None,
+    ) -> torch.Tensor:
         """The output for some rows alone: queries for those, keys and values for all."""
         batch = x_BTD.shape[0]
         q = self._heads(self.q_proj, take_rows(x_BTD, rows))
-        k, v = (self._heads(proj, x_BTD) for proj in (self.k_proj, self.v_proj))
+        with recomputed(x_BTD, again):
+            k, v = (self._heads(proj, x_BTD) for proj in (self.k_proj, self.v_proj))
         cos, sin = (angle.expand(batch, -1, -1) for angle in (positions.cos, positions.sin))
         start, end = positions.key_start, positions.key_end
         q, _ = rotary(q, q[:, :, :0], take_rows(cos, rows), take_rows(sin, rows))
-        _, k = rotary(k[:, :, :0], k, cos, sin)
-        if cache is not None:
-            k, v = (x.transpose(1, 2) for x in cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer))
+        if cache is None:
+            _, k = rotary(k[:, :, :0], k, cos, sin)
+        else:
+            _, k, v = rotate_and_cache(cache, self.layer, k[:, :, :0], k, v, cos, sin)
         if not isinstance(rows, int):
             # Flat rows come from any batch row, so the keys of all lie end to end as one pack.
+            k, v = (dense(x, q.dtype) for x in (k, v))
             offset = k.shape[1] * torch.arange(batch, device=start.device, dtype=start.dtype)[:, None]
             start, end = start + offset, end + offset
             k, v = k.flatten(0, 1)[None], v.flatten(0, 1)[None]
-        out = attention(q, k, v, take_rows(start, rows), take_rows(end, rows))
+        out = attend(q, k, v, take_rows(start, rows), take_rows(end, rows))
         return self.o_proj(out.flatten(2))
 
     def _heads(self, projection: nn.Module, x_BTD: torch.Tensor) -> torch.Tensor:
@@ -129,9 +149,13 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
         self.act = None if config.hidden_act == "silu" else ACT2FN[config.hidden_act]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(swiglu(gate, up) if self.act is None else self.act(gate) * up)
+    def forward(self, x: torch.Tensor, again: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
+        with recomputed(x, again):
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        product = partial(swiglu, gate, up) if self.act is None else lambda: self.act(gate) * up
+        y = product()
+        with recomputed(y, product):
+            return self.down_proj(y)
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -151,11 +175,12 @@ class DecoderLayer(GradientCheckpointingLayer):
         rows: Rows | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         y, x_BTD = self.input_layernorm(x_BTD)
-        y, weights = self.self_attn(y, positions, past_key_values, want_weights, rows)
+        again = partial(self.input_layernorm.again, x_BTD)
+        y, weights = self.self_attn(y, positions, past_key_values, want_weights, rows, again)
         if rows is not None:
             x_BTD = take_rows(x_BTD, rows)
         y, x_BTD = self.post_attention_layernorm(y, x_BTD)
-        return x_BTD + self.mlp(y), weights
+        return x_BTD + self.mlp(y, partial(self.post_attention_layernorm.again, x_BTD)), weights
 
 
 class LanguageModel(nn.Module):
