@@ -163,7 +163,7 @@ def _linear(
     choice = tile("projector_fwd", _fwd_key(m, x.dtype), x.device)
     if choice["LIBRARY"] or k % choice["BLOCK_K"]:
         h = F.linear(as_rows(x), weight_NK, bias_N)
-        a = torch.ops.llava_fast.activation(h, "gelu") if gelu else h
+        a = torch.ops.llava_fast.activation(h, "gelu", None) if gelu else h
         if into is not None:
             into[0].index_copy_(0, into[1], a)
         return a, h if gelu and save else None
@@ -242,7 +242,7 @@ def _backward(
             da = dh @ weights[i]
             da, a, dbiases[i - 1] = _through_gelu(da, hidden[i - 1], want_dweights[i], want_dbiases[i - 1])
         else:
-            da, a = None, torch.ops.llava_fast.activation(hidden[i - 1], "gelu") if want_dweights[i] else None
+            da, a = None, torch.ops.llava_fast.activation(hidden[i - 1], "gelu", None) if want_dweights[i] else None
         if want_dweights[i]:
             dweights[i] = dh.t() @ a
         if not further:
