@@ -9,14 +9,15 @@ read without running code.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionModel, LlavaConfig, PreTrainedModel
 from transformers import initialization as init
 
@@ -36,7 +37,7 @@ from llava_fast.model.layouts import (
 )
 from llava_fast.model.source import PROJECTOR, TOWER, Source, open_checkpoint
 from llava_fast.model.vision import feature_layers
-from llava_fast.model.weights import find_weights, open_weights, read_json, write_text
+from llava_fast.model.weights import find_weights, open_weights, read_json, write_bytes, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +159,8 @@ class CheckpointMixin:
         """Write the projector alone, as the original code's stage 1 does: `mm_projector.bin`, or `.safetensors`.
 
         Raises:
-            ValueError: for another ending; nothing is written.
+            ValueError: for another ending.
+            OSError: when it cannot be written; what was there before stays.
         """
         file = Path(file)
         kind = getattr(self.config, "mm_projector_type", "mlp2x_gelu")
@@ -167,12 +169,17 @@ class CheckpointMixin:
             for name, weight in self.state_dict().items()
             if name.startswith(PROJECTOR)
         }
-        save = {".bin": torch.save, ".safetensors": save_file}.get(file.suffix)
-        if save is None:
+        if file.suffix == ".safetensors":
+            data = safetensors.torch.save(weights)
+        elif file.suffix == ".bin":
+            buffer = io.BytesIO()
+            torch.save(weights, buffer)
+            data = buffer.getvalue()
+        else:
             raise ValueError(f"{file} ends in {file.suffix!r}; expected .bin or .safetensors")
         partial = file.with_name(f".{file.name}.partial")
         try:
-            save(weights, partial)
+            write_bytes(partial, [data])
             partial.replace(file)
         finally:
             partial.unlink(missing_ok=True)
@@ -265,8 +272,12 @@ def _in_pieces(folder: Path, pieces: dict[str, Any]) -> bool:
     given = any(piece is not None for piece in pieces.values())
     file = folder / "config.json"
     if not file.is_file():
+        if folder.is_dir():  # transformers would make a model of its default size, and fill it
+            raise FileNotFoundError(f"{file} is missing")
         if given:
-            raise FileNotFoundError(f"{file} is missing; vision_tower and mm_projector go with a checkpoint directory")
+            raise FileNotFoundError(
+                f"vision_tower and mm_projector go with a checkpoint directory, and there is no {folder}"
+            )
         return False
     config = read_json(file)
     if given or is_original(config):

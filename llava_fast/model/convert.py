@@ -203,7 +203,8 @@ def _processor(opened: Source) -> LlavaProcessor | None:
     # The text config, because a tokenizer cannot be told from a model_type that transformers does not know.
     tokenizer = AutoTokenizer.from_pretrained(folder, config=config.text_config)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
-    if tokenizer.pad_token in (None, tokenizer.unk_token):
+    # Where the embeddings did not grow there is no room for one, and <unk> pads, as it did in the original.
+    if hasattr(config, "original_vocab_size") and tokenizer.pad_token in (None, tokenizer.unk_token):
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     rows = config.text_config.vocab_size
     if len(tokenizer) > rows:

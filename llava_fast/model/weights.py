@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -200,7 +201,10 @@ def load_bin(file: Path) -> dict[str, torch.Tensor]:
     try:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{file} holds more than tensors, and is not loaded: {_one_line(error)}") from None
+        # PyTorch's own message advises to load it all the same.
+        if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(f"{file} holds code ({named[1]}) beside its tensors, and is not loaded") from None
+        raise ValueError(f"{file} is not a PyTorch file of tensors alone") from None
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise ValueError(f"{file} is not a whole PyTorch file: {_one_line(error)}") from None
     if not isinstance(found, dict) or not all(

@@ -1,16 +1,20 @@
 """Tiny models and batches, and how near two tensors must be. Tests get them as the fixture `tiny`."""
 
 import copy
+import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig, MistralConfig
 
+from llava_fast.model.layouts import original_name
 from llava_fast.model.llava import LlavaForConditionalGeneration
 
 PAD, FIRST_TEXT_TOKEN, IMAGE, VOCABULARY = 0, 3, 99, 101
@@ -201,6 +205,74 @@ def assert_gradients_near(actual: nn.Module, expected: nn.Module, relative: floa
             assert error <= relative * scale, f"{name}: off by {error:.3g} of {scale:.3g}"
 
 
+def save_clip(model: torch.nn.Module, folder: Path, prefix: str = "vision_model.") -> Path:
+    """The model's tower as a CLIP directory."""
+    weights = {prefix + name: weight.clone() for name, weight in model.model.vision_tower.state_dict().items()} | {
+        "text_model.final_layer_norm.bias": torch.zeros(3)
+    }
+    folder.mkdir(parents=True)
+    save_file(weights, folder / "model.safetensors")
+    config = {"model_type": "clip", "vision_config": model.config.vision_config.to_dict()}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def as_released(
+    model: torch.nn.Module, folder: Path, clip: str, *, tower: bool = False, binary: bool = False, shards: int = 1
+) -> Path:
+    """As the original code writes: no image token, and by hand, so that reading is tested against it."""
+    config, text = model.config, model.config.text_config
+    kind = getattr(config, "mm_projector_type", "mlp2x_gelu")
+    flat = {
+        "model_type": "llava_llama",
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "mm_vision_tower": clip,
+        "mm_projector_type": kind,
+        "mm_hidden_size": config.vision_config.hidden_size,
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_vision_select_feature": {"default": "patch", "full": "cls_patch"}[config.vision_feature_select_strategy],
+        "image_aspect_ratio": "pad",
+        "rope_theta": text.rope_parameters["rope_theta"],
+        "tie_word_embeddings": text.tie_word_embeddings,
+        "torch_dtype": "float32",
+    }
+    flat |= {
+        key: getattr(text, key)
+        for key in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+            "rms_norm_eps",
+            "pad_token_id",
+            "bos_token_id",
+            "eos_token_id",
+        )
+    }
+    weights = {
+        original_name(name, kind): weight.clone()
+        for name, weight in model.state_dict().items()
+        if (tower or "vision_tower" not in name) and not (text.tie_word_embeddings and name == "lm_head.weight")
+    }
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)  # as released files have
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(flat))
+    stem, end = ("pytorch_model", "bin") if binary else ("model", "safetensors")
+    save = torch.save if binary else save_file
+    if shards == 1:
+        save(weights, folder / f"{stem}.{end}")
+        return folder
+    names = sorted(weights)
+    place = {name: f"{stem}-{i % shards + 1:05d}-of-{shards:05d}.{end}" for i, name in enumerate(names)}
+    for file in set(place.values()):
+        save({name: weights[name] for name in names if place[name] == file}, folder / file)
+    (folder / f"{stem}.{end}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": place}))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny() -> SimpleNamespace:
     """The functions and constants of this file."""
@@ -223,6 +295,8 @@ def tiny() -> SimpleNamespace:
         assert_near=assert_near,
         gradients=gradients,
         assert_gradients_near=assert_gradients_near,
+        save_clip=save_clip,
+        as_released=as_released,
     )
 
 
