@@ -234,7 +234,8 @@ class LlavaDataset(Dataset):
         if not batch:
             return
         chunks = [chunk for row in batch for chunk in "".join(t for t, _ in row.pieces).split(IMAGE_MARK)]
-        tokens = iter(self.processor.tokenizer(chunks, add_special_tokens=False)["input_ids"])
+        encoded = self.processor.tokenizer(chunks, add_special_tokens=False, return_attention_mask=False)
+        tokens = iter(encoded["input_ids"])
         n_bos, image_id = len(bos(self.processor.tokenizer)), self.processor.image_token_id
         for row in batch:
             texts = [next(tokens) for _ in range(row.marks + 1)]

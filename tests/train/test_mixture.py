@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
+from llava_fast.train.__main__ import main
 from llava_fast.train.data import LlavaDataset
 from llava_fast.train.mixture import choose_rows
 from llava_fast.train.recipe import Recipe, RecipeError, Source, load_recipe
-from llava_fast.train.trainer import GroupedSampler, load_data, load_processor
+from llava_fast.train.trainer import GroupedSampler, load_data, load_processor, run
 
 
 def chosen(sizes: list[int], *sources: dict, seed: int = 0) -> list[list[int]]:
@@ -278,3 +279,18 @@ def test_the_trainer_reads_the_mixture(recipe_for, tiny):
     assert (train.on_error, train.max_errors) == ("skip", 3)
     rows = choose_rows(recipe.sources(), [96, 96], 7)
     assert [train.place(i)[1] for i in range(8)] == rows[0].tolist()
+
+
+def test_a_run_that_meets_a_broken_picture_ends_in_one_line(recipe_for, tiny, tmp_path, capsys):
+    rows = json.loads(tiny.captions.read_text())[:8]
+    rows[5]["image"] = "cut.png"
+    (tiny.folder / "cut.png").write_bytes((tiny.folder / "0.png").read_bytes()[:60])
+    (tiny.folder / "cut.json").write_text(json.dumps(rows))
+    recipe = recipe_for(data=tiny.folder / "cut.json", template="plain", on_error="raise", workers=1, max_steps=2)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert main([str(tmp_path / "recipe.yaml")]) == 2
+    err = capsys.readouterr().err  # among progress bars
+    assert "Traceback" not in err
+    assert f"error: {tiny.folder / 'cut.json'}, row 5 (id 5): cannot read image {tiny.folder / 'cut.png'}: " in err
+    skipping = load_recipe(tmp_path / "recipe.yaml", ["on_error=skip", f"output_dir={tmp_path / 'skipped'}"])
+    assert run(skipping)["counts"]["samples"] == 8
