@@ -267,6 +267,22 @@ def require_complete(path: str | os.PathLike, info: dict, allow_mismatch: bool =
         raise ValueError(f"{path}: the checkpoint does not fit the model: {'; '.join(problems)}")
 
 
+def check_source(cls: type, source: Source) -> None:
+    """Raise, before anything is read, when the tensors are not those of a model with this config."""
+    with torch.device("meta"), init.no_init_weights():
+        model = cls(source.config)
+    wanted = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    if source.config.tie_word_embeddings:
+        wanted.pop(HEAD, None)
+    found = {name: stored.shape for name, stored in source.weights.items()}
+    misshaped = [
+        (name, found[name], wanted[name]) for name in found.keys() & wanted.keys() if found[name] != wanted[name]
+    ]
+    missing, unexpected = wanted.keys() - found.keys(), found.keys() - wanted.keys()
+    info = {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": misshaped}
+    require_complete(source.path, info)
+
+
 def _in_pieces(folder: Path, pieces: dict[str, Any]) -> bool:
     """Whether transformers cannot read this checkpoint by itself; what it will read is looked through first."""
     given = any(piece is not None for piece in pieces.values())
@@ -290,6 +306,8 @@ def _in_pieces(folder: Path, pieces: dict[str, Any]) -> bool:
 
 
 def _from_source(cls: type, source: Source, *args, **kwargs) -> Any:
+    if not kwargs.get("ignore_mismatched_sizes"):
+        check_source(cls, source)
     weights = {name: stored.read() for name, stored in source.weights.items()}
     model = cls._from_files(source.path, None, *args, config=source.config, state_dict=weights, **kwargs)
     (model[0] if isinstance(model, tuple) else model).name_or_path = str(source.path)

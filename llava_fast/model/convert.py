@@ -16,10 +16,9 @@ from typing import Any, TypedDict
 
 import torch
 from transformers import AutoTokenizer, LlavaImageProcessorPil
-from transformers import initialization as init
 
 from llava_fast.model.adapter import is_adapter
-from llava_fast.model.checkpoint import require_complete
+from llava_fast.model.checkpoint import check_source
 from llava_fast.model.layouts import (
     EMBEDDINGS,
     HEAD,
@@ -95,7 +94,7 @@ def convert(
     if not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"no directory {target.absolute().parent} to put {target.name} in")
     opened = _open(source, vision_tower=vision_tower, mm_projector=mm_projector, base_model=base_model)
-    _check(opened)
+    check_source(LlavaForConditionalGeneration, opened)
     config = opened.config
     weights = {name: stored.to(dtype) for name, stored in opened.weights.items()}
     # Loaders give the whole model one dtype: that of the language model.
@@ -132,7 +131,7 @@ def convert(
         digests = write_weights(partial, weights, shard_bytes)
         verify(partial, weights, digests)
         if with_tower:
-            _check(open_checkpoint(partial))
+            check_source(LlavaForConditionalGeneration, open_checkpoint(partial))
         _sync(partial)
         partial.rename(target)
         _sync(target.absolute().parent)
@@ -160,24 +159,6 @@ def _open(source: Path, *, base_model: str | os.PathLike | None, **pieces: Any) 
     layout = "original" if hasattr(model.config, "mm_vision_tower") else "hf"
     with_tokenizer = (folder for folder in (source, Path(model.name_or_path)) if _has_tokenizer(folder))
     return Source(next(with_tokenizer, source), layout, model.config, weights)
-
-
-def _check(opened: Source) -> None:
-    """Raise, as loading would, when the tensors are not those of a model with this config."""
-    with torch.device("meta"), init.no_init_weights():
-        model = LlavaForConditionalGeneration(opened.config)
-    wanted = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    if opened.config.tie_word_embeddings:
-        wanted.pop(HEAD, None)
-    found = {name: stored.shape for name, stored in opened.weights.items()}
-    info = {
-        "missing_keys": wanted.keys() - found.keys(),
-        "unexpected_keys": found.keys() - wanted.keys(),
-        "mismatched_keys": [
-            (name, found[name], wanted[name]) for name in found.keys() & wanted.keys() if found[name] != wanted[name]
-        ],
-    }
-    require_complete(opened.path, info)
 
 
 def _original(weights: Mapping[str, Stored], flat: dict[str, Any], with_tower: bool) -> dict[str, Stored]:

@@ -396,7 +396,7 @@ print(peak[0] - before)
 def test_memory_is_bounded(tiny: SimpleNamespace, tmp_path: Path, binary: bool) -> None:
     """The process's own memory grows by a few tensors, not by the model."""
     model = LlavaForConditionalGeneration(
-        tiny.config({"hidden_size": 640, "intermediate_size": 2560, "vocab_size": 4000, "num_hidden_layers": 4})
+        tiny.config({"hidden_size": 640, "intermediate_size": 2560, "vocab_size": 4000, "num_hidden_layers": 6})
     )
     folder = tiny.as_released(model, tmp_path / "original", "x", tower=True, binary=binary, shards=2)
     edit_config(folder, mm_vision_config=model.config.vision_config.to_dict())
@@ -407,7 +407,7 @@ def test_memory_is_bounded(tiny: SimpleNamespace, tmp_path: Path, binary: bool) 
         [sys.executable, "-c", MEMORY, folder, tmp_path / "hf"], capture_output=True, text=True, check=True
     )
     grown = float(done.stdout.split()[-1])
-    assert size > 100
+    assert size > 150
     assert grown < 5 * widest < size / 3
     sizes = [file.stat().st_size for file in (tmp_path / "hf").glob("*.safetensors")]
     assert len(sizes) >= 3
