@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -58,6 +59,18 @@ inline void require(bool condition, const std::string& message) {
     if (!condition) {
         throw std::invalid_argument(message);
     }
+}
+
+inline void check_pointer(const char* name, std::uintptr_t pointer, int alignment) {
+    require(pointer != 0, std::string(name) + " is a null pointer");
+    require(pointer % alignment == 0,
+            std::string(name) + " is not aligned to " + std::to_string(alignment) + " bytes");
+}
+
+inline void check_range(const char* name, std::int64_t value, std::int64_t least, std::int64_t most) {
+    const std::string found = std::string(name) + " is " + std::to_string(value);
+    require(value >= least, found + ", less than " + std::to_string(least));
+    require(value <= most, found + ", more than " + std::to_string(most));
 }
 
 }  // namespace llava_fast

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "patch_embed.h"
+#include "resize.h"
 #include "rms_norm.h"
 
 namespace py = pybind11;
@@ -91,6 +92,20 @@ py::dict patch_embed_plan(const PatchEmbedArguments& arguments) {
     return report;
 }
 
+ResizeArguments resize_arguments(std::uintptr_t output, std::uintptr_t between, std::uintptr_t pixels,
+                                 std::uintptr_t images, std::uintptr_t tables, std::int64_t num_images,
+                                 std::int64_t lines, std::int64_t size, std::array<int, 3> fill) {
+    return {output, between, pixels, images, tables, num_images, lines, size, fill};
+}
+
+py::dict resize_plan(const ResizeArguments& arguments) {
+    const ResizePlan plan = plan_resize(arguments);
+    py::dict report;
+    report["threads"] = plan.threads;
+    report["blocks"] = py::make_tuple(plan.first_blocks, plan.second_blocks);
+    return report;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -134,4 +149,18 @@ PYBIND11_MODULE(_cuda, module) {
         py::arg("stream") = 0);
     with_patch_embed_arguments("patch_embed_plan", planning(patch_embed_arguments, patch_embed_plan),
                                "Check the arguments of patch_embed_forward and say how it would launch; needs no GPU.");
+
+    const auto with_resize_arguments = [&](const char* name, auto function, const char* doc, auto... extra) {
+        module.def(name, function, doc, py::kw_only(), py::arg("output"), py::arg("between"), py::arg("pixels"),
+                   py::arg("images"), py::arg("tables"), py::arg("num_images"), py::arg("lines"), py::arg("size"),
+                   py::arg("fill"), extra...);
+    };
+    with_resize_arguments(
+        "resize_forward", launching(resize_arguments, launch_resize),
+        "Queue the resize of uint8 images of any sizes, as planned by llava_fast.ops.resize, to [num_images, size, "
+        "size, 3] on a stream of the current device. Raises ValueError for a wrong argument and RuntimeError when "
+        "CUDA refuses the launch.",
+        py::arg("stream") = 0);
+    with_resize_arguments("resize_plan", planning(resize_arguments, resize_plan),
+                          "Check the arguments of resize_forward and say how it would launch; needs no GPU.");
 }

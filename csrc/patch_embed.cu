@@ -368,17 +368,6 @@ cudaError_t launch(const PatchEmbedArguments& a, const PatchEmbedPlan& plan, cud
     return a.columns <= 2 * pack ? launch_norm<T, 2>(a, stream) : launch_norm<T, kMaxPacks>(a, stream);
 }
 
-void check_pointer(const char* name, std::uintptr_t pointer, int alignment) {
-    require(pointer != 0, std::string(name) + " is a null pointer");
-    require(pointer % alignment == 0, std::string(name) + " is not aligned to " + std::to_string(alignment) + " bytes");
-}
-
-void check_range(const char* name, std::int64_t value, std::int64_t least, std::int64_t most) {
-    const std::string found = std::string(name) + " is " + std::to_string(value);
-    require(value >= least, found + ", less than " + std::to_string(least));
-    require(value <= most, found + ", more than " + std::to_string(most));
-}
-
 }  // namespace
 
 PatchEmbedPlan plan_patch_embed(const PatchEmbedArguments& a) {

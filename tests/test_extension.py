@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from llava_fast.ops import resize
+
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "test-extension"
 
@@ -280,6 +282,64 @@ def test_patch_embedding_spills_nothing_and_multiplies_on_tensor_cores(library: 
         assert "HMMA.16816.F32" in body and "LDGSTS.E.BYPASS.128" in body and "LDSM.16.MT88.4" in body
 
 
+# ---- resize
+
+
+@pytest.fixture
+def resizing() -> dict[str, Any]:
+    """Well-formed arguments for 8 images with 3000 lines between them; nobody's addresses."""
+    names = ("output", "between", "pixels", "images", "tables")
+    addresses = {name: (i + 1) << 20 for i, name in enumerate(names)}
+    return {**addresses, "num_images": 8, "lines": 3000, "size": 336, "fill": (122, 116, 104)}
+
+
+def test_a_line_is_a_block_in_one_pass_and_a_row_of_results_in_the_other(cuda: ModuleType, resizing: dict[str, Any]):
+    assert cuda.resize_plan(**resizing) == {"threads": 128, "blocks": (3000, 8 * 336)}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"num_images": -1}, "num_images is -1, less than 0"),
+        ({"lines": 7}, "lines is 7, less than 8"),
+        ({"lines": 1 << 31}, "lines is 2147483648, more than"),
+        ({"size": 0}, "size is 0, less than 1"),
+        ({"num_images": 1 << 20, "lines": 1 << 20, "size": 1 << 13}, r"num_images \* size is 8589934592, more than"),
+        ({"fill": (0, 256, 0)}, "fill is 256, more than 255"),
+        ({"pixels": 0}, "pixels is a null pointer"),
+        ({"images": (4 << 20) + 4}, "images is not aligned to 8 bytes"),
+    ],
+)
+def test_wrong_resizing_is_refused_by_name(
+    cuda: ModuleType, resizing: dict[str, Any], change: dict[str, Any], complaint: str
+):
+    for function in (cuda.resize_plan, cuda.resize_forward):
+        with pytest.raises(ValueError, match=complaint):
+            function(**resizing | change)
+
+
+def test_nothing_to_resize_needs_no_gpu(cuda: ModuleType, resizing: dict[str, Any]):
+    nothing = dict.fromkeys(("output", "between", "pixels", "images", "tables", "num_images", "lines"), 0)
+    assert cuda.resize_forward(**resizing | nothing) is None
+
+
+def test_the_plan_s_fields_are_the_kernel_s():
+    """Both sides write the names of an image's numbers down; in one order."""
+    struct = re.search(r"struct ResizeImage \{(.*?)\};", (ROOT / "csrc/resize.h").read_text(), re.DOTALL).group(1)
+    assert tuple(re.findall(r"\w+", struct.replace("std::int64_t", ""))) == resize.FIELDS
+
+
+def test_resize_spills_nothing(library: Path):
+    usage = run(tool("cuobjdump"), "--dump-resource-usage", library)
+    kernels = re.findall(r"Function \S*resize_(first|second)_kernel\S*:\s+REG:(\d+) STACK:(\d+)", usage)
+    assert len(kernels) == 2 * 2
+    assert {int(stack) for _, _, stack in kernels} == {0}
+    assert max(int(registers) for _, registers, _ in kernels) <= 64
+
+
+# ---- on a GPU
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", DTYPES)
 @pytest.mark.parametrize(("rows", "columns", "offset"), [(1, 1, 0), (17, 577, 0), (5, 4096, 0), (5, 4096, 1)])
@@ -322,3 +382,35 @@ def test_results_equal_pytorch(cuda: ModuleType, name: str, rows: int, columns: 
     usual = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(dtype)
     error, usual_error = (output.double() - exact).abs().max(), (usual.double() - exact).abs().max()
     assert error <= 2 * usual_error + torch.finfo(torch.float32).eps
+
+
+SANITIZED = """
+import sys, torch
+sys.path.insert(0, {folder!r})
+import _cuda
+from llava_fast import backend
+from llava_fast.ops import norm, patch_embed, resize
+
+backend._extension = _cuda
+with torch.no_grad(), backend.use_backend("cuda", "rms_norm", "patch_embed", "resize"):
+    x = torch.randn(5, 123, device="cuda")
+    norm.rms_norm(x, x[0].contiguous(), eps=1e-5, residual=x)
+    images = [torch.randint(0, 256, shape, dtype=torch.uint8) for shape in ((40, 57, 3), (90, 20, 3), (1, 9, 3))]
+    for size, patch, width in ((32, 16, 64), (28, 14, 264), (17, 5, 72)):
+        pixels = resize.preprocess(images, size=size, device="cuda")
+        shapes = ((width, 3, patch, patch), (width,), (1 + (size // patch) ** 2, width), (width,), (width,))
+        weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+        patch_embed.patch_embed(pixels, *weights, eps=1e-5, mean=(0.5,) * 3, std=(0.5,) * 3)
+    torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("check", ["memcheck", "racecheck", "synccheck"])
+def test_compute_sanitizer_finds_nothing(library: Path, check: str, monkeypatch: pytest.MonkeyPatch):
+    if shutil.which("compute-sanitizer") is None:
+        pytest.skip("needs compute-sanitizer")
+    monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # so that every tensor has bounds of its own
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    script = SANITIZED.format(folder=str(library.parent))
+    run("compute-sanitizer", "--tool", check, "--error-exitcode", "1", sys.executable, "-c", script)
