@@ -1,6 +1,8 @@
 """Checkpoints of the original code, in and out, whole and in pieces, and `convert` between the layouts."""
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -263,3 +265,50 @@ def test_an_image_token_is_added(tiny: SimpleNamespace, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"original: the tokenizer has 143 tokens, but the model only 128 embeddings"):
         convert(folder, tmp_path / "longer", layout="hf")
     assert not (tmp_path / "longer").exists()
+
+
+def test_every_command_of_the_page(
+    tiny: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/checkpoints.md, with tiny models in the places of those it names."""
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    python, bash = (re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL) for language in ("python", "bash"))
+    assert len(python) == len(bash) == 1
+    monkeypatch.chdir(tmp_path)
+    model = make(tiny)
+    tiny.save_clip(model, Path("clip-vit-large-patch14-336"))
+    tiny.as_released(model, Path("llava-v1.5-7b"), "openai/clip-vit-large-patch14-336")
+    # The adapter's own config names the tower by its directory.
+    tiny.as_released(model, Path("llava-lora"), "clip-vit-large-patch14-336")
+    Path("llava-lora/model.safetensors").unlink()
+    a, b = torch.ones(2, 32), torch.ones(32, 2)
+    pair = {f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_": None for i in range(2)}
+    adapter = {f"{name}{letter}.weight": value.clone() for name in pair for letter, value in (("A", a), ("B", b))}
+    save_file(adapter, "llava-lora/adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    Path("llava-lora/adapter_config.json").write_text(
+        json.dumps({**settings, "base_model_name_or_path": "lmsys/vicuna-7b-v1.5"})
+    )
+    Path("stage1").mkdir()
+    model.save_projector("stage1/mm_projector.bin")
+    projector = torch.load("stage1/mm_projector.bin", weights_only=True)
+    torch.save(
+        {f"base_model.model.{name}": weight for name, weight in projector.items()}, "llava-lora/non_lora_trainables.bin"
+    )
+    model.config.text_config.save_pretrained("vicuna-7b-v1.5")
+    text = load_file("llava-v1.5-7b/model.safetensors")
+    save_file({k: v for k, v in text.items() if "mm_projector" not in k}, "vicuna-7b-v1.5/model.safetensors")
+
+    names: dict[str, Any] = {}
+    exec(python[0], names)
+    assert type(names["merged"]) is LlavaForConditionalGeneration
+    assert type(names["kept"]).__name__.startswith("PeftModel")
+    assert open_weights(Path("out/mm_projector.bin")).keys() == projector.keys()
+    for line in bash[0].splitlines():
+        command, *arguments = shlex.split(line)
+        assert command == "llava-fast"
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(arguments)
+        assert not exit_.value.code, capsys.readouterr().err
+    for folder in ("out/hf", "out/original", "out/converted", "out/merged"):
+        LlavaForConditionalGeneration.from_pretrained(folder)
