@@ -23,6 +23,7 @@ from llava_fast.model.language import LanguageModel, Rows
 from llava_fast.model.plain import is_plain_lookup
 from llava_fast.model.projector import Projector
 from llava_fast.model.vision import VisionAttention, VisionEmbeddings, VisionMLP, VisionTower, feature_layers
+from llava_fast.model.vision_graph import VisionGraphs
 from llava_fast.ops.loss import linear_cross_entropy
 from llava_fast.ops.merge import embed_merge, merge
 from llava_fast.sequence import key_ranges
@@ -83,6 +84,7 @@ class LlavaModel(LlavaPreTrainedModel):
         self.vision_tower.freeze_unused(feature_layers(config))
         self.multi_modal_projector = Projector(config)
         self.language_model = LanguageModel(config.text_config)
+        self._vision_graphs = VisionGraphs()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -142,11 +144,12 @@ class LlavaModel(LlavaPreTrainedModel):
         if strategy not in ("default", "full"):
             raise ValueError(f"vision_feature_select_strategy is {strategy!r}; expected 'default' or 'full'")
         layers = [self.vision_tower.resolve(i) for i in feature_layers(self.config, vision_feature_layer)]
+        mean, std = self._normalisation()
         states, attentions = self.vision_tower(
             pixel_values,
             max(layers),
-            mean=tuple(getattr(self.config, "image_mean", CLIP_MEAN)),
-            std=tuple(getattr(self.config, "image_std", CLIP_STD)),
+            mean=mean,
+            std=std,
             interpolate_pos_encoding=interpolate_pos_encoding,
             output_attentions=output_attentions,
         )
@@ -154,6 +157,25 @@ class LlavaModel(LlavaPreTrainedModel):
         if strategy == "default":
             features = features[:, 1:]
         return self.multi_modal_projector(features), states, attentions
+
+    def _image_rows(
+        self, pixel_values: torch.Tensor, layer: int | list[int] | None, strategy: str | None, interpolate: bool
+    ) -> torch.Tensor:
+        """Projected features [images, tokens, D], as a CUDA graph where that may be."""
+
+        def rows(pixels: torch.Tensor) -> torch.Tensor:
+            return self._encode_images(pixels, layer, strategy, interpolate_pos_encoding=interpolate)[0]
+
+        layers = tuple(feature_layers(self.config, layer))
+        strategy = strategy or self.config.vision_feature_select_strategy
+        normalisation = self._normalisation()
+        modules = (self.vision_tower, self.multi_modal_projector)
+        return self._vision_graphs(rows, pixel_values, modules, layers, strategy, interpolate, normalisation)
+
+    def _normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation of uint8 pixels, by channel."""
+        config = self.config
+        return tuple(getattr(config, "image_mean", CLIP_MEAN)), tuple(getattr(config, "image_std", CLIP_STD))
 
     @can_return_tuple
     def forward(
@@ -201,11 +223,8 @@ class LlavaModel(LlavaPreTrainedModel):
         features_MD, image_tokens = None, 1
         if has_images:
             if pixel_values is not None:
-                features_BND, _, _ = self._encode_images(
-                    pixel_values,
-                    vision_feature_layer,
-                    vision_feature_select_strategy,
-                    interpolate_pos_encoding=interpolate_pos_encoding,
+                features_BND = self._image_rows(
+                    pixel_values, vision_feature_layer, vision_feature_select_strategy, interpolate_pos_encoding
                 )
                 image_tokens, features_MD = features_BND.shape[1], features_BND.flatten(0, 1)
             else:

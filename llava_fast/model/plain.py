@@ -17,7 +17,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
-    return all(type(p) in (nn.Parameter, torch.Tensor) for p in module.parameters(recurse=False))
+    return all(p is None or type(p) in (nn.Parameter, torch.Tensor) for p in module._parameters.values())
 
 
 def is_plain_lookup(module: nn.Module) -> bool:

@@ -1,0 +1,142 @@
+"""The tower and the projector as one CUDA graph: at inference on few images, launches take longer than the work.
+
+A shape is run once as it is, and captured when it comes again. A graph reads parameters where they lay when it was
+captured, so all graphs go when one of them lies elsewhere; and it knows nothing of hooks or of modules that others have
+put in, so with those there is none.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from llava_fast.backend import requested
+from llava_fast.model.plain import is_plain
+
+logger = logging.getLogger(__name__)
+
+Function = Callable[[torch.Tensor], torch.Tensor]
+
+# With more images the GPU is busy for longer with each kernel than a launch takes.
+MOST_IMAGES = 8
+SHAPES = 4
+OPERATIONS = ("patch_embed", "layer_norm", "attention", "quick_gelu", "gelu", "projector")
+
+
+class VisionGraphs:
+    """Graphs of a function of images, by shape; the least recently used of more than `SHAPES` goes."""
+
+    def __init__(self, capture: Callable[[Function, torch.Tensor], Function] | None = None):
+        self._capture = capture or capture_graph
+        self._replays: OrderedDict[Any, Function | None] = OrderedDict()  # None: seen once
+        self._modules: list[nn.Module] = []
+        self._state: list[int] | None = None
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        """A copy of a model captures its own."""
+        return type(self), (self._capture,)
+
+    def __len__(self) -> int:
+        return len(self._replays)
+
+    def __call__(
+        self, function: Function, pixels: torch.Tensor, modules: Sequence[nn.Module], *settings: Any
+    ) -> torch.Tensor:
+        """function(pixels), by a graph where there is one.
+
+        Args:
+            function: of the pixels, the parameters of `modules`, `settings` and nothing else.
+            settings: whatever else decides what `function` does; hashable.
+
+        Returns:
+            A tensor that no later call writes to.
+        """
+        if not wanted(pixels, modules):
+            return function(pixels)
+        backends = tuple(requested(op) for op in OPERATIONS)
+        key = (pixels.shape, pixels.dtype, pixels.device, backends, settings)
+        with self._lock:
+            if not self._unchanged(modules):
+                return function(pixels)
+            if key not in self._replays:
+                self._replays[key] = None
+                if len(self._replays) > SHAPES:
+                    self._replays.popitem(last=False)
+                return function(pixels)
+            self._replays.move_to_end(key)
+            if self._replays[key] is None:
+                try:
+                    self._replays[key] = self._capture(function, pixels)
+                except RuntimeError as error:
+                    logger.warning("the vision tower runs without a CUDA graph: %s", str(error).split("\n")[0])
+                    self._replays[key] = function
+            return self._replays[key](pixels)
+
+    def _unchanged(self, roots: Sequence[nn.Module]) -> bool:
+        """Whether the graphs there are may be used, and new ones be made: else there are none any more."""
+        if self._state is None or state(self._modules) != self._state or self._modules[: len(roots)] != list(roots):
+            self._replays.clear()
+            below = [module for root in roots for module in root.modules() if module is not root]
+            self._modules = [*roots, *below]
+            self._state = state(self._modules) if all(map(capturable, self._modules)) else None
+        return self._state is not None
+
+
+def wanted(pixels: torch.Tensor, modules: Sequence[nn.Module]) -> bool:
+    """Whether a graph may stand for these modules here: inference on few images, by nobody else's graph or compiler."""
+    return (
+        pixels.is_cuda
+        and 0 < pixels.shape[0] <= MOST_IMAGES
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not any(module.training for module in modules)
+        and not torch.is_autocast_enabled("cuda")
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def capturable(module: nn.Module) -> bool:
+    """Whether a module is as this library, PyTorch or transformers made it, without hooks."""
+    kind = type(module)
+    known = ("llava_fast.", "torch.nn.modules.", "transformers.activations")
+    return kind.__module__.startswith(known) and is_plain(module, kind)
+
+
+def state(modules: Sequence[nn.Module]) -> list[int]:
+    """What is new where a parameter lies elsewhere, a module was replaced, or a hook or a `forward` was put in."""
+    return [
+        *(id(child) for module in modules for child in module._modules.values()),
+        *(t.data_ptr() for module in modules for t in module._parameters.values() if t is not None),
+        *(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m.__dict__) for m in modules),
+    ]
+
+
+def capture_graph(function: Function, pixels: torch.Tensor) -> Function:
+    """function as a CUDA graph over buffers of its own, for pixels of this shape."""
+    with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(pixels.device):
+        given = torch.empty(pixels.shape, dtype=pixels.dtype, device=pixels.device)
+        given.copy_(pixels)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function(given)  # what is compiled or allocated once must be by now
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on using the GPU meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = function(given)
+
+    def replay(pixels: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(pixels.device):
+            given.copy_(pixels)
+            graph.replay()
+            return result.clone()
+
+    return replay

@@ -1,0 +1,336 @@
+"""The tower's wiring: q, k and v in one storage and one GEMM, residuals in the norms, the CUDA graph's bookkeeping."""
+
+import copy
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+
+from llava_fast.backend import use_backend
+from llava_fast.model import vision_graph
+from llava_fast.model.llava import LlavaForConditionalGeneration
+from llava_fast.model.plain import is_plain, is_plain_lookup
+from llava_fast.model.vision_graph import SHAPES, VisionGraphs, capturable, wanted
+from llava_fast.ops._launch import recorded
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+def attentions(model: nn.Module) -> list[nn.Module]:
+    return [layer.self_attn for layer in model.model.vision_tower.encoder.layers]
+
+
+def joined(model: nn.Module) -> set[bool]:
+    """Whether q, k and v lie in one storage: of all layers."""
+    storages = [{getattr(a, p).weight.untyped_storage().data_ptr() for p in PROJECTIONS} for a in attentions(model)]
+    assert [a._joined() is not None for a in attentions(model)] == [len(s) == 1 for s in storages]
+    return {len(s) == 1 for s in storages}
+
+
+def pixels(model: nn.Module, images: int = 2) -> torch.Tensor:
+    size = model.config.vision_config.image_size
+    return torch.randint(0, 256, (images, size, size, 3), dtype=torch.uint8)
+
+
+def features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return torch.stack(model.get_image_features(images).pooler_output)
+
+
+@pytest.fixture
+def linears(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the weights that products were made with."""
+    shapes, linear = [], F.linear
+
+    def spy(x, weight, bias=None):
+        shapes.append(tuple(weight.shape))
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(F, "linear", spy)
+    return shapes
+
+
+def test_inference_multiplies_once_for_q_k_and_v(tiny: SimpleNamespace, linears: list) -> None:
+    model = tiny.ours(tiny.config()).eval()
+    width = model.config.vision_config.hidden_size
+    images = pixels(model)
+    with torch.no_grad():
+        found = features(model, images)
+        assert linears.count((3 * width, width)) == len(attentions(model)) - 1  # the last layer never runs
+        linears.clear()
+        apart = features(model.train(), images)
+    expected = features(model, images)  # with gradients
+    assert (3 * width, width) not in linears
+    tiny.assert_near(found, expected.detach())
+    assert torch.equal(apart, expected)
+
+
+def test_one_storage_in_evaluation_mode_only(tiny: SimpleNamespace) -> None:
+    model = tiny.ours(tiny.config()).train()
+    before = {name: (parameter, parameter.clone()) for name, parameter in model.named_parameters()}
+    for mode, expected in ((False, True), (False, True), (True, False), (True, False), (False, True)):
+        model.train(mode)
+        assert joined(model) == {expected}
+        for name, parameter in model.named_parameters():
+            assert parameter is before[name][0], name
+            assert torch.equal(parameter, before[name][1]), name
+    assert model.state_dict().keys() == tiny.stock(tiny.config()).state_dict().keys()
+
+
+def test_conversions_keep_one_storage(tiny: SimpleNamespace) -> None:
+    model = tiny.ours(tiny.config()).eval()
+    expected = {name: weight.to(torch.bfloat16) for name, weight in model.state_dict().items()}
+    model.to(torch.bfloat16)
+    assert joined(model) == {True}
+    assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
+    assert joined(model.share_memory()) == {True}
+    assert attentions(model)[0].q_proj.weight.is_shared()
+    assert joined(model.train().double()) == {False}
+    assert all(attention._joined() is None for attention in attentions(model.eval().to("meta")))
+
+
+def test_checkpoints_and_copies_are_as_before(tiny: SimpleNamespace, tmp_path) -> None:
+    model = tiny.ours(tiny.config()).eval()
+    expected = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model.save_pretrained(tmp_path)
+    assert sum(weight.nbytes for weight in load_file(tmp_path / "model.safetensors").values()) == sum(
+        weight.nbytes for weight in expected.values()
+    )
+    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert joined(loaded) == {True}  # transformers calls eval()
+    for other in (loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(torch.equal(weight, expected[name]) for name, weight in other.state_dict().items())
+    images = pixels(model)
+    with torch.no_grad():
+        tiny.assert_near(features(copy.deepcopy(model), images), features(model, images))
+        # Loading writes into the one storage; assigning leaves it.
+        changed = {name: 2 * weight for name, weight in expected.items()}
+        twice = tiny.ours(tiny.config()).eval()
+        twice.load_state_dict(changed)
+        assert joined(twice) == {True}
+        model.load_state_dict(changed, assign=True)
+        assert joined(model) == {False}
+        tiny.assert_near(features(model, images), features(twice, images))
+
+
+def test_a_parameter_in_a_larger_buffer_stays_there(tiny: SimpleNamespace) -> None:
+    """As sharded optimisers keep them: whoever moves one loses its updates."""
+    model = tiny.ours(tiny.config()).train()
+    weight = attentions(model)[0].k_proj.weight
+    buffer = torch.cat((weight.detach().flatten(), torch.zeros(3)))
+    weight.data = buffer[:-3].view_as(weight)
+    model.eval()
+    buffer.zero_()
+    assert not weight.any()
+    assert attentions(model)[0]._joined() is None
+    assert attentions(model)[1]._joined() is not None
+
+
+def test_wrapped_and_hooked_projections_are_called(tiny: SimpleNamespace) -> None:
+    model = tiny.ours(tiny.config()).eval()
+    images, called = pixels(model), []
+    with torch.no_grad():
+        expected = features(model, images)
+        hook = attentions(model)[0].k_proj.register_forward_hook(lambda *_: called.append("k_proj"))
+        tiny.assert_near(features(model, images), expected)
+        assert called == ["k_proj"]
+        hook.remove()
+        attentions(model)[0].k_proj = nn.Sequential(attentions(model)[0].k_proj)
+        tiny.assert_near(features(model, images), expected)
+
+
+def test_embeddings_with_a_hook_are_called(tiny: SimpleNamespace) -> None:
+    model = tiny.ours(tiny.config()).eval()
+    inputs = tiny.batch(model.config, [[3, "image", 4]])
+    expected = model(**inputs).logits
+    called = []
+    model.get_input_embeddings().register_forward_hook(lambda *_: called.append("embed"))
+    tiny.assert_near(model(**inputs).logits, expected)
+    assert called == ["embed"]
+
+
+def test_plain_modules() -> None:
+    class Other(nn.Linear):
+        pass
+
+    class Tensor(torch.Tensor):
+        pass
+
+    plain = nn.Linear(2, 3)
+    assert is_plain(plain, nn.Linear)
+    assert is_plain(nn.Linear(2, 3, bias=False), nn.Linear)
+    assert not is_plain(Other(2, 3), nn.Linear)
+    own = nn.Linear(2, 3)
+    own.forward = lambda x: x
+    assert not is_plain(own, nn.Linear)
+    quantised = nn.Linear(2, 3)
+    quantised.weight = nn.Parameter(torch.zeros(3, 2).as_subclass(Tensor))
+    assert not is_plain(quantised, nn.Linear)
+    for register in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"):
+        hooked = nn.Linear(2, 3)
+        getattr(hooked, register)(lambda *_: None)
+        assert not is_plain(hooked, nn.Linear)
+    assert is_plain_lookup(nn.Embedding(4, 2, padding_idx=1))
+    for option in ({"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}):
+        assert not is_plain_lookup(nn.Embedding(4, 2, **option))
+
+
+def test_both_residuals_of_a_layer_are_in_a_norm(tiny: SimpleNamespace) -> None:
+    model = tiny.ours(tiny.config()).eval()
+    with torch.no_grad(), use_backend("triton", "layer_norm"), recorded() as launched:
+        features(model, pixels(model, 1))
+    residuals = [launch.constexprs["HAS_RESIDUAL"] for launch in launched if launch.name == "_norm_fwd_kernel"]
+    layers = len(attentions(model)) - 1
+    assert residuals == [False, True] + [True, True] * (layers - 1)
+
+
+def test_every_hidden_state_is_the_sum(tiny: SimpleNamespace) -> None:
+    ours, theirs = tiny.pair(tiny.config())
+    size = ours.config.vision_config.image_size
+    images = torch.randn(2, 3, size, size)
+    found = ours.get_image_features(images, vision_feature_layer=[-1], output_hidden_states=True).hidden_states
+    expected = theirs.model.vision_tower(images, output_hidden_states=True).hidden_states
+    assert len(found) == len(expected)
+    for ours_state, theirs_state in zip(found, expected):
+        tiny.assert_near(ours_state, theirs_state)
+
+
+# ---- the CUDA graph
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> VisionGraphs:
+    """Graphs that are recorded on a CPU: a replay computes what the function did when it was captured."""
+    monkeypatch.setattr(vision_graph, "wanted", lambda pixels, modules: not modules[0].training)
+
+    def capture(function, pixels):
+        given = pixels.clone()
+        graph.captured.append(tuple(pixels.shape))
+
+        def replay(pixels):
+            given.copy_(pixels)
+            graph.replayed += 1
+            return function(given).clone()
+
+        return replay
+
+    graph = VisionGraphs(capture)
+    graph.captured, graph.replayed = [], 0
+    return graph
+
+
+def test_a_shape_is_captured_when_it_comes_again(graphs: VisionGraphs) -> None:
+    layer = nn.Linear(3, 2).eval()
+    for i in range(4):
+        x = torch.randn(5, 3)
+        assert torch.equal(graphs(layer, x, [layer]), layer(x))
+        assert (len(graphs.captured), graphs.replayed) == (min(i, 1), i)
+    graphs(layer, torch.randn(6, 3), [layer])
+    graphs(layer, torch.randn(5, 3), [layer], "other settings")
+    with use_backend("reference", "layer_norm"):
+        graphs(layer, torch.randn(5, 3), [layer])
+    assert graphs.captured == [(5, 3)]
+    assert len(graphs) == 4
+
+
+def test_few_shapes_are_kept(graphs: VisionGraphs) -> None:
+    layer = nn.Linear(3, 2).eval()
+    for rows in (1, 1, *range(2, SHAPES + 1), 1, SHAPES + 1):
+        graphs(layer, torch.randn(rows, 3), [layer])
+    assert len(graphs) == SHAPES
+    graphs(layer, torch.randn(1, 3), [layer])  # was used last but one
+    assert graphs.captured == [(1, 3)]
+    graphs(layer, torch.randn(2, 3), [layer])  # is gone
+    assert graphs.captured == [(1, 3)]
+
+
+def test_a_changed_model_is_captured_anew_or_not_at_all(graphs: VisionGraphs) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).eval()
+    x = torch.randn(5, 3)
+
+    def run() -> int:
+        before = graphs.replayed
+        assert torch.equal(graphs(model, x, [model]), model(x))
+        return graphs.replayed - before
+
+    assert [run(), run(), run()] == [0, 1, 1]
+    with torch.no_grad():
+        model[0].weight.mul_(2)  # in place: the graph reads it
+    assert run() == 1
+    model[0].weight.data = model[0].weight.data.clone()
+    assert [run(), run()] == [0, 1]
+    model[1] = nn.Linear(3, 2)
+    assert [run(), run()] == [0, 1]
+    hook = model[1].register_forward_hook(lambda module, inputs, output: output + 1)
+    assert [run(), run(), run()] == [0, 0, 0]
+    hook.remove()
+    assert [run(), run()] == [0, 1]
+    assert [run() for _ in range(2) if model.train()] == [0, 0]
+
+
+def test_what_cannot_be_captured_runs_as_it_is(graphs: VisionGraphs, caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(function, pixels):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    layer, x = nn.Linear(3, 2).eval(), torch.randn(5, 3)
+    graphs._capture = refuse
+    for _ in range(3):
+        assert torch.equal(graphs(layer, x, [layer]), layer(x))
+    assert [r.message for r in caplog.records] == [
+        "the vision tower runs without a CUDA graph: operation not permitted when stream is capturing"
+    ]
+
+
+def test_copies_of_a_model_have_graphs_of_their_own(graphs: VisionGraphs) -> None:
+    layer = nn.Linear(3, 2).eval()
+    graphs(layer, torch.randn(5, 3), [layer])
+    assert (len(graphs), len(copy.deepcopy(graphs)), len(pickle.loads(pickle.dumps(VisionGraphs())))) == (1, 0, 0)
+
+
+def test_which_modules_are_capturable(tiny: SimpleNamespace) -> None:
+    model = tiny.ours(tiny.config()).model
+    assert all(capturable(module) for module in (*model.vision_tower.modules(), *model.multi_modal_projector.modules()))
+
+    class Wrapped(nn.Linear):
+        pass
+
+    assert not capturable(Wrapped(2, 2))
+
+
+def test_no_graph_without_a_gpu(tiny: SimpleNamespace) -> None:
+    model = tiny.ours(tiny.config()).eval()
+    with torch.no_grad():
+        assert not wanted(pixels(model), [model])
+
+
+def test_the_model_replays_what_it_computed(tiny: SimpleNamespace, graphs: VisionGraphs) -> None:
+    """Through the whole model, whose features must not change when the next call overwrites the graph's buffers."""
+    model = tiny.ours(tiny.config()).eval()
+    plain = copy.deepcopy(model)
+    plain.model._vision_graphs = lambda function, pixels, *_: function(pixels)
+    model.model._vision_graphs = graphs
+    with torch.no_grad():
+        inputs = [tiny.batch(model.config, [[3, "image", 4]], seed=seed) for seed in range(3)]
+        found = [model(**one).image_hidden_states for one in inputs]
+        for one, rows in zip(inputs, found):
+            tiny.assert_near(rows, plain(**one).image_hidden_states)
+    assert graphs.replayed == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("inference_mode", [False, True])
+def test_a_real_graph_gives_the_same_bits(tiny: SimpleNamespace, inference_mode: bool) -> None:
+    model = tiny.ours(tiny.config()).cuda().eval()
+    plain = copy.deepcopy(model)
+    plain.model._vision_graphs = lambda function, pixels, *_: function(pixels)
+    with torch.inference_mode() if inference_mode else torch.no_grad():
+        inputs = [tiny.batch(model.config, [[3, "image", 4]], seed=seed) for seed in range(4)]
+        inputs = [{name: value.cuda() for name, value in one.items()} for one in inputs]
+        found = [model(**one) for one in inputs]
+        for one, outputs in zip(inputs, found):
+            assert torch.equal(outputs.image_hidden_states, plain(**one).image_hidden_states)
+    (replay,) = model.model._vision_graphs._replays.values()
+    assert replay.__qualname__ == "capture_graph.<locals>.replay"
