@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import pkgutil
@@ -166,8 +167,10 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
     else:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # data holds characters that not every terminal has
+            sys.stdout.reconfigure(errors="backslashreplace")
         show(found, Console(), problems)
-    raise typer.Exit(1 if found.broken else 0)
+    raise typer.Exit(0 if found.fine else 1)
 
 
 @app.command()

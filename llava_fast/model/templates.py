@@ -246,6 +246,6 @@ def get_template(name: str | Template) -> Template:
     """
     if isinstance(name, Template):
         return name
-    if name not in TEMPLATES:
+    if not isinstance(name, str) or name not in TEMPLATES:
         raise ValueError(f"unknown template {name!r}; known: {', '.join(TEMPLATES)}")
     return TEMPLATES[name]

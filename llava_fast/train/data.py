@@ -34,6 +34,7 @@ from llava_fast.train.rows import (
     EXAMPLES,
     BadLine,
     ImageFolder,
+    NoRows,
     Problem,
     Report,
     RowError,
@@ -156,7 +157,7 @@ class LlavaDataset(Dataset):
         if not kept:
             first = str(self.problems[0]) if self.problems else "the file is empty"
             paths = ", ".join(str(source.path) for source in self.sources)
-            raise ValueError(f"{paths}: none of {self._n_rows} rows can be used: {first}")
+            raise NoRows(f"{paths}: none of {self._n_rows} rows can be used: {first}", self.problems)
 
         # All rows in one buffer: Python objects would be copied into every worker process, one page at a time.
         self._ends = np.cumsum([0] + [len(row.content) for row in kept])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from llava_fast.train.data import LlavaDataset
 from llava_fast.train.encode import IGNORE
 from llava_fast.train.memory import Prediction, predict, read_config
 from llava_fast.train.recipe import Recipe
-from llava_fast.train.rows import ERRORS, Problem
+from llava_fast.train.rows import ERRORS, NoRows, Problem
 from llava_fast.train.trainer import GroupedSampler, load_data, load_processor
 
 _SUPERVISION_SAMPLES = 1000  # samples that the share of supervised tokens is taken from
@@ -63,32 +63,37 @@ class Inspection:
     """What `inspect` found.
 
     Attributes:
+        problems: every row that is left out and every row with an unreadable image, those of validation included.
+        memory: predicted, see `memory.py`; or one line why there is no prediction.
         sources: for each data file of the recipe.
         samples: some, token by token.
         validation_samples: held out, or in a file of their own.
         images: files that were looked at.
-        problems: every row that is left out and every row with an unreadable image, those of validation included.
-        lengths: of the training samples in tokens, ascending.
+        lengths: of the training samples in tokens, ascending; none if no row can be used.
         truncated: training samples that are cut at max_length.
         supervised_share: of the tokens of up to 1000 samples, evenly spread.
         image_share: of all tokens, those that stand for images.
         packs: tokens of each device batch of the first epoch, in its order.
         padded_share: what would be padding if these batches were padded to their longest sample; packs have none.
-        memory: predicted, see `memory.py`; or one line why there is no prediction.
     """
 
-    sources: list[SourceShare]
-    samples: list[SampleView]
-    validation_samples: int
-    images: int
     problems: list[Problem]
-    lengths: list[int]
-    truncated: int
-    supervised_share: float
-    image_share: float
-    packs: list[int]
-    padded_share: float
     memory: Prediction | str
+    sources: list[SourceShare] = field(default_factory=list)
+    samples: list[SampleView] = field(default_factory=list)
+    validation_samples: int = 0
+    images: int = 0
+    lengths: list[int] = field(default_factory=list)
+    truncated: int = 0
+    supervised_share: float = 0.0
+    image_share: float = 0.0
+    packs: list[int] = field(default_factory=list)
+    padded_share: float = 0.0
+
+    @property
+    def fine(self) -> bool:
+        """Whether training can start, and will meet no broken row."""
+        return not self.broken and bool(self.lengths)
 
     @property
     def broken(self) -> list[Problem]:
@@ -116,7 +121,9 @@ class Inspection:
 
 
 def statistics(values: Sequence[int]) -> dict[str, float]:
-    """Least, mean, median, 95th percentile and most."""
+    """Least, mean, median, 95th percentile and most; nothing of nothing."""
+    if not len(values):
+        return {}
     array = np.asarray(values)
     quantiles = {"median": 0.5, "p95": 0.95}
     middle = {name: float(np.quantile(array, share)) for name, share in quantiles.items()}
@@ -131,12 +138,15 @@ def inspect(recipe: Recipe, *, samples: int = 3, threads: int | None = None) -> 
         threads: that read images; None: as many as there are cores.
     Raises:
         RecipeError: a missing file or folder.
-        ValueError: for data that cannot be read at all, or of which no row can be used.
+        ValueError: for data that cannot be read at all.
     """
     recipe.check_inputs()
     recipe = replace(recipe, on_error="skip", max_errors=None)
     processor = load_processor(recipe)
-    train, validation = load_data(recipe, processor)
+    try:
+        train, validation = load_data(recipe, processor)
+    except NoRows as error:
+        return Inspection(problems=error.problems, memory=str(error))
     parts = [train] if validation is None else [train, validation]
     problems = list(train.problems)
     if validation is not None and validation.sources is not train.sources:
@@ -268,8 +278,9 @@ def show(inspection: Inspection, console: Console, limit: int = 50) -> None:
     """
     for sample in inspection.samples:
         _show_sample(sample, console)
-    _show_sources(inspection, console)
-    _show_lengths(inspection, console)
+    if inspection.lengths:
+        _show_sources(inspection, console)
+        _show_lengths(inspection, console)
     _show_memory(inspection.memory, console)
     _show_problems(inspection, console, limit)
 
@@ -279,7 +290,7 @@ def _say(console: Console, text: str | Text) -> None:
 
 
 def _show_sample(sample: SampleView, console: Console) -> None:
-    colour = console.color_system is not None
+    colour = console.color_system is not None and not console.no_color
     _say(console, f"{sample.where}: {sample.tokens} tokens, {sample.supervised} of them supervised")
     line, room = Text(), _SHOWN_TOKENS
     for kind, names in sample.runs:

@@ -62,6 +62,14 @@ class Problem:
         return f"{self.where}: {self.words}"
 
 
+class NoRows(RecipeError):
+    """Not one row can be used; `problems` are the reasons."""
+
+    def __init__(self, message: str, problems: list[Problem]) -> None:
+        super().__init__(message)
+        self.problems = problems
+
+
 @dataclass
 class Report:
     """What became of the rows of a dataset's files.

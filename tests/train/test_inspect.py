@@ -67,31 +67,14 @@ def test_as_a_program_without_a_terminal(demo_out):
     rows[3]["image"] = "images/none.png"
     (demo_out / "broken.json").write_text(json.dumps(rows))
     command = [Path(sys.executable).with_name("llava-fast"), "inspect", recipe, f"data={demo_out / 'broken.json'}"]
-    done = subprocess.run([*command, "--samples", "0"], capture_output=True, text=True, env={"COLUMNS": "40"})
+    environment = {"COLUMNS": "40", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*command, "--samples", "1"], capture_output=True, text=True, env=environment)
     assert done.returncode == 1
+    assert "16 tokens] \\xbb" in done.stdout and " \\u0120" in done.stdout
     assert f"image_missing: {demo_out / 'broken.json'}, row 3 (id train-00003): no image file images/none.png\n" in (
         done.stdout
     )
     assert "1 broken rows" in done.stdout
-
-
-def statement(**found) -> Inspection:
-    """An inspection with some values."""
-    values = {
-        "sources": [],
-        "samples": [],
-        "validation_samples": 0,
-        "images": 0,
-        "problems": [],
-        "lengths": [1],
-        "truncated": 0,
-        "supervised_share": 0.5,
-        "image_share": 0.25,
-        "packs": [1],
-        "padded_share": 0.0,
-        "memory": "no model",
-    }
-    return Inspection(**{**values, **found})
 
 
 @pytest.fixture
@@ -184,6 +167,7 @@ def test_colours_on_a_terminal(recipe_for, tiny):
     assert "\x1b[36m[0.png: 4 tokens]" in text
     assert "»" not in text
     assert "»a" in printed(found)
+    assert "»a" in printed(found, force_terminal=True, color_system="standard", no_color=True)
 
 
 def test_text_cannot_steer_the_terminal(recipe_for, tiny):
@@ -215,15 +199,42 @@ def test_json_has_everything(mixed, tmp_path, capsys):
         (["dta=x"], "unknown key 'dta'"),
         (["--sample=3"], "unknown key '--sample'"),
         (["image_folder=none"], "image_folder: no folder"),
-        (["max_length=3"], "none of 96 rows can be used"),
+        (["data=list.json"], "line 1: not JSON"),
     ],
 )
-def test_what_cannot_be_inspected_is_one_line_and_exit_status_2(recipe_for, tmp_path, capsys, overrides, words):
+def test_what_cannot_be_inspected_is_one_line_and_exit_status_2(
+    recipe_for, tmp_path, capsys, monkeypatch, overrides, words
+):
     (tmp_path / "recipe.yaml").write_text(recipe_for().to_yaml())
+    (tmp_path / "list.json").write_text("[1,")
+    monkeypatch.chdir(tmp_path)
     assert run(tmp_path / "recipe.yaml", *overrides) == 2
     captured = capsys.readouterr()
     assert words in captured.err.splitlines()[-1] and captured.err.splitlines()[-1].startswith("llava-fast: error: ")
     assert captured.out == "" and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("max_length=3", "fully_masked: {chat}, row 3 (id 3): "),
+        ("image_folder={empty}", "image_missing: {chat}, row 0 (id 0): no image file 0.png"),
+        ("template=plain", "malformed: {chat}, row 3 (id 3): template 'plain' needs <image> in the first turn"),
+    ],
+)
+def test_rows_are_listed_even_if_none_can_be_used(recipe_for, tiny, tmp_path, capsys, override, line):
+    rows = [row for row in json.loads(tiny.chat.read_text()) if ("image" in row) == override.startswith("image")]
+    path, empty = tmp_path / "chat.json", tmp_path / "empty"
+    path.write_text(json.dumps(rows))
+    empty.mkdir()
+    (tmp_path / "recipe.yaml").write_text(recipe_for(data=path).to_yaml())
+    assert run(tmp_path / "recipe.yaml", override.format(empty=empty), "--problems", 0) == 1
+    out = capsys.readouterr().out
+    row = line.format(chat=path).replace("row 3", "row 0")
+    assert row in out and out.count(f"{path}, row ") == len(rows) + 1
+    assert f"none of {len(rows)} rows can be used" in out
+    assert run(tmp_path / "recipe.yaml", override.format(empty=empty), "--json") == 1
+    assert len(json.loads(capsys.readouterr().out)["problems"]) == len(rows)
 
 
 def test_images_are_read_in_parallel_and_once(recipe_for, tiny, monkeypatch):
@@ -244,7 +255,7 @@ def test_images_are_read_in_parallel_and_once(recipe_for, tiny, monkeypatch):
 
 def test_statistics():
     assert statistics([4, 1, 2, 3]) == {"min": 1, "mean": 2.5, "median": 2.5, "p95": pytest.approx(3.85), "max": 4}
-    assert "1 to 1 tokens" in printed(statement())
+    assert statistics([]) == {}
 
 
 # Memory: by hand, for LLaVA-1.5-7B

@@ -376,7 +376,7 @@ def test_there_are_many_bad_inputs():
     assert sum(map(len, (FILES, ROWS, PLAIN, PICTURES, RECIPES))) >= 45
 
 
-@pytest.mark.parametrize("name", ["v7", "", "V1", "plain\n", "../v1"])
+@pytest.mark.parametrize("name", ["v7", "", "V1", "plain\n", "../v1", None, ["v1"]])
 def test_bad_templates(tmp_path, name):
     refused(tmp_path, lambda: get_template(name), "unknown template", "known: v1, llava_v1, plain")
 
