@@ -35,7 +35,7 @@ from llava_fast.model.layouts import (
     original_name,
     readable_by_transformers_4,
 )
-from llava_fast.model.source import PROJECTOR, TOWER, Source, open_checkpoint
+from llava_fast.model.source import PROJECTOR, TOWER, Source, local_folder, open_checkpoint
 from llava_fast.model.vision import feature_layers
 from llava_fast.model.weights import find_weights, open_weights, read_json, write_bytes, write_text
 
@@ -84,8 +84,9 @@ class CheckpointMixin:
         if base_model is not None:
             raise ValueError(f"base_model is for adapters, and {path} has no adapter_config.json")
         if path is not None and not kwargs.keys() & {"config", "gguf_file", "subfolder", "variant", "state_dict"}:
-            if _in_pieces(Path(path), pieces):
-                return _from_source(cls, open_checkpoint(Path(path), **pieces), *args, **kwargs)
+            folder = _original_on_hub(path, kwargs) or Path(path)
+            if _in_pieces(folder, pieces):
+                return _from_source(cls, open_checkpoint(folder, **pieces), *args, **kwargs)
         elif given := [name for name, piece in pieces.items() if piece is not None]:
             raise ValueError(f"{given[0]} goes with a checkpoint directory alone")
         return cls._from_files("state_dict" if path is None else path, path, *args, **kwargs)
@@ -283,6 +284,20 @@ def check_source(cls: type, source: Source) -> None:
     require_complete(source.path, info)
 
 
+def _original_on_hub(name: str | os.PathLike, kwargs: dict[str, Any]) -> Path | None:
+    """The local copy of a hub's checkpoint in the original layout; None for a directory, and for HF's layout."""
+    if Path(name).is_dir():
+        return None
+    keys = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only")
+    config, _ = LlavaConfig.get_config_dict(name, **{key: kwargs[key] for key in keys if key in kwargs})
+    if not is_original(config):
+        return None
+    folder = local_folder(name)
+    if folder is None or find_weights(folder) is None:
+        raise FileNotFoundError(f"{name} is in the original layout: download it (hf download {name}), weights included")
+    return folder
+
+
 def _in_pieces(folder: Path, pieces: dict[str, Any]) -> bool:
     """Whether transformers cannot read this checkpoint by itself; what it will read is looked through first."""
     given = any(piece is not None for piece in pieces.values())
@@ -309,6 +324,9 @@ def _from_source(cls: type, source: Source, *args, **kwargs) -> Any:
     if not kwargs.get("ignore_mismatched_sizes"):
         check_source(cls, source)
     weights = {name: stored.read() for name, stored in source.weights.items()}
+    if kwargs.get("device_map") is None:
+        # What is read is a view of the file, which may be written over while the model lives.
+        weights = {name: weight.clone() for name, weight in weights.items()}
     model = cls._from_files(source.path, None, *args, config=source.config, state_dict=weights, **kwargs)
     (model[0] if isinstance(model, tuple) else model).name_or_path = str(source.path)
     return model

@@ -91,6 +91,49 @@ def test_original_files_of_every_format(tiny: SimpleNamespace, tmp_path: Path, b
     assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("binary", [False, True], ids=["safetensors", "bin"])
+def test_a_model_outlives_its_files(tiny: SimpleNamespace, tmp_path: Path, binary: bool) -> None:
+    """Files are mapped into memory; saving over them must not change a model that was read from them."""
+    model = make(tiny)
+    clip = tiny.save_clip(model, tmp_path / "clip")
+    folder = tiny.as_released(model, tmp_path / "original", str(clip), binary=binary)
+    again = LlavaForConditionalGeneration.from_pretrained(folder)
+    for file in (*folder.iterdir(), clip / "model.safetensors"):
+        size = file.stat().st_size
+        with open(file, "r+b") as opened:
+            opened.write(bytes(size))
+    assert_grown(again, model, tiny)
+
+
+@pytest.mark.parametrize("layout", ["hf", "original"])
+def test_saved_where_it_was_read(tiny: SimpleNamespace, tmp_path: Path, layout: str) -> None:
+    model = make(tiny)
+    model.save_pretrained(tmp_path, layout=layout, **({} if layout == "hf" else {"mm_vision_tower": "nobody/clip"}))
+    LlavaForConditionalGeneration.from_pretrained(tmp_path).save_pretrained(tmp_path, layout=layout)
+    assert_same(LlavaForConditionalGeneration.from_pretrained(tmp_path), model)
+
+
+def test_names_of_the_hub_are_found_in_the_cache(
+    tiny: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make(tiny)
+
+    def cached(name: str) -> Path:
+        folder = tmp_path / f"models--{name.replace('/', '--')}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("0" * 40)
+        (folder / "snapshots").mkdir()
+        return folder / "snapshots" / ("0" * 40)
+
+    tiny.save_clip(model, cached("openai/clip"))
+    snapshot = tiny.as_released(model, cached("liuhaotian/llava"), "openai/clip")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert_grown(LlavaForConditionalGeneration.from_pretrained("liuhaotian/llava"), model, tiny)
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"liuhaotian/llava is in the original layout: download it"):
+        LlavaForConditionalGeneration.from_pretrained("liuhaotian/llava")
+
+
 def test_the_tower_that_is_passed_comes_first(tiny: SimpleNamespace, tmp_path: Path) -> None:
     model, other = make(tiny), tiny.ours(tiny.config(), 1)
     clip = tiny.save_clip(other, tmp_path / "other")
