@@ -4,8 +4,9 @@ transformers calls two functions by that name. The mask function turns its mask 
 (start, end, causal): four dimensions, because that is how generation hands on a mask made in advance. The attention
 function runs `ops.attention` on them. Without the mask function padded input would silently be wrong.
 
-A causal mask becomes ranges without being built. Other masks (sliding windows, packs, images that see themselves) are
-evaluated a slice of queries at a time; one in which a query's keys are not one run is an error.
+A causal mask, with or without a sliding window, becomes ranges without being built. Other masks (packs, images that
+see themselves, chunks, windows over a cache that has dropped keys) are evaluated a slice of queries at a time; one in
+which a query's keys are not one run is an error.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ from collections.abc import Callable
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    causal_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+    sliding_window_overlay,
+)
 
 from llava_fast.ops.attention import attention
 from llava_fast.sequence import _require, key_ranges
@@ -52,9 +58,15 @@ def range_mask(
     Raises:
         ValueError: when a query's keys are not one run, or runs go backwards (asserted on the device on a GPU).
     """
-    if mask_function is causal_mask_function and kv_offset == 0:
+    window = _window(mask_function)
+    if (mask_function is causal_mask_function or window is not None) and kv_offset == 0:
         start_BT, end_BT = key_ranges(
-            batch_size, q_length, torch.device(device), past=q_offset, attention_mask=attention_mask
+            batch_size,
+            q_length,
+            torch.device(device),
+            past=q_offset,
+            attention_mask=attention_mask,
+            sliding_window=window,
         )
         causal = torch.full_like(end_BT, attention_mask is None)
         return torch.stack((start_BT, end_BT, causal), -1)[:, None]
@@ -79,6 +91,21 @@ def range_mask(
     index_T = torch.arange(q_length, device=device) + q_offset - kv_offset
     causal = (end_BT == index_T + 1).all() & (attention_mask is None)
     return torch.stack((*_canonical(start_BT, end_BT), causal.to(torch.int32).expand_as(end_BT)), -1)[:, None]
+
+
+def _window(mask_function: Callable) -> int | None:
+    """The size of the window, where this is transformers' causal mask with a sliding window and nothing more.
+
+    Functions made by one factory share their code, and what they were made with is in their closure.
+    """
+    plain = sliding_window_causal_mask_function(1)
+    if getattr(mask_function, "__code__", None) is not plain.__code__:
+        return None
+    ((overlay, *others),) = (cell.cell_contents for cell in mask_function.__closure__)
+    if others != [causal_mask_function] or overlay.__code__ is not sliding_window_overlay(1).__code__:
+        return None
+    (size,) = (cell.cell_contents for cell in overlay.__closure__)
+    return size
 
 
 def attention_forward(

@@ -11,9 +11,11 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
 )
+from transformers.masking_utils import and_masks, sliding_window_causal_mask_function, sliding_window_overlay
 
 import llava_fast
 from llava_fast.backend import use_backend
+from llava_fast.model import attention_interface
 from llava_fast.model.attention_interface import attention_forward, range_mask
 from llava_fast.ops._launch import recorded
 
@@ -156,6 +158,27 @@ def test_ranges_of_masks() -> None:
         ranges(mask_function=lambda b, h, q, k: k >= 3 - q)
     long = range_mask(1, 600, 600, mask_function=lambda b, h, q, k: (k <= q) & (k > q - 300))[0, 0]
     assert long[599].tolist() == [300, 600, 1]
+
+
+def test_windows_are_ranges_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    padding = torch.tensor([[False, False, True, True, True, True]])
+    windows = [
+        (sliding_window_causal_mask_function(2), {}),
+        (sliding_window_causal_mask_function(3), {"attention_mask": padding}),
+        (sliding_window_causal_mask_function(2), {"q_offset": 3}),
+    ]
+    evaluated = [
+        range_mask(1, 3, 6, mask_function=lambda *index, plain=plain: plain(*index), **options)
+        for plain, options in windows
+    ]
+    monkeypatch.setattr(attention_interface, "sdpa_mask", None)  # nothing may be evaluated
+    for (plain, options), expected in zip(windows, evaluated, strict=True):
+        found = range_mask(1, 3, 6, mask_function=plain, **options)
+        for slow, fast in zip(expected[0, 0], found[0, 0], strict=True):
+            assert torch.equal(slow[:2], fast[:2]) or (slow[0] == slow[1] and fast[0] == fast[1])
+    others = and_masks(sliding_window_overlay(2), lambda b, h, q, k: k <= q)
+    with pytest.raises(TypeError, match="not callable"):
+        range_mask(1, 3, 6, mask_function=others)
 
 
 def test_masks_made_by_hand() -> None:
