@@ -2,7 +2,7 @@
 
 `sample_plan` is for the reference on a CPU: samples are sliced out and attended to one by one, or in groups of similar
 length, so that neither time nor memory is spent between samples. `walk` is for the kernels: where tiles begin, and
-which queries see a key.
+which queries see a key. `blocks` says how kernels hold a head dimension.
 
 Shapes: B batch, T queries, S keys; N samples of L tokens each in a group.
 """
@@ -195,3 +195,34 @@ def _walk(start_BT: torch.Tensor, end_BT: torch.Tensor, keys: int, backward: boo
     sees_from_BS = torch.searchsorted(end_BT, key_BS.contiguous(), right=True, out_int32=True)
     sees_to_BS = torch.searchsorted(start_BT, key_BS.contiguous(), right=True, out_int32=True)
     return Walk(first_BT, torch.stack((key_first_BS, sees_from_BS, sees_to_BS)))
+
+
+def tile_key(dim: int) -> int:
+    """Columns a head is held in: the least of 16, 32, 64, 80, 96, 128, 160, 192, 256 that is enough."""
+    low, high = _blocks(dim)
+    return low + high
+
+
+def _blocks(dim: int) -> tuple[int, int]:
+    """Blocks are powers of two; from 64 on a dimension in between is held in two, 72 in 64 + 16 rather than 128."""
+    above = max(16, 1 << (dim - 1).bit_length())
+    for rest in (above // 8, above // 4):
+        if above >= 128 and dim <= above // 2 + rest:
+            return above // 2, rest
+    return above, 0
+
+
+def blocks(*tensors: torch.Tensor) -> dict[str, int | bool]:
+    """What kernels are told of the last dimension: it is held in blocks of BLOCK_D and, unless that is 0, BLOCK_E.
+
+    ALIGNED: whether every head of every row begins at a multiple of 16 bytes.
+    NARROW: the last few rows of a walk are taken in a tile of so many; 0 where wide heads leave no registers for it.
+    """
+    dim = tensors[0].shape[-1]
+    low, high = _blocks(dim)
+    aligned = all(
+        x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+        for x in tensors
+    )
+    narrow = 16 if low + high <= 64 else 0
+    return {"DIM": dim, "ALIGNED": aligned, "NARROW": narrow, "BLOCK_D": low, "BLOCK_E": high}

@@ -14,8 +14,16 @@ they see; so a sample's output and gradients are, bit for bit, the same wherever
 programs as multiples of the tile height in T, and each takes the tiles that begin in its window: one, or several where
 samples are short; no list of tiles is made and no size is read back from the device.
 
+What a walk leaves over is not worth a tile. A vision tower of 577 = 9 · 64 + 1 tokens would take 10 × 10 tiles of
+64 × 64, where 81.3 tiles' worth of scores are wanted. Heads up to 64 wide take the last rows of a walk, if they are 16
+at most, in a tile of 16, and a tile of one row outside of the tensor cores, which have 16 rows at least: 9 × 9¼ = 83¼
+tiles and one row, forward and in both backward kernels; 92½ with queries in tiles of 128 (half of the last is empty),
+as in the forward and dQ tiles that ship for sm_90. Wider heads have no registers left for that: 100 tiles.
+
 Shapes: B batch, T queries, S keys, H query heads, G key heads (H a multiple of G), d head dimension. Tiles are
-[BLOCK_M queries, BLOCK_D] and [BLOCK_N keys, BLOCK_D] with BLOCK_D = the power of two ≥ d.
+[BLOCK_M queries, d] and [BLOCK_N keys, d]. Blocks are powers of two, so from 64 on a d in between is held in two, and
+has two products a tile: 72 and 80 as 64 + 16, 96 as 64 + 32, 160 as 128 + 32, 192 as 128 + 64 (a d of 72 in 128 columns
+would be 1.6 times the products). Other d are padded to the next of 16, 32, 64, 80, 96, 128, 160, 192, 256.
 """
 
 from __future__ import annotations
@@ -33,7 +41,7 @@ from llava_fast.ops._attention_kernels import (
     _attention_bwd_dq_kernel,
     _attention_fwd_kernel,
 )
-from llava_fast.ops._attention_plan import sample_plan, walk
+from llava_fast.ops._attention_plan import blocks, sample_plan, tile_key, walk
 from llava_fast.ops._launch import Tile, launch, tile, tile_table
 from llava_fast.ops._triton import takes
 from llava_fast.ops.attention_backends import register_peers
@@ -122,13 +130,9 @@ def _sdpa(
     ).transpose(1, 2)
 
 
-def _block_d(dim: int) -> int:
-    return max(16, 1 << (dim - 1).bit_length())
-
-
 def _tile(kernel: str, q: torch.Tensor) -> Tile:
     """The shipped tile; float32 has its own, as its products run outside the tensor cores and fill more registers."""
-    return tile(kernel, f"{_block_d(q.shape[3])}{' fp32' if q.dtype == torch.float32 else ''}", q.device)
+    return tile(kernel, f"{tile_key(q.shape[3])}{' fp32' if q.dtype == torch.float32 else ''}", q.device)
 
 
 def _forward(
@@ -141,7 +145,7 @@ def _forward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [B, T, H, d] and LSE [B, H, T]."""
-    batch, tokens, heads, dim = q.shape
+    batch, tokens, heads = q.shape[:3]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
     choice = _tile("attention_fwd", q)
@@ -153,8 +157,7 @@ def _forward(
             *_strides(q, k, v),
             scale * LOG2_E,
             tile=choice,
-            DIM=dim,
-            BLOCK_D=_block_d(dim),
+            **blocks(q, k, v),
         )
     return out, lse
 
@@ -173,7 +176,7 @@ def _backward_dq(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dq, and delta [B, H, T], which dK and dV are formed with."""
-    batch, tokens, heads, dim = q.shape
+    batch, tokens, heads = q.shape[:3]
     dq, delta = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty_like(lse)
     choice = _tile("attention_bwd_dq", q)
     if lse.numel():
@@ -183,8 +186,7 @@ def _backward_dq(
             *(q, k, v, start, end, first, out, lse, dout, None if dlse is None else dlse.contiguous(), dq, delta),
             *(tokens, heads // k.shape[2], *_strides(q, k, v, dout), scale * LOG2_E),
             tile=choice,
-            DIM=dim,
-            BLOCK_D=_block_d(dim),
+            **blocks(q, k, v, dout),
         )
     return dq, delta
 
@@ -201,7 +203,7 @@ def _backward_dkdv(
     delta: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, tokens, heads, dim = q.shape
+    batch, tokens, heads = q.shape[:3]
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     choice = _tile("attention_bwd_dkdv", q)
     if dk.numel():
@@ -211,8 +213,7 @@ def _backward_dkdv(
             *(q, k, v, start, end, keys, lse, dout, delta, dk, dv, tokens, k.shape[1], heads // k.shape[2]),
             *(*_strides(q, k, v, dout), scale * LOG2_E),
             tile=choice,
-            DIM=dim,
-            BLOCK_D=_block_d(dim),
+            **blocks(q, k, v, dout),
         )
     return dk, dv
 
@@ -363,11 +364,13 @@ def attention(
 
 
 def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
-    """Calls that between them launch each kernel with every shipped tile, for the compile report."""
-    for key in tile_table("attention_fwd")["sm_80"]["tiles"]:
-        if key.endswith("fp32") != (dtype == torch.float32):
-            continue
-        q = torch.empty(2, 832, 16, int(key.split()[0]), dtype=dtype)
+    """Calls that between them launch each kernel with every shipped tile, for the compile report.
+
+    Head dimensions are those that hold a tile's columns fully, and 72, of vision towers. float16 compiles as bfloat16.
+    """
+    keys = [key for key in tile_table("attention_fwd")["sm_80"]["tiles"] if not key.endswith("fp32")]
+    for dim in () if dtype == torch.float16 else (72, *map(int, keys)):
+        q = torch.empty(2, 832, 16, dim, dtype=dtype)
         k, ranges, lse = q[:, :, :8], torch.empty(2, 832, dtype=torch.int32), torch.empty(2, 16, 832)
         yield partial(_forward, q, k, k, ranges, ranges, ranges, 0.1)
         yield partial(_backward_dq, q, None, q, k, k, ranges, ranges, ranges, q, lse, 0.1)

@@ -7,6 +7,8 @@ see. The range is cut on the device, from `start` and `end`: every part has an e
 the grid depends on shapes alone, so a CUDA graph replays it as the cache fills. Keys and values are read where they lie
 (transformers' caches are [B, G, S, d]); each byte once, which is the floor.
 
+The same kernel reads int8 caches, for `int8_attention.py`.
+
 Forward only; `attention` calls it for up to `MAX_TOKENS` queries when nothing wants a gradient.
 
 Shapes: B batch, T queries, S keys, H query heads, G key heads, d head dimension.
@@ -21,6 +23,8 @@ from typing import Any
 import torch
 
 from llava_fast.ops._attention_kernels import _fwd_step
+from llava_fast.ops._attention_plan import blocks, tile_key
+from llava_fast.ops._attention_tiles import _plane, _times, _zeros
 from llava_fast.ops._launch import launch, multiprocessors, tile, tile_table
 from llava_fast.ops._triton import jit, tl
 
@@ -51,15 +55,16 @@ def merge_by_lse(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> 
 
 @jit
 def _decode_attention_kernel(
-    q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, out_ptr, lse_ptr,
-    tokens, group,
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, start_ptr, end_ptr, out_ptr, lse_ptr,
+    tokens, slots, group,
     q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
     scale,
-    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DIM: tl.constexpr, ALIGNED: tl.constexpr, NARROW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     part, key_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     parts, heads = tl.num_programs(0), tl.num_programs(1) * group
-    r, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    r, d, e = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E if BLOCK_E > 0 else 1)
     t, head = r // group, key_head * group + r % group  # row r is query t of one head of the group
     inside = t < tokens
     start = tl.load(start_ptr + (batch * tokens + t), mask=inside, other=0)
@@ -71,24 +76,40 @@ def _decode_attention_kernel(
     own_to = tl.minimum(own_from + share, high)
 
     at = q_ptr + (batch.to(tl.int64) * q_batch + t.to(tl.int64) * q_stride + head.to(tl.int64) * q_head)[:, None]
-    q = tl.load(at + d[None, :], mask=inside[:, None] & (d < DIM)[None, :], other=0.0)
-    k_ptr += batch.to(tl.int64) * k_batch + key_head.to(tl.int64) * k_head
-    v_ptr += batch.to(tl.int64) * v_batch + key_head.to(tl.int64) * v_head
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    low_part = tl.load(at + d[None, :], mask=inside[:, None] & (d < DIM)[None, :], other=0.0)
+    if BLOCK_E > 0:
+        q = (
+            low_part,
+            tl.load(at + BLOCK_D + e[None, :], mask=inside[:, None] & (e < DIM - BLOCK_D)[None, :], other=0.0),
+        )
+    else:
+        q = (low_part,)
+    k_ptr = _plane(k_ptr, batch, k_batch, key_head, k_head, ALIGNED)
+    v_ptr = _plane(v_ptr, batch, v_batch, key_head, v_head, ALIGNED)
+    if k_scale_ptr is not None:
+        k_scale_ptr += (batch * tl.num_programs(1) + key_head).to(tl.int64) * slots
+        v_scale_ptr += (batch * tl.num_programs(1) + key_head).to(tl.int64) * slots
+    acc = _zeros(BLOCK_M, BLOCK_D, BLOCK_E)
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for k0 in range(own_from, own_to, BLOCK_N):
         acc, best, total = _fwd_step(
-            acc, best, total, q, k_ptr, v_ptr, k0, own_to, start, end, k_stride, v_stride, scale,
-            True, DIM, BLOCK_N, BLOCK_D,
+            acc, best, total, q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, k0, own_to, start, end,
+            k_stride, v_stride, scale, True, DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
         )  # fmt: skip
     seen = total > 0
-    acc = acc * (1.0 / tl.where(seen, total, 1.0))[:, None]
+    acc = _times(acc, (1.0 / tl.where(seen, total, 1.0))[:, None], BLOCK_E)
     lse = tl.where(seen, (best + tl.log2(tl.where(seen, total, 1.0))) * 0.6931471805599453, float("-inf"))
     plane = part * tl.num_programs(2) + batch
     row = (plane * tokens + t).to(tl.int64) * heads + head
-    at = out_ptr + (row * DIM)[:, None] + d[None, :]
-    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (d < DIM)[None, :])
+    at = out_ptr + (row * DIM)[:, None]
+    tl.store(at + d[None, :], acc[0].to(out_ptr.dtype.element_ty), mask=inside[:, None] & (d < DIM)[None, :])
+    if BLOCK_E > 0:
+        tl.store(
+            at + BLOCK_D + e[None, :],
+            acc[1].to(out_ptr.dtype.element_ty),
+            mask=inside[:, None] & (e < DIM - BLOCK_D)[None, :],
+        )
     tl.store(lse_ptr + ((plane * heads + head) * tokens + t), lse, mask=inside)
 
 
@@ -123,10 +144,12 @@ def _decode(
     end: torch.Tensor,
     scale: float,
     parts: int,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [B, T, H, d] and LSE [B, H, T]."""
+    """out [B, T, H, d] and LSE [B, H, T]. The scales of int8 keys and values are [B, G, S], contiguous."""
     batch, tokens, heads, dim = q.shape
-    group, block_d = heads // k.shape[2], max(16, 1 << (dim - 1).bit_length())
+    group = heads // k.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
     part_out, part_lse = out, lse
@@ -138,13 +161,12 @@ def _decode(
     launch(
         _decode_attention_kernel,
         (parts, k.shape[2], batch),
-        *(q, k, v, start, end, part_out, part_lse, tokens, group),
+        *(q, k, v, k_scale, v_scale, start, end, part_out, part_lse, tokens, k.shape[1], group),
         *(stride for x in (q, k, v) for stride in x.stride()[:3]),
         scale * LOG2_E,
-        tile=tile("decode_attention", f"{block_d}{' fp32' if q.dtype == torch.float32 else ''}", q.device),
-        DIM=dim,
+        tile=tile("decode_attention", f"{tile_key(dim)}{' fp32' if q.dtype == torch.float32 else ''}", q.device),
+        **blocks(k, v),
         BLOCK_M=max(16, 1 << (group * tokens - 1).bit_length()),
-        BLOCK_D=block_d,
     )
     if parts > 1:
         launch(
@@ -154,7 +176,7 @@ def _decode(
             tile=COMBINE_TILE,
             DIM=dim,
             BLOCK_P=1 << (parts - 1).bit_length(),
-            BLOCK_D=block_d,
+            BLOCK_D=1 << (dim - 1).bit_length(),
         )
     return out, lse
 
@@ -204,6 +226,8 @@ def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
         for key_heads in (32, 8):
             k = torch.empty(2, key_heads, 1024, q.shape[3], dtype=dtype).transpose(1, 2)
             yield partial(_decode, q, k, k, ranges, ranges, 0.1, 8)
+            k, scales = k.to(torch.int8), torch.empty(2, key_heads, 1024)
+            yield partial(_decode, q, k, k, ranges, ranges, 0.1, 8, scales, scales)
 
 
 def tune_examples(

@@ -20,7 +20,7 @@ import torch
 
 from llava_fast.backend import choose, register
 from llava_fast.ops._launch import launch, tile, tile_table
-from llava_fast.ops._triton import jit, takes, tl
+from llava_fast.ops._triton import inlined, jit, takes, tl
 
 MAX_HEAD_DIM = 256
 
@@ -37,108 +37,68 @@ def _rotate_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
     return x * cos + torch.cat((-high, low), dim=-1) * sin
 
 
-@jit
-def _rotate_heads(
-    x_ptr,
-    out_ptr,
-    x_row,
-    out_row,
-    head,
-    heads,
-    head_stride,
-    half,
-    i,
-    cos_low,
-    cos_high,
-    sin_low,
-    sin_high,
-    TRANSPOSED: tl.constexpr,
-):
-    inside = (head < heads)[:, None] & (i < half)[None, :]
-    source = x_ptr + x_row + (head * head_stride)[:, None] + i[None, :]
-    low = tl.load(source, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_H, BLOCK_D]
-    high = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
+@inlined
+def _angles(cos_ptr, sin_ptr, half, BLOCK_D: tl.constexpr):
+    """Cosines and sines of the lower and of the upper half, [1, BLOCK_D] each."""
+    i = tl.arange(0, BLOCK_D)
+    cos_low = tl.load(cos_ptr + i, mask=i < half, other=0.0).to(tl.float32)[None, :]
+    cos_high = tl.load(cos_ptr + i + half, mask=i < half, other=0.0).to(tl.float32)[None, :]
+    sin_low = tl.load(sin_ptr + i, mask=i < half, other=0.0).to(tl.float32)[None, :]
+    sin_high = tl.load(sin_ptr + i + half, mask=i < half, other=0.0).to(tl.float32)[None, :]
+    return cos_low, cos_high, sin_low, sin_high
+
+
+@inlined
+def _rotated(low, high, cos_low, cos_high, sin_low, sin_high, TRANSPOSED: tl.constexpr):
     if TRANSPOSED:
         new_low = low * cos_low + high * sin_high
         new_high = high * cos_high - low * sin_low
     else:
         new_low = low * cos_low - high * sin_low
         new_high = high * cos_high + low * sin_high
-    target = out_ptr + out_row + (head * (2 * half))[:, None] + i[None, :]
-    tl.store(target, new_low.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(target + half, new_high.to(out_ptr.dtype.element_ty), mask=inside)
+    return new_low, new_high
+
+
+@inlined
+def _load_halves(ptr, head, heads, stride, half, BLOCK_D: tl.constexpr):
+    """Both halves of some heads of a token, [BLOCK_H, BLOCK_D] in float32."""
+    i = tl.arange(0, BLOCK_D)
+    at, inside = ptr + (head * stride)[:, None] + i[None, :], (head < heads)[:, None] & (i < half)[None, :]
+    low = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    return low, tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
+
+
+@inlined
+def _store_halves(ptr, low, high, head, heads, stride, half, BLOCK_D: tl.constexpr):
+    i = tl.arange(0, BLOCK_D)
+    at, inside = ptr + (head * stride)[:, None] + i[None, :], (head < heads)[:, None] & (i < half)[None, :]
+    tl.store(at, low.to(ptr.dtype.element_ty), mask=inside)
+    tl.store(at + half, high.to(ptr.dtype.element_ty), mask=inside)
 
 
 @jit
 def _rotary_kernel(
-    q_ptr,
-    k_ptr,
-    q_out_ptr,
-    k_out_ptr,
-    cos_ptr,
-    sin_ptr,
-    tokens,
-    query_heads,
-    key_heads,
-    half,
-    q_batch_stride,
-    q_token_stride,
-    q_head_stride,
-    k_batch_stride,
-    k_token_stride,
-    k_head_stride,
-    angle_batch_stride,
-    angle_token_stride,
-    TRANSPOSED: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr,
+    tokens, query_heads, key_heads, half,
+    q_batch, q_stride, q_head, k_batch, k_stride, k_head, angle_batch, angle_stride,
+    TRANSPOSED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // tokens, row % tokens
-    i = tl.arange(0, BLOCK_D)
-    angle = batch * angle_batch_stride + token * angle_token_stride + i
-    cos_low = tl.load(cos_ptr + angle, mask=i < half, other=0.0).to(tl.float32)[None, :]
-    cos_high = tl.load(cos_ptr + angle + half, mask=i < half, other=0.0).to(tl.float32)[None, :]
-    sin_low = tl.load(sin_ptr + angle, mask=i < half, other=0.0).to(tl.float32)[None, :]
-    sin_high = tl.load(sin_ptr + angle + half, mask=i < half, other=0.0).to(tl.float32)[None, :]
+    angle = batch * angle_batch + token * angle_stride
+    cos_low, cos_high, sin_low, sin_high = _angles(cos_ptr + angle, sin_ptr + angle, half, BLOCK_D)
     query_blocks = tl.cdiv(query_heads, BLOCK_H)
     block = tl.program_id(1)
     if block < query_blocks:
         head = block * BLOCK_H + tl.arange(0, BLOCK_H)
-        _rotate_heads(
-            q_ptr,
-            q_out_ptr,
-            batch * q_batch_stride + token * q_token_stride,
-            row * query_heads * (2 * half),
-            head,
-            query_heads,
-            q_head_stride,
-            half,
-            i,
-            cos_low,
-            cos_high,
-            sin_low,
-            sin_high,
-            TRANSPOSED,
-        )
+        low, high = _load_halves(q_ptr + batch * q_batch + token * q_stride, head, query_heads, q_head, half, BLOCK_D)
+        low, high = _rotated(low, high, cos_low, cos_high, sin_low, sin_high, TRANSPOSED)
+        _store_halves(q_out_ptr + row * query_heads * (2 * half), low, high, head, query_heads, 2 * half, half, BLOCK_D)
     else:
         head = (block - query_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
-        _rotate_heads(
-            k_ptr,
-            k_out_ptr,
-            batch * k_batch_stride + token * k_token_stride,
-            row * key_heads * (2 * half),
-            head,
-            key_heads,
-            k_head_stride,
-            half,
-            i,
-            cos_low,
-            cos_high,
-            sin_low,
-            sin_high,
-            TRANSPOSED,
-        )
+        low, high = _load_halves(k_ptr + batch * k_batch + token * k_stride, head, key_heads, k_head, half, BLOCK_D)
+        low, high = _rotated(low, high, cos_low, cos_high, sin_low, sin_high, TRANSPOSED)
+        _store_halves(k_out_ptr + row * key_heads * (2 * half), low, high, head, key_heads, 2 * half, half, BLOCK_D)
 
 
 def _head_dim_key(head_dim: int) -> int:

@@ -4,7 +4,7 @@ In the interpreter tiles are 16 × 16, so that short sequences have several; a G
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import pytest
 import torch
@@ -23,17 +23,24 @@ from llava_fast.sequence import key_ranges, pack
 FORWARD = ["attention_fwd_kernel"]
 KERNELS = [*FORWARD, "attention_bwd_dq_kernel", "attention_bwd_dkdv_kernel"]
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+# Tiles whose last rows may be few enough for a narrow step.
+TALL = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
 CPU = torch.device("cpu")
+
+
+@contextmanager
+def all_tiles(tile: dict[str, int]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for kernel in KERNELS:
+            stack.enter_context(forced_tile(kernel.removesuffix("_kernel"), tile))
+        yield
 
 
 @pytest.fixture(autouse=True)
 def _small_tiles() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with ExitStack() as stack:
-        if not torch.cuda.is_available():
-            for kernel in KERNELS:
-                stack.enter_context(forced_tile(kernel.removesuffix("_kernel"), SMALL))
+    with nullcontext() if torch.cuda.is_available() else all_tiles(SMALL):
         yield
     torch.set_num_threads(threads)
 
@@ -65,12 +72,13 @@ CASES = {
     "single": (whole(3, 1, 1), 1, 2, 1, 16),
     "tower": (whole(1, 37, 37), 37, 2, 2, 24),
     "odd dimension": (of_pack([9, 18]), 27, 1, 1, 5),
-    "wide": (of_pack([9, 18]), 27, 1, 1, 80),
+    "two blocks of columns": (of_pack([9, 18]), 27, 1, 1, 72),
+    "wide": (whole(1, 5, 5), 5, 1, 1, 136),
 }
 
 
-def inputs(name: str, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
-    (start, end), keys, heads, key_heads, dim = CASES[name]
+def inputs(case: str | tuple, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
+    (start, end), keys, heads, key_heads, dim = CASES[case] if isinstance(case, str) else case
     batch, tokens = start.shape
     shapes = {"q": (tokens, heads), "k": (keys, key_heads), "v": (keys, key_heads)}
     tensors = {name: torch.randn(batch, *shape, dim).to(device, dtype) for name, shape in shapes.items()}
@@ -98,6 +106,21 @@ def test_kernels(name: str, device: str) -> None:
     check_kernel(without_lse if empty else with_lse, tensors, op="attention", kernels=KERNELS)
 
 
+TAILS = {
+    "tower": (whole(2, 65, 65), 65, 1, 1, 16),  # as 577 is 9 · 64 + 1
+    "some rows": (whole(1, 42, 42), 42, 2, 1, 24),
+    "too many rows": (whole(1, 51, 51), 51, 1, 1, 16),
+    "packed": (of_pack([33, 1, 37]), 71, 2, 1, 16),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", TAILS)
+def test_what_is_left_of_a_walk(name: str, device: str) -> None:
+    with all_tiles(TALL):
+        check_kernel(with_lse, inputs(TAILS[name], torch.float32, device), op="attention", kernels=KERNELS)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["gqa", "cached"])
 def test_kernels_in_half_precision(name: str, device: str) -> None:
@@ -108,7 +131,7 @@ def test_kernels_in_half_precision(name: str, device: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("dim", [16, 32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dim", [16, 32, 64, 72, 80, 96, 128, 160, 192, 256])
 def test_kernels_at_the_sizes_of_models(dim: int, dtype: torch.dtype) -> None:
     """Packs of 832-token samples with images, padded batches and 577-token towers."""
     spans = [[(35, 576)], [(35, 576)], []]
@@ -189,9 +212,13 @@ def test_an_empty_row_has_no_lse(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("spans", [None, [(2, 20)]], ids=["causal", "image"])
-def test_a_sample_is_the_same_bits_in_every_pack(spans: list | None, device: str) -> None:
-    length, heads = 37, (2, 1, 1)
+@pytest.mark.parametrize(
+    ("length", "spans", "tiles"),
+    [(37, None, SMALL), (37, [(2, 20)], SMALL), (33, None, TALL), (33, [(0, 33)], TALL)],
+    ids=["causal", "image", "causal, a row left", "image, a row left"],
+)
+def test_a_sample_is_the_same_bits_in_every_pack(length: int, spans: list | None, tiles: dict, device: str) -> None:
+    heads = (2, 1, 1)
     own = [torch.randn(1, length, count, 16, device=device) for count in heads]
     own_gradient = torch.randn(1, length, 2, 16, device=device)
 
@@ -207,7 +234,7 @@ def test_a_sample_is_the_same_bits_in_every_pack(spans: list | None, device: str
             return full
 
         q, k, v = (among(part).requires_grad_() for part in own)
-        with use_backend("triton", "attention"):
+        with use_backend("triton", "attention"), nullcontext() if device == "cuda" else all_tiles(tiles):
             out, lse = attention(q, k, v, start, end, return_lse=True)
             gradients = torch.autograd.grad((out, lse), (q, k, v), (among(own_gradient), torch.ones_like(lse)))
         return [x[:, place] for x in (out, lse.transpose(1, 2), *gradients)]
