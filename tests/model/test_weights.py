@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from llava_fast.model import convert as converter
@@ -289,6 +291,39 @@ def test_a_damaged_hf_checkpoint_is_named(tiny: SimpleNamespace, tmp_path: Path)
         LlavaForConditionalGeneration.from_pretrained(tmp_path)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "code-has-run").exists()
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """A weight file of three tensors, by its ending."""
+    folder = tmp_path_factory.mktemp("sound")
+    weights = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(5, dtype=torch.bfloat16), "c": torch.zeros(())}
+    save_file(weights, folder / "model.safetensors")
+    torch.save(weights, folder / "model.bin")
+    return {file.suffix[1:]: file.read_bytes() for file in folder.iterdir()}
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    places=st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 255)), max_size=4),
+    length=st.none() | st.integers(0, 3000),
+    ending=st.sampled_from(["safetensors", "bin"]),
+)
+def test_no_bytes_do_harm(
+    sound: dict[str, bytes], tmp_path: Path, places: list[tuple[int, int]], length: int | None, ending: str
+) -> None:
+    """Whatever the bytes, a file is read or refused in one line with its name."""
+    data = bytearray(sound[ending])
+    for place, value in places:
+        data[place % len(data)] = value
+    file = tmp_path / f"model.{ending}"
+    file.write_bytes(data[:length])
+    try:
+        for stored in weight_files.open_weights(file).values():
+            assert tuple(stored.read().shape) == stored.shape
+    except ValueError as error:
+        assert str(error).startswith(str(file))
+        assert "\n" not in str(error)
 
 
 # Interruptions
