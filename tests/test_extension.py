@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from llava_fast.ops import resize
+from llava_fast.ops import compile_report, resize
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "test-extension"
@@ -165,6 +165,20 @@ def test_kernels_spill_nothing_and_load_16_bytes(library: Path):
     assert not re.search(r"\b(STL|LDL)\b", code)
     assert len(re.findall(r"LDG\.E\.128", code)) >= 2 * 6
     assert len(re.findall(r"STG\.E\.128", code)) >= 2 * 6
+
+
+def test_the_compile_report_reads_the_kernels():
+    records = compile_report.cuda_records("sm_80", ROOT / "csrc" / "rms_norm.cu")
+    variants = {(r["kernel"], r["dtype"], *r["flags"].values()) for r in records}
+    assert variants == {
+        ("rms_norm_kernel", dtype, elements, residual)
+        for dtype, wide in (("fp32", 4), ("fp16", 8), ("bf16", 8))
+        for elements in (1, wide)
+        for residual in (0, 1)
+    }
+    assert compile_report.problems(records) == []
+    assert all(r["registers"] > 0 and r["shared_bytes"] == 64 for r in records)  # a float for each of 16 warps
+    assert compile_report.table(records).count("rms_norm_kernel") == len(records)
 
 
 # ---- patch embedding

@@ -5,7 +5,8 @@
 Each operation file has `compile_examples(dtype)`: calls that between them launch its kernels in all variants. They are
 run dry, so that the recorded launches give the exact signature and constexprs a GPU would see. Triton's own toolchain
 compiles them; the binary's resource report gives registers and spills (STACK: LOCAL is always 0), and the SASS is read
-for local loads and stores (spills again, and whether any lie inside a loop) and tensor-core instructions.
+for local loads and stores (spills again, and whether any lie inside a loop) and tensor-core instructions. With nvcc,
+the CUDA C++ kernels of `csrc/` are read likewise (`--op csrc`); their shared memory is only what the binary fixes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import multiprocessing
 import os
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,6 +34,8 @@ from llava_fast import ops
 from llava_fast.ops._launch import ARCHITECTURES, Launch, recorded
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CUDA_TYPES = {"13__nv_bfloat16": "bf16", "6__half": "fp16", "f": "fp32"}  # as they begin a mangled template
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 TYPE_NAMES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -103,9 +107,17 @@ def compile_launch(launch: Launch, architecture: str) -> dict[str, Any]:
         target=GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32),
         options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
     )
-    usage, sass = disassemble(compiled.asm["cubin"])
-    registers, stack = (int(re.search(rf"{field}:(\d+)", usage).group(1)) for field in ("REG", "STACK"))
+    resources = read_resources(*disassemble(compiled.asm["cubin"]))
     shared = compiled.metadata.shared
+    warps_per_sm = occupancy(resources["registers"], shared, launch.num_warps, architecture)
+    return {**resources, "shared_bytes": shared, "warps_per_sm": warps_per_sm}
+
+
+def read_resources(usage: str, sass: str) -> dict[str, Any]:
+    """What the resource report and the SASS of one kernel say."""
+    registers, stack, shared = (
+        int(re.search(rf"{field}:(\d+)", usage).group(1)) for field in ("REG", "STACK", "SHARED")
+    )
     return {
         "registers": registers,
         "spill_bytes": stack,
@@ -113,7 +125,6 @@ def compile_launch(launch: Launch, architecture: str) -> dict[str, Any]:
         "spill_instructions": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "shared_bytes": shared,
         "mma": next((name for name in ("HGMMA", "HMMA") if re.search(rf"\b{name}\b", sass)), None),
-        "warps_per_sm": occupancy(registers, shared, launch.num_warps, architecture),
     }
 
 
@@ -170,13 +181,45 @@ def occupancy(registers: int, shared: int, num_warps: int, architecture: str) ->
 
 def report(names: list[str]) -> list[dict[str, Any]]:
     """One record per kernel × tile × architecture × dtype; one process per core compiles."""
-    tasks = [(architecture, op, dtype) for architecture in ARCHITECTURES for op in names for dtype in DTYPES]
+    tasks = [
+        (architecture, op, part)
+        for architecture in ARCHITECTURES
+        for op in names
+        for part in (sorted(CSRC.glob("*.cu")) if op == "csrc" else DTYPES)
+    ]
     # Forked, so that a tile forced by the caller is forced there, too.
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
         return [record for records in pool.map(_records, *zip(*tasks)) for record in records]
 
 
-def _records(architecture: str, op: str, dtype: str) -> list[dict[str, Any]]:
+def _records(architecture: str, op: str, part: Any) -> list[dict[str, Any]]:
+    return cuda_records(architecture, part) if op == "csrc" else _triton_records(architecture, op, part)
+
+
+def cuda_records(architecture: str, source: Path) -> list[dict[str, Any]]:
+    """One record per kernel of a CUDA C++ file; `flags` are its template arguments besides the type."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        command = ("nvcc", "-std=c++17", f"-arch={architecture}", "-cubin", "-o", cubin, source)
+        subprocess.run(command, capture_output=True, text=True, check=True)
+        usage, sass = disassemble(cubin.read_bytes())
+    codes = {part.split()[0]: part for part in sass.split("Function : ")[1:]}
+    records = []
+    for name, numbers in re.findall(r"Function (\S+):\s+(REG.*)", usage):
+        kernel, _, arguments = re.search(r"\d([a-z_]+_kernel)(I(\S*?E)Ev)?", name).groups()
+        dtype = next((short for mark, short in CUDA_TYPES.items() if (arguments or "").startswith(mark)), "u8")
+        records.append(
+            {
+                **{"op": "csrc", "kernel": kernel, "arch": architecture, "dtype": dtype, "tile": {}},
+                "flags": dict(enumerate(int(value) for value in re.findall(r"L[ib](\d+)E", arguments or ""))),
+                **read_resources(numbers, codes[name]),
+                "warps_per_sm": None,
+            }
+        )
+    return records
+
+
+def _triton_records(architecture: str, op: str, dtype: str) -> list[dict[str, Any]]:
     records = []
     for launch in launches(op, architecture, dtype):
         flags = {k: v for k, v in launch.constexprs.items() if not k.startswith("BLOCK")}
@@ -214,7 +257,7 @@ def table(records: list[dict[str, Any]]) -> str:
     for r in records:
         tile = " ".join(f"{k.removeprefix('BLOCK_')}={v}" for k, v in r["tile"].items())
         flags = " ".join(k.lower() if v is True else str(v) for k, v in r["flags"].items() if v is not False) or "-"
-        numbers = (r["registers"], r["spill_bytes"], r["shared_bytes"], r["mma"] or "-", r["warps_per_sm"])
+        numbers = (r["registers"], r["spill_bytes"], r["shared_bytes"], r["mma"] or "-", r["warps_per_sm"] or "-")
         rows.append((r["kernel"], r["arch"], r["dtype"], tile, flags, *map(str, numbers)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
@@ -222,12 +265,13 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m llava_fast.ops.compile_report", description=__doc__.split("\n")[0])
-    parser.add_argument("--op", action="append", choices=operation_modules(), help="only this operation file")
+    parser.add_argument("--op", action="append", choices=(*operation_modules(), "csrc"), help="only this one")
     parser.add_argument("--out", type=Path, default=Path("build/compile-report.json"))
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 turns the compiler off; unset it")
-    records = report(arguments.op or operation_modules())
+    names = arguments.op or [*operation_modules(), *(["csrc"] if CSRC.is_dir() and shutil.which("nvcc") else [])]
+    records = report(names)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(records, indent=1) + "\n")
     found = problems(records)
