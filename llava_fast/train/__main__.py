@@ -11,7 +11,7 @@ from llava_fast.train.recipe import RecipeError, load_recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 on success, 2 for a bad recipe, which is explained in one line."""
+    """Run the command line; 0 on success, 2 for a bad recipe, 1 for what could not be written; one line says why."""
     parser = argparse.ArgumentParser(
         prog="python -m llava_fast.train",
         description="Train LLaVA: stage 1 (projector), stage 2 (full or LoRA). "
@@ -29,9 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(recipe.to_yaml(), end="")
             return 0
         recipe.check_files()  # before the slow imports
+        from llava_fast.train.checkpoints import CheckpointError
         from llava_fast.train.trainer import run
 
-        result = run(recipe)
+        try:
+            result = run(recipe)
+        except CheckpointError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

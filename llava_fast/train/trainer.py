@@ -8,10 +8,8 @@ loss, and checkpoints in the layout that `from_pretrained` reads.
 
 from __future__ import annotations
 
-import heapq
 import os
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -21,14 +19,16 @@ from typing import Any, TypedDict
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from llava_fast.model.llava import LlavaForConditionalGeneration
 from llava_fast.model.processor import LlavaProcessor
 from llava_fast.model.templates import get_template
+from llava_fast.train import checkpoints
 from llava_fast.train.data import LlavaDataset, PackedCollator
 from llava_fast.train.recipe import Recipe, RecipeError, Source
+from llava_fast.train.sampler import FilledUp, GroupedSampler
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROJECTOR = "multi_modal_projector"
@@ -56,17 +56,25 @@ def run(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> TrainResul
 
     Raises:
         RecipeError: a key, file or sample that training cannot start from; nothing has been written then.
+        CheckpointError: a checkpoint or the model could not be written; earlier checkpoints are whole.
     """
     recipe.check_files()
+    checkpoint = recipe.checkpoint()
     with _one_line_errors():
+        manifest = checkpoints.read_manifest(checkpoint) if checkpoint else None
         arguments = training_arguments(recipe)
         set_seed(recipe.seed)
         processor = load_processor(recipe)
         train, validation = load_data(recipe, processor)
         model = prepare_model(recipe, processor)
+        made_from = checkpoints.made_from(recipe, train.lengths, model)
+        if manifest is not None:
+            checkpoints.check_same(recipe, checkpoint, made_from, manifest["made_from"])
         bidirectional = getattr(model.config, "image_attention", "causal") == "bidirectional"
         trainer = LlavaTrainer(
             recipe=recipe,
+            made_from=made_from,
+            progress=manifest["progress"] if manifest else {},
             model=model,
             args=arguments,
             train_dataset=train,
@@ -75,15 +83,17 @@ def run(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> TrainResul
             processing_class=processor,
             callbacks=list(callbacks),
         )
+        if arguments.should_save:
+            checkpoints.clean(recipe.output_dir)
     started = time.perf_counter()
-    checkpoint = recipe.checkpoint()
     output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - started
-    if validation is not None and trainer.last_eval_step != trainer.state.global_step:
+    history = trainer.state.log_history
+    evaluated = {entry["step"] for entry in history if "eval_loss" in entry}
+    if validation is not None and trainer.state.global_step not in evaluated:
         trainer.evaluate()
     trainer.save_result()
     tokens = trainer.count_tokens()
-    history = trainer.state.log_history
     return TrainResult(
         output_dir=recipe.output_dir,
         steps=trainer.state.global_step,
@@ -184,61 +194,6 @@ def load_data(recipe: Recipe, processor: LlavaProcessor) -> tuple[LlavaDataset, 
     return train, read([Source(recipe.validation, image_folder=sources[0].image_folder)])
 
 
-class GroupedSampler(Sampler[int]):
-    """One epoch's order of samples, a function of `seed` and `epoch` alone.
-
-    As in LLaVA the unit is the samples of one optimiser step: with `modality` a step has pictures or has
-    none, and with `length` each device batch of a step gets about the same number of tokens. Steps come
-    in random order; what fills no step of its own modality comes last.
-    """
-
-    def __init__(self, dataset: LlavaDataset, group_by: str, batch_size: int, step_size: int, seed: int) -> None:
-        self.lengths = dataset.lengths
-        self.kinds = dataset.modality if group_by == "modality" else [None] * len(dataset.lengths)
-        self.grouped = group_by != "none"
-        self.batch_size = batch_size
-        self.step_size = step_size
-        self.seed = seed
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        shuffled = torch.randperm(len(self.lengths), generator=generator).tolist()
-        if not self.grouped:
-            yield from shuffled
-            return
-        by_kind = defaultdict(list)
-        for index in shuffled:
-            by_kind[self.kinds[index]].append(index)
-        steps, rest = [], []
-        for indices in by_kind.values():
-            whole = len(indices) - len(indices) % self.step_size
-            steps += _chunks(indices[:whole], self.step_size)
-            rest += indices[whole:]
-        steps = [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
-        for step in steps + _chunks(rest, self.step_size):
-            yield from self._balanced(step)
-
-    def _balanced(self, step: list[int]) -> list[int]:
-        """A step reordered so that consecutive device batches have about equally many tokens."""
-        room = [len(chunk) for chunk in _chunks(step, self.batch_size)]
-        batches: list[list[int]] = [[] for _ in room]
-        lightest = [(0, batch) for batch in range(len(room))]
-        for index in sorted(step, key=lambda i: self.lengths[i], reverse=True):
-            n_tokens, batch = heapq.heappop(lightest)
-            batches[batch].append(index)
-            if len(batches[batch]) < room[batch]:
-                heapq.heappush(lightest, (n_tokens + self.lengths[index], batch))
-        return [index for batch in batches for index in batch]
-
-
-def _chunks(items: list[int], size: int) -> list[list[int]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
 def prepare_model(recipe: Recipe, processor: LlavaProcessor) -> nn.Module:
     """The model of the recipe (or of the checkpoint it resumes from), set up for its stage.
 
@@ -288,12 +243,14 @@ def lora_config(recipe: Recipe, model: LlavaForConditionalGeneration) -> LoraCon
 class LlavaTrainer(Trainer):
     """transformers' Trainer for packed LLaVA batches."""
 
-    def __init__(self, *, recipe: Recipe, **kwargs: Any) -> None:
+    def __init__(self, *, recipe: Recipe, made_from: dict[str, Any], progress: dict[str, Any], **kwargs: Any) -> None:
         base = kwargs["model"].get_base_model() if recipe.stage == "lora" else kwargs["model"]
         super().__init__(**kwargs)
         # The Trainer has turned the cache off in the config, and so in what is saved. Steps pass use_cache=False.
         vars(base.config).pop("use_cache", None)
         self.recipe = recipe
+        self.made_from = made_from
+        self.progress = progress
         self.vision_tower = base.model.vision_tower
         self.sampler = GroupedSampler(
             self.train_dataset,
@@ -302,7 +259,6 @@ class LlavaTrainer(Trainer):
             recipe.global_batch_size,
             recipe.seed,
         )
-        self.last_eval_step = -1
         self._n_tokens = 0
         self._eval_sums = torch.zeros(2)
         self._save_dtype: torch.dtype | None = None
@@ -334,6 +290,20 @@ class LlavaTrainer(Trainer):
         optimizer.param_groups[:] = sorted(groups, key=lambda group: id(group["params"][0]) in projector)
         return optimizer
 
+    def _run_epoch(self, **kwargs: Any) -> None:
+        # The Trainer would take another step where a run was interrupted after its last one.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
+
+    def restore_progress(self) -> None:
+        """Take up the running mean of the loss where the checkpoint has left it, between two lines of the log."""
+        if self.progress:
+            self._globalstep_last_logged = self.progress["logged_step"]
+            self._tr_loss += self.progress["loss_since"]
+            self._total_loss_scalar -= self.progress["loss_since"]  # which is the mean over this call alone
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -353,7 +323,7 @@ class LlavaTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if self.args.world_size > 1:
-            dataset = _FilledUp(dataset, self.args.world_size * self.args.per_device_eval_batch_size)
+            dataset = FilledUp(dataset, self.args.world_size * self.args.per_device_eval_batch_size)
         return super().get_eval_dataloader(dataset)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
@@ -362,7 +332,6 @@ class LlavaTrainer(Trainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss, n_tokens = self.accelerator.reduce(self._eval_sums).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = loss / max(n_tokens, 1)
-        self.last_eval_step = self.state.global_step
         return output
 
     def prediction_step(
@@ -382,6 +351,28 @@ class LlavaTrainer(Trainer):
 
     # Saving
 
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return str(self.recipe.output_dir / checkpoints.UNFINISHED)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """The Trainer's checkpoint, written aside and moved to its place when all processes have done their part."""
+        step = self.state.global_step
+        target = self.recipe.output_dir / f"checkpoint-{step}"
+        progress = {
+            "processes": self.args.world_size,
+            "logged_step": self._globalstep_last_logged,
+            "loss_since": self.accelerator.reduce(self._tr_loss, "mean").item(),
+        }
+        unfinished = Path(self._get_output_dir()) / target.name
+        with checkpoints.writing(target, unfinished):
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.seal(unfinished, self.made_from, progress)
+                checkpoints.publish(unfinished, target)
+                checkpoints.rotate(self.recipe.output_dir, step, self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # The model was built from the checkpoint, whose names on disk are not those in memory.
         # Only FSDP has its own, sharded files to read.
@@ -395,22 +386,24 @@ class LlavaTrainer(Trainer):
         super()._save(output_dir, state_dict)
 
     def save_result(self) -> None:
-        """Write the trained model, in the recipe's dtype, and its processor to `output_dir`."""
-        folder = self.recipe.output_dir
-        if self.recipe.stage == "lora":
-            adapter = folder / "adapter"
-            self.save_model(str(adapter))
-            if self.args.should_save:  # read back, which works alike however training was sharded
-                merged = LlavaForConditionalGeneration.from_pretrained(adapter, dtype=torch.float32)
-                merged.to(DTYPES[self.recipe.dtype]).save_pretrained(folder)
-                self.processing_class.save_pretrained(folder)
-            self.accelerator.wait_for_everyone()
-        else:
-            self._save_dtype = DTYPES[self.recipe.dtype]
-            self.save_model(str(folder))
-        if self.args.should_save:
-            (folder / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
-        self.save_state()
+        """Write the trained model, in the recipe's dtype, and its processor to `output_dir`, once all is on disk."""
+        folder = Path(self._get_output_dir()) / "model"
+        with checkpoints.writing(self.recipe.output_dir, folder):
+            if self.recipe.stage == "lora":
+                adapter = folder / "adapter"
+                self.save_model(str(adapter))
+                if self.args.should_save:  # read back, which works alike however training was sharded
+                    merged = LlavaForConditionalGeneration.from_pretrained(adapter, dtype=torch.float32)
+                    merged.to(DTYPES[self.recipe.dtype]).save_pretrained(folder)
+                    self.processing_class.save_pretrained(folder)
+            else:
+                self._save_dtype = DTYPES[self.recipe.dtype]
+                self.save_model(str(folder))
+            if self.args.should_save:
+                (folder / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+                checkpoints.publish_model(folder, self.recipe.output_dir)
+        self.accelerator.wait_for_everyone()
 
     # Reporting
 
@@ -433,26 +426,6 @@ class LlavaTrainer(Trainer):
         return int(self.accelerator.reduce(n_tokens))
 
 
-class _FilledUp(Dataset):
-    """A dataset with samples without labels at its end, so that all processes evaluate equally many batches.
-
-    accelerate would repeat samples instead, and count them twice.
-    """
-
-    def __init__(self, dataset: Dataset, multiple: int) -> None:
-        self.dataset = dataset
-        self.size = -(-len(dataset) // multiple) * multiple
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if index < len(self.dataset):
-            return self.dataset[index]
-        filler = self.dataset[0]
-        return {**filler, "labels": torch.full_like(filler["labels"], -100)}
-
-
 class _Hooks(TrainerCallback):
     """Logs the sample counts at the start, and tells the sampler the epoch, also after a resume."""
 
@@ -460,6 +433,7 @@ class _Hooks(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.restore_progress()
         self.trainer.log(self.trainer.counts())
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

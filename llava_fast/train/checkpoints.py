@@ -1,0 +1,226 @@
+"""Checkpoints that are there in full or not at all, and what a run may continue from.
+
+Everything is written in `output_dir/.unfinished`, forced to the disk and then renamed to its place; what is deleted is
+first renamed to there. So a `checkpoint-N` is whole whenever the process is killed, the disk is full or the power
+fails, and the last one stays until the next is in its place. `complete.json`, written last, lists the files of a
+checkpoint with their sizes, and what it was made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from llava_fast.train.recipe import Recipe, RecipeError
+
+UNFINISHED = ".unfinished"
+MANIFEST = "complete.json"
+# Keys that may change at a resume: where things lie, what is logged and saved, and how a step is cut into passes.
+FREE = frozenset(
+    "output_dir data validation model vision_tower language_model processor image_folder resume report_to workers "
+    "cache max_errors logging_steps save_steps save_total_limit eval_steps gradient_checkpointing "
+    "per_device_batch_size".split()
+)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint or model that could not be written; the message is one line that names its path."""
+
+
+# Writing
+
+
+@contextmanager
+def writing(target: Path, unfinished: Path) -> Iterator[None]:
+    """Turn what the disk refuses into one line that names `target`, and remove what is in `unfinished` until then.
+
+    Raises:
+        CheckpointError: the checkpoints that were there are there.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch's and safetensors' writers have their own
+        shutil.rmtree(unfinished, ignore_errors=True)
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{target}: could not be written: {reason}; earlier checkpoints are untouched") from error
+
+
+def clean(output_dir: Path) -> None:
+    """Make sure that `output_dir` can be written, and remove what a killed run has left unfinished in it."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(output_dir / UNFINISHED):
+        shutil.rmtree(output_dir / UNFINISHED)
+    (output_dir / UNFINISHED).mkdir()
+
+
+def seal(folder: Path, made_from: dict[str, Any], progress: dict[str, Any]) -> None:
+    """Declare the checkpoint in `folder` complete; the disk has confirmed all of it on return."""
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
+    manifest = {"files": files, "made_from": made_from, "progress": progress}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    sync(folder)
+
+
+def publish(source: Path, target: Path) -> None:
+    """Move what is whole and on disk to its place. What was there is replaced; a folder is gone for a moment."""
+    if target.is_dir():
+        _discard(target)
+    os.replace(source, target)
+    _sync_entry(target.parent)
+
+
+def publish_model(source: Path, target: Path) -> None:
+    """Move a model's files and folders into `target`, `config.json` last: without it nothing loads half a model."""
+    sync(source)
+    (target / "config.json").unlink(missing_ok=True)
+    _sync_entry(target)
+    for path in sorted(source.iterdir(), key=lambda path: path.name == "config.json"):
+        publish(path, target / path.name)
+    shutil.rmtree(target / UNFINISHED)
+
+
+def rotate(output_dir: Path, step: int, limit: int | None) -> None:
+    """Keep `limit` checkpoints, always that of `step`: first go those of an abandoned future, then the oldest."""
+    found = sorted(by_step(output_dir).items(), key=lambda item: (item[0] <= step, item[0]))
+    for _, folder in found[: -limit if limit else 0]:
+        _discard(folder)
+
+
+def _discard(folder: Path) -> None:
+    doomed = folder.parent / UNFINISHED / f"old-{folder.name}"
+    doomed.parent.mkdir(exist_ok=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def sync(folder: Path) -> None:
+    """Have the disk confirm everything below `folder`, and `folder` itself."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync_entry(path)
+
+
+def _sync_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# Reading
+
+
+def by_step(output_dir: Path) -> dict[int, Path]:
+    """The `checkpoint-N` folders, by N."""
+    names = {path: path.name.removeprefix("checkpoint-") for path in output_dir.glob("checkpoint-*") if path.is_dir()}
+    return {int(step): path for path, step in names.items() if step.isdigit()}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are all there, in full.
+
+    Raises:
+        RecipeError: naming the file that is missing or has another size.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        files, _, _ = manifest["files"].items(), manifest["made_from"]["settings"].items(), manifest["progress"].items()
+    except FileNotFoundError:
+        raise RecipeError(f"resume: {folder} is not a complete checkpoint (no {MANIFEST})") from None
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise RecipeError(f"resume: {path} cannot be read: {error!r}") from error
+    for name, size in files:
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found is None:
+            raise RecipeError(f"resume: {folder / name} is missing{_instead(folder)}")
+        if found != size:
+            raise RecipeError(f"resume: {folder / name} has {found} of {size} bytes{_instead(folder)}")
+    return manifest
+
+
+def _instead(folder: Path) -> str:
+    """Advice to go on from the checkpoint before `folder`."""
+    earlier = [path for _, path in sorted(by_step(folder.parent).items()) if path != folder]
+    return f"; to go on from another one, set resume={earlier[-1]}" if earlier else ""
+
+
+def made_from(recipe: Recipe, lengths: list[int], model: nn.Module) -> dict[str, Any]:
+    """What decides the numbers of a run: settings, the data files' content, the samples' lengths, LoRA's base.
+
+    Files are known by content, so they may be moved. Where a checkpoint is the whole model its origin is not kept.
+    """
+    settings = {key: value for key, value in asdict(recipe).items() if key not in FREE and key != "lora"}
+    settings |= {f"lora.{key}": value for key, value in (asdict(recipe.lora) if recipe.lora else {}).items()}
+    if isinstance(recipe.validation, float):
+        settings["validation"] = recipe.validation
+    if isinstance(recipe.data, list):
+        for i, source in enumerate(recipe.data):
+            settings |= {f"data[{i}].{key}": getattr(source, key) for key in ("sampling", "count", "weight")}
+    return {
+        "settings": settings,
+        "files": {key: _hash_file(path) for key, path in _data_files(recipe).items()},
+        "samples": hashlib.sha256(json.dumps(lengths).encode()).hexdigest(),
+        "base": _hash_weights(model) if recipe.stage == "lora" else None,
+    }
+
+
+def check_same(recipe: Recipe, folder: Path, now: dict[str, Any], then: dict[str, Any]) -> None:
+    """Check that the checkpoint in `folder`, made from `then`, is one of the run that `now` describes.
+
+    Raises:
+        RecipeError: naming the key or the file that has changed.
+    """
+    for key in sorted(now["settings"].keys() | then["settings"].keys()):
+        new, old = now["settings"].get(key), then["settings"].get(key)
+        if new != old:
+            raise RecipeError(f"resume: {key} is {new}, but {folder} was made with {old}")
+    files = _data_files(recipe)
+    for key in sorted(now["files"].keys() | then.get("files", {}).keys()):
+        if now["files"].get(key) != then.get("files", {}).get(key):
+            raise RecipeError(f"resume: {key}: {files.get(key)} is not the file that {folder} was made with")
+    if now["base"] != then.get("base"):
+        raise RecipeError(f"resume: model: {recipe.model} has not the weights that {folder} was made with")
+    if now["samples"] != then.get("samples"):
+        raise RecipeError(f"resume: data: samples are not those that {folder} was made with; see tokenizer and images")
+
+
+def _data_files(recipe: Recipe) -> dict[str, Path]:
+    files = {"data": recipe.data, "validation": recipe.validation}
+    if isinstance(recipe.data, list):
+        files |= {f"data[{i}].path": source.path for i, source in enumerate(recipe.data)}
+    return {key: path for key, path in files.items() if isinstance(path, Path)}
+
+
+def _hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _hash_weights(model: nn.Module) -> str:
+    """A check sum of all frozen weights at the speed of memory: one sum of integers for each tensor."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = {
+        name: int(weight.detach().contiguous().view(integers[weight.element_size()]).sum(dtype=torch.int64))
+        for name, weight in model.named_parameters()
+        if not weight.requires_grad
+    }
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
