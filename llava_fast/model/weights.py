@@ -205,7 +205,9 @@ def load_bin(file: Path) -> dict[str, torch.Tensor]:
         if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(f"{file} holds code ({named[1]}) beside its tensors, and is not loaded") from None
         raise ValueError(f"{file} is not a PyTorch file of tensors alone") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # bytes that are no pickle fail in any way
         raise ValueError(f"{file} is not a whole PyTorch file: {_one_line(error)}") from None
     if not isinstance(found, dict) or not all(
         isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in found.items()
