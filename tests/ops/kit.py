@@ -72,7 +72,7 @@ def check_kernel(
     Returns:
         The kernel's results for the last draw, as `run` names them.
     """
-    errors: dict[str, list[tuple[float, float, float]]] = {}
+    by_name: dict[str, list[tuple[float, float, float]]] = {}
     for inputs in draws:
         with use_backend("reference"), torch.no_grad():
             outputs = function(**inputs)
@@ -94,15 +94,15 @@ def check_kernel(
         for name, value in found.items():
             assert value.dtype == torchs[name].dtype and value.shape == torchs[name].shape, name
             assert torch.isfinite(value).all(), f"{name} is not finite (was everything written?)"
-            errors.setdefault(name, []).append(_errors(value, torchs[name], truth[name]))
-    for name, of_draws in errors.items():
+            by_name.setdefault(name, []).append(errors(value, torchs[name], truth[name]))
+    for name, of_draws in by_name.items():
         ours, theirs, ulp = (max(column) for column in zip(*of_draws))
         dtype = found[name].dtype
         assert ours <= 2 * theirs + ulp, f"{name}: error {ours:.3e}, PyTorch's in {dtype} is {theirs:.3e}"
     return found
 
 
-def _errors(found: torch.Tensor, torchs: torch.Tensor, truth: torch.Tensor) -> tuple[float, float, float]:
+def errors(found: torch.Tensor, torchs: torch.Tensor, truth: torch.Tensor) -> tuple[float, float, float]:
     """Our largest error, PyTorch's, and a unit in the last place of the largest value."""
     if found.numel() == 0:
         return 0.0, 0.0, 0.0
