@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.tiny import TEXT, VISION
+
 # Before anything imports Triton: without a GPU its kernels run in the interpreter, where a test asks for them.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -67,20 +69,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         chat_template=TEMPLATES["v1"].chat_template,
     )
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=28,
-            patch_size=14,
-        ),
+        vision_config=CLIPVisionConfig(**VISION),
         text_config=LlamaConfig(
-            hidden_size=48,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            **TEXT,
             vocab_size=len(tokenizer),
             initializer_range=0.3,
             bos_token_id=1,

@@ -8,6 +8,7 @@ from transformers import LlavaForConditionalGeneration as Stock
 from llava_fast.model.language import MLP
 from llava_fast.model.llava import LlavaForConditionalGeneration
 from llava_fast.sequence import pack
+from tests.tiny import TEXT, VISION
 
 IMAGE = 63
 
@@ -15,20 +16,9 @@ IMAGE = 63
 @pytest.fixture(params=["untied", "tied"])
 def model(request: pytest.FixtureRequest) -> LlavaForConditionalGeneration:
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=28,
-            patch_size=14,
-        ),
+        vision_config=CLIPVisionConfig(**VISION),
         text_config=LlamaConfig(
-            hidden_size=48,
-            intermediate_size=96,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            **{**TEXT, "num_hidden_layers": 3},
             vocab_size=64,
             initializer_range=0.2,
             tie_word_embeddings=request.param == "tied",

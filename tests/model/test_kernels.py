@@ -7,6 +7,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from llava_fast.backend import use_backend
 from llava_fast.model.llava import LlavaForConditionalGeneration
 from llava_fast.ops._launch import recorded
+from tests.tiny import TEXT, VISION
 
 # Operations that have a Triton kernel, and the kernels that a forward and backward of the model must launch.
 KERNEL_OPS = (
@@ -41,17 +42,8 @@ STEPS = 10
 def mini_model() -> LlavaForConditionalGeneration:
     torch.manual_seed(0)
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=28,
-            patch_size=14,
-        ),
-        text_config=LlamaConfig(
-            hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
-        ),
+        vision_config=CLIPVisionConfig(**VISION),
+        text_config=LlamaConfig(**TEXT, vocab_size=64),
         image_token_index=63,
         image_seq_length=4,
     )

@@ -20,6 +20,7 @@ from transformers import (
 
 from llava_fast import LlavaForConditionalGeneration, LlavaProcessor
 from llava_fast.train.recipe import Recipe
+from tests.tiny import TEXT, VISION
 
 WORDS = "<unk> <s> </s> <image> USER: ASSISTANT: one two three four five six what is this".split()
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (30, 60, 230), "grey": (128, 128, 128)}
@@ -53,22 +54,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def write_parts(folder: Path) -> None:
     """A CLIP vision tower in `folder/tower` and a Llama with its tokenizer in `folder/text`."""
     torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=14,
-    )
+    vision = CLIPVisionConfig(**VISION)
     CLIPVisionModel(vision).save_pretrained(folder / "tower")
     tokenizer = make_tokenizer()
     text = LlamaConfig(
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **TEXT,
         vocab_size=len(tokenizer),
         initializer_range=0.1,
         bos_token_id=1,
