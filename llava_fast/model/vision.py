@@ -160,8 +160,9 @@ class VisionAttention(nn.Module):
 class VisionMLP(nn.Module):
     """fc2(act(fc1(x))).
 
-    The bias of fc1 is added by the GEMM as it writes its result, which moves no byte more; the activation then reads and
-    writes once. Leaving the bias to the activation would only save a trained tower one read in backward, for its sum.
+    The bias of fc1 is added by the GEMM as it writes its result, which moves no byte more; the activation then reads
+    and writes once. Leaving the bias to the activation would only save a trained tower one read in backward, for its
+    sum.
     """
 
     def __init__(self, config: CLIPVisionConfig):
