@@ -4,7 +4,8 @@ Parameter names are those of transformers' CLIPVisionModel (≥ 5.6), so its wei
 hidden state −2: the last layer and the final LayerNorm are never run; they keep their parameters, frozen.
 
 Both residual adds of a layer are part of the LayerNorm that follows, the next layer's for the second. In evaluation
-mode the parameters of q, k and v lie one behind the other in one storage, and inference computes all three in one GEMM.
+mode (from `eval()` until `train()` or `state_dict()`) the parameters of q, k and v lie one behind the other in one
+storage, and inference computes all three in one GEMM.
 
 Shapes: B images, N = patches + 1 tokens, D width, H heads, d head dimension.
 """
@@ -76,6 +77,11 @@ def _adjoining(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tenso
     return q.detach().as_strided((3 * q.shape[0], *q.shape[1:]), q.stride())
 
 
+def _part_first(attention: VisionAttention, *_) -> None:
+    """A state dict has no shared storage: safetensors refuses it, and accelerate would leave k and v out."""
+    attention._part()
+
+
 class VisionAttention(nn.Module):
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
@@ -85,6 +91,7 @@ class VisionAttention(nn.Module):
         self.v_proj = nn.Linear(width, width)
         self.q_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
+        self.register_state_dict_pre_hook(_part_first)
 
     def train(self, mode: bool = True) -> VisionAttention:
         super().train(mode)

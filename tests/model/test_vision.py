@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -81,21 +81,32 @@ def test_one_storage_in_evaluation_mode_only(tiny: SimpleNamespace) -> None:
 
 
 def test_conversions_keep_one_storage(tiny: SimpleNamespace) -> None:
-    model = tiny.ours(tiny.config()).eval()
+    model = tiny.ours(tiny.config()).train()
     expected = {name: weight.to(torch.bfloat16) for name, weight in model.state_dict().items()}
-    model.to(torch.bfloat16)
+    model.eval().to(torch.bfloat16)
     assert joined(model) == {True}
-    assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
+    assert all(torch.equal(weight, expected[name]) for name, weight in model.named_parameters())
     assert joined(model.share_memory()) == {True}
     assert attentions(model)[0].q_proj.weight.is_shared()
     assert joined(model.train().double()) == {False}
     assert all(attention._joined() is None for attention in attentions(model.eval().to("meta")))
 
 
+def test_a_state_dict_has_no_shared_storage(tiny: SimpleNamespace, tmp_path) -> None:
+    model = tiny.ours(tiny.config()).eval()
+    assert joined(model) == {True}
+    weights = model.state_dict()
+    assert joined(model) == {False}
+    save_file(weights, tmp_path / "model.safetensors")
+    key = "model.vision_tower.encoder.layers.0.self_attn.k_proj.weight"
+    assert weights[key].data_ptr() == model.get_parameter(key).data_ptr()  # and are the parameters themselves
+    assert joined(model.eval()) == {True}
+
+
 def test_checkpoints_and_copies_are_as_before(tiny: SimpleNamespace, tmp_path) -> None:
     model = tiny.ours(tiny.config()).eval()
     expected = {name: weight.clone() for name, weight in model.state_dict().items()}
-    model.save_pretrained(tmp_path)
+    model.eval().save_pretrained(tmp_path)
     assert sum(weight.nbytes for weight in load_file(tmp_path / "model.safetensors").values()) == sum(
         weight.nbytes for weight in expected.values()
     )
@@ -103,6 +114,7 @@ def test_checkpoints_and_copies_are_as_before(tiny: SimpleNamespace, tmp_path) -
     assert joined(loaded) == {True}  # transformers calls eval()
     for other in (loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert all(torch.equal(weight, expected[name]) for name, weight in other.state_dict().items())
+    model.eval()
     images = pixels(model)
     with torch.no_grad():
         tiny.assert_near(features(copy.deepcopy(model), images), features(model, images))
