@@ -25,6 +25,7 @@ from transformers.processing_utils import ImagesKwargs, TextKwargs
 
 from llava_fast.model.images import check_area, expand_to_square, one_line, read_rgb
 from llava_fast.model.templates import get_template
+from llava_fast.ops.resize import preprocess
 
 # transformers fences control tokens that came from a user with this character (`sanitize_control_tokens`).
 _USER_TEXT_FENCE = "\U000f0000"
@@ -194,24 +195,51 @@ class LlavaProcessor(transformers.LlavaProcessor):
 
         The arithmetic is that of transformers' PIL image processors, to the bit.
         """
-        settings = self.image_processor
-        rgb = read_rgb(image)
-        try:
-            if self.pad_to_square:
-                check_area(max(rgb.size), max(rgb.size))
-                rgb = expand_to_square(rgb, tuple(int(mean * 255) for mean in settings.image_mean))
-            if settings.do_resize:
-                width, height = self._resized(*rgb.size)
-                check_area(width, height)
-                rgb = rgb.resize((width, height), resample=settings.resample)
-        except ValueError as error:
-            name = one_line(image) if isinstance(image, (str, PathLike)) else f"of {rgb.width}x{rgb.height}"
-            raise ValueError(f"cannot resize image {name}: {error}") from None
+        settings, rgb = self.image_processor, self._opened(image)
+        if self.pad_to_square:
+            rgb = expand_to_square(rgb, self._padding())
+        if settings.do_resize:
+            rgb = rgb.resize(self._resized(*rgb.size), resample=settings.resample)
         if settings.do_center_crop:
             height, width = self.image_size
             left, top = (rgb.width - width) // 2, (rgb.height - height) // 2
             rgb = rgb.crop((left, top, left + width, top + height))  # black outside of the image
         return np.array(rgb)
+
+    def pixels_on(self, device: torch.device | str, images: Sequence[Any]) -> torch.Tensor:
+        """`image_pixels` of all images at once, made on `device` to the bit: uint8 [N, H, W, 3].
+
+        Raises:
+            ValueError: for settings other than LLaVA's: bicubic to the shortest edge, and a crop or padding.
+        """
+        settings, (height, width) = self.image_processor, self.image_size
+        edge = _size(settings.size).get("shortest_edge")
+        if not settings.do_resize or settings.resample != Image.Resampling.BICUBIC or not edge == height == width:
+            raise ValueError(
+                f"only a bicubic resize of the shortest edge to {height}x{width} can be done on a device, not "
+                f"do_resize={settings.do_resize}, resample={settings.resample}, size={_size(settings.size)}"
+            )
+        fill = self._padding() if self.pad_to_square else None
+        decoded = [torch.from_numpy(np.array(self._opened(image))) for image in images]
+        return preprocess(decoded, size=edge, fill=fill, device=device)
+
+    def _opened(self, image: Any) -> Image.Image:
+        """A picture as RGB, if what padding and resizing would make of it is within PIL's limit."""
+        rgb = read_rgb(image)
+        width, height = rgb.size
+        try:
+            if self.pad_to_square:
+                width = height = max(rgb.size)
+                check_area(width, height)
+            if self.image_processor.do_resize:
+                check_area(*self._resized(width, height))
+        except ValueError as error:
+            name = one_line(image) if isinstance(image, (str, PathLike)) else f"of {rgb.width}x{rgb.height}"
+            raise ValueError(f"cannot resize image {name}: {error}") from None
+        return rgb
+
+    def _padding(self) -> tuple[int, ...]:
+        return tuple(int(mean * 255) for mean in self.image_processor.image_mean)
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         size = _size(self.image_processor.size)
@@ -244,6 +272,7 @@ class LlavaProcessor(transformers.LlavaProcessor):
         audio: None = None,
         *,
         pixels: Literal["uint8", "float"] = "uint8",
+        device: torch.device | str | None = None,
         padding: bool | str | None = None,
         padding_side: Literal["left", "right"] = "left",
         return_tensors: str | None = None,
@@ -257,6 +286,7 @@ class LlavaProcessor(transformers.LlavaProcessor):
                 or None for a row of text alone. Anything `read_rgb` takes.
             text: a prompt or a list of them.
             pixels: "uint8" [N, H, W, 3], or "float" [N, 3, H, W] as transformers makes it.
+            device: where to resize images and leave `pixel_values`, a tensor then; None: on the host, by PIL.
             padding: as the tokenizer's; left out, several rows are padded to the longest.
             padding_side: "left", for generation, or "right".
             return_tensors: "pt", "np" or None for lists.
@@ -269,6 +299,8 @@ class LlavaProcessor(transformers.LlavaProcessor):
             raise TypeError("LLaVA reads images and text, no videos or audio")
         if pixels not in ("uint8", "float"):
             raise ValueError(f"pixels is 'uint8' or 'float', not {pixels!r}")
+        if device is not None and pixels == "float":
+            raise ValueError("pixels='float' is made on the host; with a device they are 'uint8'")
         if images is None and text is None:
             raise ValueError("nothing to process: give images, text or both")
         options = {**kwargs, **(text_kwargs or {})}
@@ -289,7 +321,9 @@ class LlavaProcessor(transformers.LlavaProcessor):
                 data["mm_token_type_ids"] = [
                     [int(token == self.image_token_id) for token in ids] for ids in data["input_ids"]
                 ]
-        if flat:
+        if flat and device is not None:
+            data["pixel_values"] = self.pixels_on(device, flat)
+        elif flat:
             pixels_NHWC = np.stack([self.image_pixels(image) for image in flat])
             data["pixel_values"] = pixels_NHWC if pixels == "uint8" else self.normalize(pixels_NHWC)
         batch = BatchFeature(data, tensor_type=return_tensors)

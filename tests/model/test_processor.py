@@ -297,9 +297,11 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
 def test_thin_images_cannot_blow_up(tmp_path, pad):
     path = tmp_path / "thin.png"
     Image.new("L", (200_000, 1)).save(path)
-    with pytest.raises(ValueError, match="more than the limit") as error:
-        make(clip(336), pad_to_square=pad).image_pixels(path)
-    one_line(error, path)
+    processor = make(clip(336), pad_to_square=pad)
+    for resize in (processor.image_pixels, lambda image: processor.pixels_on("cpu", [image])):
+        with pytest.raises(ValueError, match="more than the limit") as error:
+            resize(path)
+        one_line(error, path)
 
 
 # Tokens
@@ -623,3 +625,21 @@ def test_read_rgb_leaves_no_file_open(tmp_path):
     image = read_rgb(path)
     path.unlink()
     assert image.getpixel((0, 0)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("pad", [False, True])
+def test_images_resized_on_a_device_are_the_same(pad, device):
+    processor = make(pad_to_square=pad)
+    images = [Image.effect_noise(size, 80).convert("RGB") for size in ((40, 57), (90, 31), (28, 28), (9, 300))]
+    found = processor(images, device=device, return_tensors="pt")["pixel_values"]
+    assert found.device.type == device
+    assert torch.equal(found.cpu(), processor(images, return_tensors="pt")["pixel_values"])
+
+
+def test_what_is_not_done_on_a_device():
+    with pytest.raises(ValueError, match="pixels='float' is made on the host"):
+        make()([Image.new("RGB", (40, 40))], device="cpu", pixels="float")
+    stretched = make(CLIPImageProcessorPil(size={"height": 28, "width": 28}, do_center_crop=False))
+    with pytest.raises(ValueError, match="only a bicubic resize of the shortest edge to 28x28 can be done on a device"):
+        stretched([Image.new("RGB", (40, 30))], device="cpu")
