@@ -121,6 +121,7 @@ class LlavaModel(LlavaPreTrainedModel):
             vision_feature_layer,
             vision_feature_select_strategy,
             interpolate_pos_encoding=interpolate_pos_encoding,
+            output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
         return BaseModelOutputWithPooling(
@@ -137,9 +138,10 @@ class LlavaModel(LlavaPreTrainedModel):
         vision_feature_select_strategy: str | None,
         *,
         interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool = False,
         output_attentions: bool = False,
-    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-        """Projected features [images, tokens, D], and the tower's hidden states and attention weights."""
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None], list[torch.Tensor]]:
+        """Projected features [images, tokens, D], and the tower's hidden states (the last, or all) and attentions."""
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
         if strategy not in ("default", "full"):
             raise ValueError(f"vision_feature_select_strategy is {strategy!r}; expected 'default' or 'full'")
@@ -150,6 +152,7 @@ class LlavaModel(LlavaPreTrainedModel):
             max(layers),
             mean=mean,
             std=std,
+            keep=None if output_hidden_states else layers,
             interpolate_pos_encoding=interpolate_pos_encoding,
             output_attentions=output_attentions,
         )

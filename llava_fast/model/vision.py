@@ -257,15 +257,17 @@ class VisionTower(nn.Module):
         *,
         mean: tuple[float, ...],
         std: tuple[float, ...],
+        keep: Sequence[int] | None = None,
         interpolate_pos_encoding: bool = False,
         output_attentions: bool = False,
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    ) -> tuple[list[torch.Tensor | None], list[torch.Tensor]]:
         """Hidden states 0 … `last_layer` ([B, N, D] each) and, if asked for, the attention weights of each layer.
 
         Args:
             pixels: uint8 [B, H, W, 3], or floating [B, 3, H, W] normalised.
             last_layer: index of the last hidden state to compute (see `resolve`).
             mean, std: normalisation of uint8 pixels.
+            keep: indices of the hidden states that are wanted; None stands in the place of any other. Default: all.
             interpolate_pos_encoding: accept images of another size than `config.image_size`.
         """
         height, width = pixels.shape[1:3] if pixels.dtype == torch.uint8 else pixels.shape[-2:]
@@ -293,7 +295,7 @@ class VisionTower(nn.Module):
             if added_BND is not None and layer.gradient_checkpointing and self.training:
                 x_BND, added_BND = x_BND + added_BND, None  # what a checkpoint keeps is one tensor, not two
             state, x_BND, added_BND, weights = layer(x_BND, added_BND, start_BN, end_BN, output_attentions)
-            states.append(state)
+            states.append(state if keep is None or len(states) in keep else None)
             attentions.append(weights)
         states.append(x_BND if added_BND is None else x_BND + added_BND)
         return states, attentions if output_attentions else []

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from llava_fast.backend import use_backend
 from llava_fast.model import vision_graph
-from llava_fast.model.llava import LlavaForConditionalGeneration
+from llava_fast.model.llava import CLIP_MEAN, CLIP_STD, LlavaForConditionalGeneration
 from llava_fast.model.plain import is_plain, is_plain_lookup
 from llava_fast.model.vision_graph import SHAPES, VisionGraphs, capturable, wanted
 from llava_fast.ops._launch import recorded
@@ -208,6 +208,18 @@ def test_every_hidden_state_is_the_sum(tiny: SimpleNamespace) -> None:
     assert len(found) == len(expected)
     for ours_state, theirs_state in zip(found, expected):
         tiny.assert_near(ours_state, theirs_state)
+
+
+def test_hidden_states_that_nobody_wants_are_not_kept(tiny: SimpleNamespace) -> None:
+    model = tiny.ours(tiny.config()).eval()
+    tower, images = model.model.vision_tower, pixels(model)
+    last = tower.resolve(-1)
+    settings = {"mean": CLIP_MEAN, "std": CLIP_STD}
+    everything, _ = tower(images, last, **settings)
+    some, _ = tower(images, last, keep=[1], **settings)
+    assert [state is not None for state in some] == [i in (1, last) for i in range(last + 1)]
+    assert torch.equal(some[1], everything[1])
+    assert torch.equal(some[last], everything[last])
 
 
 # ---- the CUDA graph
