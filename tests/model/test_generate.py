@@ -70,20 +70,6 @@ def test_sampling_with_a_seed(asked: SimpleNamespace, tiny: SimpleNamespace, cha
     assert not torch.equal(*drawn)
 
 
-def test_batches_answer_as_each_row_alone(asked: SimpleNamespace, tiny: SimpleNamespace) -> None:
-    together = asked.ours.generate(**asked.batch, generation_config=tiny.greedy())
-    again = asked.ours.generate(**asked.batch, generation_config=tiny.greedy())
-    assert torch.equal(together.sequences, again.sequences)
-    whole = tiny.batch(asked.config, ROWS, "left")
-    for row in range(len(ROWS)):
-        one = tiny.prompt(tiny.single(whole, row))
-        alone = asked.ours.generate(**one, generation_config=tiny.greedy())
-        answer = alone.sequences[0, one["input_ids"].shape[1] :]
-        assert torch.equal(together.sequences[row, asked.new :], answer)
-        for ours, theirs in zip(together.logits, alone.logits, strict=True):
-            tiny.assert_near(ours[row], theirs[0], 1e-5, f"logits of row {row}")
-
-
 def test_a_row_that_ends_early_is_padded(asked: SimpleNamespace, tiny: SimpleNamespace) -> None:
     free = same(asked, tiny, asked.batch)[:, asked.new :]
     stop = int(free[0, 5])  # a token that row 0 writes early
