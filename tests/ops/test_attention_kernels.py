@@ -170,12 +170,12 @@ def canonical_ranges(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, int]:
     return start[None].int(), end[None].int(), tokens
 
 
-@given(canonical_ranges(), st.sampled_from([(1, 1), (2, 1)]), st.booleans())
-@example((torch.tensor([[0, 0, 2]]).int(), torch.tensor([[1, 3, 3]]).int(), 3), (2, 1), True)
-@example((torch.tensor([[7, 7]]).int(), torch.tensor([[7, 7]]).int(), 9), (1, 1), False)
+@given(canonical_ranges(), st.sampled_from([(1, 1), (2, 1)]), st.booleans(), st.sampled_from([SMALL, TALL]))
+@example((torch.tensor([[0, 0, 2]]).int(), torch.tensor([[1, 3, 3]]).int(), 3), (2, 1), True, SMALL)
+@example((torch.tensor([[7, 7]]).int(), torch.tensor([[7, 7]]).int(), 9), (1, 1), False, SMALL)
 # A failing example is small already, and the interpreter too slow to shrink it.
 @settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
-def test_any_ranges(ranges: tuple, heads: tuple[int, int], strided: bool) -> None:
+def test_any_ranges(ranges: tuple, heads: tuple[int, int], strided: bool, tiles: dict[str, int]) -> None:
     start, end, keys = ranges
     device = "cuda" if torch.cuda.is_available() else "cpu"
     end = torch.maximum(start, end)
@@ -187,7 +187,8 @@ def test_any_ranges(ranges: tuple, heads: tuple[int, int], strided: bool) -> Non
     q, k, v = tensor(start.shape[1], heads[0]), tensor(keys, heads[1]), tensor(keys, heads[1])
     tensors = {"q": q, "k": k, "v": v, "start": start.to(device), "end": end.to(device)}
     gradient = torch.randn(q.shape, device=device)
-    with use_backend("triton", "attention"), recorded() as launched, poisoned():
+    own_tiles = nullcontext() if device == "cuda" else all_tiles(tiles)
+    with use_backend("triton", "attention"), own_tiles, recorded() as launched, poisoned():
         found = run(without_lse, tensors, [gradient])
     assert [launch.name.strip("_") for launch in launched] == KERNELS
     doubles = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
