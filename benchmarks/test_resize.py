@@ -89,7 +89,9 @@ def _hf(side: int) -> Callable[[Tensors], Callable]:
     return provider
 
 
-def _pil(side: int) -> Callable:
+def pil_squares(images: list[torch.Tensor], side: int) -> torch.Tensor:
+    """uint8 [B, side, side, 3] on the host, by Pillow."""
+
     def square(image: torch.Tensor) -> np.ndarray:
         pil = Image.fromarray(image.numpy())
         scaled = int(side * max(pil.size) / min(pil.size))
@@ -98,7 +100,11 @@ def _pil(side: int) -> Callable:
         left, top = (pil.width - side) // 2, (pil.height - side) // 2
         return np.asarray(pil.crop((left, top, left + side, top + side)))
 
-    return lambda **images: (torch.from_numpy(np.stack([square(i) for i in images.values()])).to(DEVICE).float(),)
+    return torch.from_numpy(np.stack([square(image) for image in images]))
+
+
+def _pil(side: int) -> Callable:
+    return lambda **images: (pil_squares(list(images.values()), side).to(DEVICE).float(),)
 
 
 @benchmark_of(cases(gpu=torch.cuda.is_available()))

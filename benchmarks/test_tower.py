@@ -46,29 +46,35 @@ def config(large: bool) -> LlavaConfig:
 
 
 def tower_case(images: int, dtype: torch.dtype, *, large: bool) -> Case:
-    size, width, text = (336, 1024, 4096) if large else (112, 128, 256)
-    layers = 23 if large else 3
-    patches = (size // 14) ** 2
-    tokens = patches + 1
+    size, width = (336, 1024) if large else (112, 128)
 
     def inputs() -> Tensors:
         return {"pixels": torch.randn(images, 3, size, size, device=DEVICE).to(dtype)}
 
-    # Per token and layer: q, k, v, output and MLP, and two products with all keys.
-    layer = 12 * width * width + 2 * tokens * width
-    products = tokens * layers * layer + patches * (3 * 14 * 14 * width + width * text + text * text)
-    weights = layers * 12 * width * width + 3 * 14 * 14 * width + width * text + text * text
+    flops, weights, results = work(images, large)
     return Case(
         op="tower",
-        shape=(images, tokens, width),
+        shape=(images, (size // 14) ** 2 + 1, width),
         dtype=dtype,
         backward=False,
         inputs=inputs,
         reference=lambda pixels: _ours("reference", large)(pixels),
         providers={name: function(fn) for name, fn in providers(large).items()},
-        bytes_moved=(weights + images * (3 * size * size + patches * text)) * dtype.itemsize,
-        flops=2 * images * products,
+        bytes_moved=(weights + images * 3 * size * size + results) * dtype.itemsize,
+        flops=flops,
     )
+
+
+def work(images: int, large: bool) -> tuple[int, int, int]:
+    """FLOPs of the layers that are read and the projector; numbers in the weights and in the resulting rows."""
+    size, width, text, layers = (336, 1024, 4096, 23) if large else (112, 128, 256, 3)
+    patches = (size // 14) ** 2
+    tokens = patches + 1
+    # Per token and layer: q, k, v, output and MLP, and two products with all keys.
+    layer = 12 * width * width + 2 * tokens * width
+    products = tokens * layers * layer + patches * (3 * 14 * 14 * width + width * text + text * text)
+    weights = layers * 12 * width * width + 3 * 14 * 14 * width + width * text + text * text
+    return 2 * images * products, weights, images * patches * text
 
 
 @cache

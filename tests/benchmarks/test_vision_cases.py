@@ -1,9 +1,10 @@
-"""The benchmarks of projector, merge and tower: in the interpreter, by the same functions that a GPU times."""
+"""The benchmarks of the vision path: in the interpreter, by the same functions that a GPU times."""
 
 import pytest
 import torch
 
 from benchmarks import harness
+from benchmarks import test_image_rows as image_rows
 from benchmarks import test_merge as merge
 from benchmarks import test_projector as projector
 from benchmarks import test_tower as tower
@@ -40,3 +41,10 @@ def test_tower(monkeypatch: pytest.MonkeyPatch):
     case = tower.tower_case(1, torch.float32, large=False)
     case.providers["compile"] = function(tower._compiled(False))
     assert verified(case) == {"hf", "reference", "compile"}
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_image_rows(images: int):
+    case = image_rows.rows_case(images, torch.float32, large=False)
+    case.providers["device"] = image_rows._ours("reference", large=False, on_device=True)
+    assert verified(case) == {"hf", "reference", "device"}
