@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -123,6 +124,20 @@ def _sync_entry(path: Path) -> None:
 
 
 # Reading
+
+
+@contextmanager
+def reading(folder: str | Path) -> Iterator[None]:
+    """Turn contents that cannot be used into one line.
+
+    Raises:
+        RecipeError: naming the checkpoint.
+    """
+    try:
+        yield
+    except (OSError, EOFError, ValueError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise RecipeError(f"resume: {folder} cannot be read: {type(error).__name__}: {reason}") from error
 
 
 def by_step(output_dir: Path) -> dict[int, Path]:

@@ -8,6 +8,7 @@ loss, and checkpoints in the layout that `from_pretrained` reads.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 
 from llava_fast.model.llava import LlavaForConditionalGeneration
 from llava_fast.model.processor import LlavaProcessor
@@ -30,6 +31,7 @@ from llava_fast.train.data import LlavaDataset, PackedCollator
 from llava_fast.train.recipe import Recipe, RecipeError, Source
 from llava_fast.train.sampler import FilledUp, GroupedSampler
 
+logger = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PROJECTOR = "multi_modal_projector"
 
@@ -70,6 +72,8 @@ def run(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> TrainResul
         made_from = checkpoints.made_from(recipe, train.lengths, model)
         if manifest is not None:
             checkpoints.check_same(recipe, checkpoint, made_from, manifest["made_from"])
+            with checkpoints.reading(checkpoint):
+                TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         bidirectional = getattr(model.config, "image_attention", "causal") == "bidirectional"
         trainer = LlavaTrainer(
             recipe=recipe,
@@ -86,7 +90,10 @@ def run(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> TrainResul
         if arguments.should_save:
             checkpoints.clean(recipe.output_dir)
     started = time.perf_counter()
-    output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        trainer.close_progress_bar()
     seconds = time.perf_counter() - started
     history = trainer.state.log_history
     evaluated = {entry["step"] for entry in history if "eval_loss" in entry}
@@ -303,6 +310,11 @@ class LlavaTrainer(Trainer):
             self._globalstep_last_logged = self.progress["logged_step"]
             self._tr_loss += self.progress["loss_since"]
             self._total_loss_scalar -= self.progress["loss_since"]  # which is the mean over this call alone
+            if self.progress["processes"] != self.args.world_size:
+                logger.warning(
+                    f"the checkpoint was written by {self.progress['processes']} process(es), this is a run of "
+                    f"{self.args.world_size}: the order of samples is the same, dropout is not"
+                )
 
     def compute_loss(
         self,
@@ -379,6 +391,14 @@ class LlavaTrainer(Trainer):
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with checkpoints.reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with checkpoints.reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if self._save_dtype is not None and self.args.should_save:
             state_dict = self.model.state_dict() if state_dict is None else state_dict
@@ -406,6 +426,12 @@ class LlavaTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     # Reporting
+
+    def close_progress_bar(self) -> None:
+        """End the line of the bar, which the Trainer leaves open when training fails."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                callback.training_bar.close()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         rate = self.recipe.projector_learning_rate
