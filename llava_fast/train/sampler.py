@@ -17,22 +17,35 @@ class GroupedSampler(Sampler[int]):
 
     As in LLaVA the unit is the samples of one optimiser step: with `modality` a step has pictures or has
     none, and with `length` each device batch of a step gets about the same number of tokens. Steps come
-    in random order; what fills no step of its own modality comes last.
+    in random order; what fills no step of its own modality comes last, and then `n_filler` indices past the end.
     """
 
-    def __init__(self, dataset: LlavaDataset, group_by: str, batch_size: int, step_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        dataset: LlavaDataset,
+        group_by: str,
+        batch_size: int,
+        step_size: int,
+        seed: int,
+        n_filler: int = 0,
+    ) -> None:
         self.lengths = dataset.lengths
         self.kinds = dataset.modality if group_by == "modality" else [None] * len(dataset.lengths)
         self.grouped = group_by != "none"
         self.batch_size = batch_size
         self.step_size = step_size
         self.seed = seed
+        self.n_filler = n_filler
         self.epoch = 0
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) + self.n_filler
 
     def __iter__(self) -> Iterator[int]:
+        yield from self._samples()
+        yield from range(len(self.lengths), len(self))
+
+    def _samples(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         shuffled = torch.randperm(len(self.lengths), generator=generator).tolist()
         if not self.grouped:
@@ -68,9 +81,9 @@ def _chunks(items: list[int], size: int) -> list[list[int]]:
 
 
 class FilledUp(Dataset):
-    """A dataset with samples without labels at its end, so that all processes evaluate equally many batches.
+    """A dataset with samples without labels at its end, so that all processes have equally many whole batches.
 
-    accelerate would repeat samples instead, and count them twice.
+    accelerate would repeat samples instead, and so count them twice.
     """
 
     def __init__(self, dataset: Dataset, multiple: int) -> None:

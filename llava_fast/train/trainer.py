@@ -252,6 +252,10 @@ class LlavaTrainer(Trainer):
 
     def __init__(self, *, recipe: Recipe, made_from: dict[str, Any], progress: dict[str, Any], **kwargs: Any) -> None:
         base = kwargs["model"].get_base_model() if recipe.stage == "lora" else kwargs["model"]
+        self.samples, arguments = kwargs["train_dataset"], kwargs["args"]
+        if arguments.world_size > 1:
+            per_pass = arguments.world_size * arguments.per_device_train_batch_size
+            kwargs["train_dataset"] = FilledUp(self.samples, per_pass)
         super().__init__(**kwargs)
         # The Trainer has turned the cache off in the config, and so in what is saved. Steps pass use_cache=False.
         vars(base.config).pop("use_cache", None)
@@ -260,14 +264,19 @@ class LlavaTrainer(Trainer):
         self.progress = progress
         self.vision_tower = base.model.vision_tower
         self.sampler = GroupedSampler(
-            self.train_dataset,
+            self.samples,
             recipe.group_by,
             recipe.per_device_batch_size,
             recipe.global_batch_size,
             recipe.seed,
+            n_filler=len(self.train_dataset) - len(self.samples),
         )
         self._n_tokens = 0
         self._eval_sums = torch.zeros(2)
+        sharding = str(self.accelerator.distributed_type).rpartition(".")[2]
+        self.sharding = sharding if sharding in ("FSDP", "DEEPSPEED") else "none"
+        if progress and progress["sharding"] != self.sharding:
+            raise RecipeError(f"resume: sharding is {self.sharding}, the checkpoint's was {progress['sharding']}")
         self._save_dtype: torch.dtype | None = None
         self.add_callback(_Hooks(self))
 
@@ -328,7 +337,14 @@ class LlavaTrainer(Trainer):
         self._n_tokens += inputs["input_ids"].numel()
         if num_items_in_batch is not None:
             num_items_in_batch = num_items_in_batch.clamp(min=1)
-        return super().compute_loss(model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch)
+        inputs = {**inputs, "use_cache": False}
+        if inputs["label_rows"].numel():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # Samples that fill up an epoch: DDP waits for the gradients of all parameters, so one row is read, for nothing.
+        labels = inputs["labels"].clone()
+        labels[0, 1] = inputs["input_ids"][0, 1]
+        inputs |= {"labels": labels, "label_rows": torch.zeros_like(labels[0, :1])}
+        return 0 * super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
 
     # Evaluation
 
@@ -372,6 +388,7 @@ class LlavaTrainer(Trainer):
         target = self.recipe.output_dir / f"checkpoint-{step}"
         progress = {
             "processes": self.args.world_size,
+            "sharding": self.sharding,
             "logged_step": self._globalstep_last_logged,
             "loss_since": self.accelerator.reduce(self._tr_loss, "mean").item(),
         }
@@ -441,7 +458,7 @@ class LlavaTrainer(Trainer):
 
     def counts(self) -> dict[str, int]:
         """What became of the rows of the data files, by name; see `data.Report`."""
-        counts = dict(self.train_dataset.report.items())
+        counts = dict(self.samples.report.items())
         if self.eval_dataset is not None:
             counts |= {f"validation_{name}": n for name, n in self.eval_dataset.report.items()}
         return counts
