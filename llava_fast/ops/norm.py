@@ -45,9 +45,10 @@ class _RMSNormReference(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)
-        return (wide * rstd).to(x.dtype) * weight
+        return (wide * rstd).to(x.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -58,10 +59,10 @@ class _RMSNormReference(torch.autograd.Function):
         dx = dweight = None
         if ctx.needs_input_grad[0]:
             g = (dy * weight).to(normed.dtype)
-            mean = torch.linalg.vecdot(g, normed)[..., None] / x.shape[-1]
-            dx = g.sub_(normed * mean).mul_(rstd).to(x.dtype)
+            mean = torch.linalg.vecdot(g, normed).unsqueeze(-1).div_(x.shape[-1])
+            dx = g.addcmul_(normed, mean, value=-1).mul_(rstd).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            dweight = (dy * normed).flatten(0, -2).sum(0).to(weight.dtype)
+            dweight = normed.mul_(dy).flatten(0, -2).sum(0).to(weight.dtype)
         return dx, dweight, None
 
 

@@ -29,12 +29,28 @@ def rotary_reference(
     q_BTHd: torch.Tensor, k_BTGd: torch.Tensor, cos_BTd: torch.Tensor, sin_BTd: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     cos, sin = cos_BTd.unsqueeze(-2), sin_BTd.unsqueeze(-2)
-    return _rotate_reference(q_BTHd, cos, sin), _rotate_reference(k_BTGd, cos, sin)
+    return _RotaryReference.apply(q_BTHd, cos, sin), _RotaryReference.apply(k_BTGd, cos, sin)
 
 
-def _rotate_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    low, high = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-high, low), dim=-1) * sin
+class _RotaryReference(torch.autograd.Function):
+    """Half the passes of products, negation, concatenation and sum, and autograd keeps the angles alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        (low, high), (sin_low, sin_high) = x.chunk(2, dim=-1), sin.chunk(2, dim=-1)
+        out = x * cos
+        out_low, out_high = out.chunk(2, dim=-1)
+        # Products rounded by themselves, as transformers' are.
+        out_low.sub_(high * sin_low)
+        out_high.add_(low * sin_high)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        # The transposed rotation: the other sign, and each half takes the other's sine.
+        cos, sin = ctx.saved_tensors
+        return _RotaryReference.apply(dy, cos, -sin.roll(sin.shape[-1] // 2, dims=-1)), None, None
 
 
 @inlined
