@@ -6,7 +6,8 @@ transformers with the two lines that anybody can add: index the labelled rows be
 verified; memory is what a step allocates, gradients included, weights not. The optimiser is left out: it is the same.
 
 On a CPU the tower is tiny, so that what is measured is the language model of the shape given (samples, tokens, hidden,
-MLP, layers, vocabulary). On a GPU it is LLaVA-1.5-7B with 8 of the 32 layers.
+MLP, layers, vocabulary): with an MLP of LLaVA-1.5-7B's proportions, and with a narrow one, whose head is a larger part
+of the whole. On a GPU it is LLaVA-1.5-7B with 8 of the 32 layers.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,7 @@ STAGES = ("projector", "full")
 
 @dataclass(frozen=True)
 class Size:
-    """What a step works on. `text` tokens of each sample are labelled; heads have 64 numbers, on a GPU 128."""
+    """What a step works on. `text` tokens of each sample are labelled."""
 
     samples: int
     text: int
@@ -61,10 +62,10 @@ class StepCase(Case):
 
 def cases(gpu: bool) -> list[Case]:
     if gpu:
-        size = Size(4, 256, 4096, 11008, 8, 32, 32000, (1024, 4096, 24, 16))
+        sizes = [Size(4, 256, 4096, 11008, 8, 32, 32000, (1024, 4096, 24, 16))]
     else:
-        size = Size(1, 64, 512, 1024, 8, 8, 32000, (64, 128, 2, 2))
-    return [step_case(stage, size, torch.bfloat16 if gpu else torch.float32) for stage in STAGES]
+        sizes = [Size(1, 64, 512, intermediate, 8, 4, 32000, (64, 128, 2, 2)) for intermediate in (512, 1376)]
+    return [step_case(stage, size, torch.bfloat16 if gpu else torch.float32) for stage in STAGES for size in sizes]
 
 
 def step_case(stage: str, size: Size, dtype: torch.dtype) -> Case:

@@ -31,7 +31,7 @@ def test_another_loss_is_not_timed():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_is_trained_and_counted(stage: str):
-    (case,) = (case for case in cases(gpu=False) if case.op.endswith(stage))
+    case = next(case for case in cases(gpu=False) if case.op.endswith(stage))
     provider = case.providers["triton" if torch.cuda.is_available() else "reference"]
     call = provider(case.inputs())
     with FlopCounterMode(display=False) as counter:
