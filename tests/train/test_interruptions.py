@@ -218,7 +218,7 @@ def test_in_a_process_of_its_own(copied, finished, tmp_path):
     copied.resume = False
     path = tmp_path / "recipe.yaml"
     path.write_text(copied.to_yaml())
-    command = [sys.executable, "-m", "llava_fast.train", str(path), "logging_steps=2"]
+    command = [sys.executable, "-m", "llava_fast.train", str(path), "logging_steps=2", "workers=2"]
     limited = ["bash", "-c", 'ulimit -f 60; exec "$@"', "-", *command]  # KiB
     done = subprocess.run(limited, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=120)
     assert done.returncode == 1
