@@ -17,27 +17,18 @@ from llava_fast.backend import use_backend
 from llava_fast.model.cache import Int8Cache
 from llava_fast.model.llava import LlavaForConditionalGeneration
 from llava_fast.ops._launch import recorded
+from tests import tiny as tiny_sizes
 
 NEW = 5
 # Weights so large that answers depend on the prompt.
-TEXT = LlamaConfig(
-    hidden_size=48,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=64,
-    initializer_range=0.1,
-)
+TEXT = LlamaConfig(**tiny_sizes.TEXT, vocab_size=64, initializer_range=0.1)
 WITH_KERNELS = ("attention", "rotary", "cache_write", "int8_attention")
 
 
 @pytest.fixture(scope="module")
 def model() -> LlavaForConditionalGeneration:
     torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14
-    )
+    vision = CLIPVisionConfig(**tiny_sizes.VISION)
     config = LlavaConfig(vision_config=vision, text_config=TEXT, image_token_index=63, image_seq_length=4)
     return LlavaForConditionalGeneration(config).eval()
 
@@ -85,6 +76,37 @@ def test_a_static_cache_answers_as_a_dynamic_one(model, kernels: bool, device: s
     writes = sum(launch.name == "_cache_write_kernel" for launch in launched)
     assert writes == (NEW * layers if kernels else 0)
     assert int(cache.get_seq_length()) == 12 + NEW - 1
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("kind", ["float", "int8"])
+def test_decoding_compiles_in_one_graph(model, kind: str, kernels: bool) -> None:
+    model, inputs, slots = model.cpu(), prompt(), 17
+    logits = {}
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        step = torch.compile(model.forward, backend="aot_eager", fullgraph=True) if compiled else model.forward
+        cache = (
+            StaticCache(config=model.config, max_cache_len=slots) if kind == "float" else Int8Cache(model.config, slots)
+        )
+        with torch.no_grad(), use_backend("triton", *WITH_KERNELS) if kernels else use_backend("reference"):
+            steps = [model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits]
+            mask = inputs["attention_mask"]
+            for _ in range(3):
+                mask = torch.cat((mask, mask[:, -1:]), 1)
+                output = step(
+                    input_ids=steps[-1].argmax(-1),
+                    attention_mask=torch.nn.functional.pad(mask, (0, slots - mask.shape[1])),
+                    position_ids=mask.sum(1, keepdim=True) - 1,
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                steps.append(output.logits)
+        logits[compiled] = torch.cat(steps, 1)
+    torch.testing.assert_close(logits[True], logits[False])
+    # The cache fills without a graph for each length.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 class Nudged(DynamicCache):
