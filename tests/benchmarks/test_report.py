@@ -35,7 +35,7 @@ def run_of(device: str, day: int, medians: dict[str, float], *, op: str = "rms_n
         {
             **{"op": op, "shape": shape, "dtype": "bf16", "direction": "forward", "provider": provider},
             **{"ms_median": factor * ms, "ms_p20": factor * ms * 0.9, "ms_p80": factor * ms * 1.1},
-            **{"peak_mib": factor * 2048.0, "floor_ms": factor * 0.01 if gpu else None},
+            **{"peak_mib": factor * 2048.0, "floor_ms": factor * 0.01 if gpu else None, "tflops_per_s": 312.5},
             **{"pct_of_floor": 1 / ms if gpu else None, "max_rel_error": 1e-3, "timer": "cuda graph", "samples": 9},
             **changes,
         }
@@ -83,8 +83,8 @@ def test_tables_and_plots_of_stored_results(root: Path):
     page = between(root / "docs/benchmarks.md")
     assert "- 2030-01-02, commit abc1234: NVIDIA Test GPU, driver 580.1, 700.0 W, SM 1 MHz; torch 2.13.0" in page
     assert "2030-01-01" not in page  # every case was measured again
-    assert "| 832×4096 | bf16 | liger | 15 µs | 13.5 µs – 16.5 µs | 67 | 2050 | 1.0e-03 | cuda graph |" in page
-    assert "| 4096×4096 | bf16 | reference | 6 ms | 5.4 ms – 6.6 ms |  | 4100 |" in page
+    assert "| 832×4096 | bf16 | liger | 15 µs | 13.5 µs – 16.5 µs | 67 | 312 | 2050 | 1.0e-03 | cuda graph |" in page
+    assert "| 4096×4096 | bf16 | reference | 6 ms | 5.4 ms – 6.6 ms |  | 312 | 4100 |" in page
     assert "rms_norm forward+backward 832x4096 bf16: not measured." in page
     plots = sorted(path.name for path in (root / "docs/plots").iterdir())
     assert plots == ["cpu-attention-forward.svg", "nvidia-h100-rms_norm-forward.svg"]
