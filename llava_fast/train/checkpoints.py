@@ -27,6 +27,8 @@ from llava_fast.train.recipe import Recipe, RecipeError
 
 UNFINISHED = ".unfinished"
 MANIFEST = "complete.json"
+MADE_FROM = {"settings", "files", "samples", "base"}
+PROGRESS = {"processes", "sharding", "logged_step", "loss_since"}
 # Keys that may change at a resume: where things lie, what is logged and saved, and how a step is cut into passes.
 FREE = frozenset(
     "output_dir data validation model vision_tower language_model processor image_folder resume report_to workers "
@@ -155,7 +157,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        files, _, _ = manifest["files"].items(), manifest["made_from"]["settings"].items(), manifest["progress"].items()
+        files = manifest["files"].items()
+        for part, keys in (("made_from", MADE_FROM), ("progress", PROGRESS)):
+            if manifest[part].keys() != keys:
+                raise ValueError(f"{part} has not {', '.join(sorted(keys))}")
     except FileNotFoundError:
         raise RecipeError(f"resume: {folder} is not a complete checkpoint (no {MANIFEST})") from None
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
@@ -206,12 +211,12 @@ def check_same(recipe: Recipe, folder: Path, now: dict[str, Any], then: dict[str
         if new != old:
             raise RecipeError(f"resume: {key} is {new}, but {folder} was made with {old}")
     files = _data_files(recipe)
-    for key in sorted(now["files"].keys() | then.get("files", {}).keys()):
-        if now["files"].get(key) != then.get("files", {}).get(key):
+    for key in sorted(now["files"].keys() | then["files"].keys()):
+        if now["files"].get(key) != then["files"].get(key):
             raise RecipeError(f"resume: {key}: {files.get(key)} is not the file that {folder} was made with")
-    if now["base"] != then.get("base"):
+    if now["base"] != then["base"]:
         raise RecipeError(f"resume: model: {recipe.model} has not the weights that {folder} was made with")
-    if now["samples"] != then.get("samples"):
+    if now["samples"] != then["samples"]:
         raise RecipeError(f"resume: data: samples are not those that {folder} was made with; see tokenizer and images")
 
 

@@ -205,6 +205,8 @@ def test_a_disk_that_fails_leaves_the_last_checkpoint(how, reason, fork, copied,
     assert "Traceback" not in answer["log"]
     assert all_whole(folder) == ([2] if failed else [2, 4, 6])
     assert not (folder / "config.json").exists()
+    if "full_bytes" in how:  # who may not write may not remove either
+        assert contents(folder / checkpoints.UNFINISHED) == {}
     folder.chmod(0o755)
     copied.resume = True
     assert fork(copied)["status"] == 0
@@ -239,6 +241,32 @@ def test_a_folder_that_cannot_be_written_is_told_at_once(copied, monkeypatch):
     with pytest.raises(RecipeError, match=r"Permission denied: .*out"):
         run(copied)
     assert contents(copied.output_dir) == before
+
+
+@pytest.mark.parametrize("n_moves", range(4))
+def test_a_model_is_never_half_old_and_half_new(n_moves, tmp_path, monkeypatch):
+    """Stopped after each move of a new model over an old one: what has a `config.json` is all new."""
+    new = tmp_path / checkpoints.UNFINISHED / "model"
+    for folder, age in ((tmp_path, "old"), (new, "new")):
+        (folder / "adapter").mkdir(parents=True)
+        for name in ("config.json", "model.safetensors", "adapter/adapter_model.safetensors"):
+            (folder / name).write_text(age)
+    moves = []
+    move = os.replace
+
+    def stop(source, target) -> None:
+        if len(moves) == n_moves:
+            raise OSError("no more")
+        moves.append(target)
+        move(source, target)
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(OSError, match="no more"):
+        checkpoints.publish_model(new, tmp_path)
+    assert not (tmp_path / "config.json").exists()
+    monkeypatch.setattr(os, "replace", move)
+    checkpoints.publish_model(new, tmp_path)
+    assert set(contents(tmp_path).values()) <= {b"new"} and (tmp_path / "config.json").exists()
 
 
 # What a killed run has left
@@ -299,6 +327,12 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def forget(path: Path, outer: str, inner: str) -> None:
+    manifest = json.loads(path.read_text())
+    del manifest[outer][inner]
+    path.write_text(json.dumps(manifest))
+
+
 def scramble(path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
 
@@ -314,6 +348,7 @@ def scramble(path: Path) -> None:
         (lambda f: cut(f / "complete.json"), "checkpoint-4/complete.json cannot be read"),
         (lambda f: (f / "complete.json").write_text("[]"), "checkpoint-4/complete.json cannot be read"),
         (lambda f: (f / "complete.json").write_text("[" * 10**5), "checkpoint-4/complete.json cannot be read"),
+        (lambda f: forget(f / "complete.json", "progress", "sharding"), "checkpoint-4/complete.json cannot be read"),
         (lambda f: scramble(f / "optimizer.pt"), "checkpoint-4 cannot be read"),
         (lambda f: scramble(f / "scheduler.pt"), "checkpoint-4 cannot be read"),
         (lambda f: scramble(f / "rng_state.pth"), "checkpoint-4 cannot be read"),
