@@ -356,7 +356,9 @@ def attention(
     if not scale > 0:
         raise ValueError(f"attention: scale is {scale}; it must be positive")
     if tokens == 0 or batch == 0:
-        out, lse = torch.zeros_like(q_BTHd), q_BTHd.new_zeros(batch, heads, tokens, dtype=torch.float32)
+        # Keys and values stay in the graph: whoever waits for their gradients in every process gets zeros.
+        out = q_BTHd + (k_BSGd.sum() + v_BSGd.sum())
+        lse = q_BTHd.new_zeros(batch, heads, tokens, dtype=torch.float32)
     else:
         run = choose("attention", q_BTHd, k_BSGd, v_BSGd)
         out, lse = run(q_BTHd, k_BSGd, v_BSGd, start_BT, end_BT, scale, return_lse)

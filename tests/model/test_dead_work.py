@@ -81,6 +81,10 @@ def test_loss_and_gradients_equal_those_of_all_logits(model, labelled):
 def test_no_labels_at_all(model):
     found = loss_and_gradients(model, batch("none"))
     assert all(not value.any() for value in found.values())
+    # Zeros, not None: beside other processes everybody waits for the gradients of the same parameters.
+    reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    loss_and_gradients(model, batch("answers"))
+    assert reached == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def test_num_items_divides_the_sum(model):

@@ -178,6 +178,17 @@ def test_any_ranges(ranges: tuple, heads: tuple[int, int], strided: bool) -> Non
     check(start, end, keys, heads=heads[0], key_heads=heads[1], strided=strided)
 
 
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 0), (0, 3)])
+def test_without_queries_gradients_are_zeros(batch: int, tokens: int) -> None:
+    q, k, v = (torch.randn(batch, n, 2, 8, requires_grad=True) for n in (tokens, 5, 5))
+    ranges = torch.zeros(batch, tokens, dtype=torch.int32)
+    out, lse = attention(q, k, v, ranges, ranges, return_lse=True)
+    assert out.shape == q.shape and lse.shape == (batch, 2, tokens)
+    out.sum().backward()
+    for x in (q, k, v):
+        assert x.grad.shape == x.shape and not x.grad.any()
+
+
 def test_each_path_is_taken() -> None:
     causal = key_ranges(2, 7, torch.device("cpu"))
     assert check(*causal, 7) == ["causal"]  # whole rows
