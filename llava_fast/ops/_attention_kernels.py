@@ -66,7 +66,7 @@ def _fwd_tile(
 ):  # fmt: skip
     q = _load_rows(q_ptr, row0, q_stride, 0, count, DIM, BLOCK_M, BLOCK_D, BLOCK_E)
     low, high, tiles, narrow, whole, mixed = _key_walk(
-        start_ptr, end_ptr, line0 + row0, count, BLOCK_M, BLOCK_N, BLOCK_D
+        start_ptr, end_ptr, line0 + row0, count, BLOCK_M, BLOCK_N, NARROW
     )
     acc = _zeros(BLOCK_M, BLOCK_D, BLOCK_E)
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -171,7 +171,7 @@ def _dq_tile(
     lse = tl.load(lse_ptr + of_row, mask=row < row0 + count, other=0.0) * 1.4426950408889634
     q = _load_rows(q_ptr, row0, q_stride, 0, count, DIM, BLOCK_M, BLOCK_D, BLOCK_E)
     low, high, tiles, narrow, whole, mixed = _key_walk(
-        start_ptr, end_ptr, line0 + row0, count, BLOCK_M, BLOCK_N, BLOCK_D
+        start_ptr, end_ptr, line0 + row0, count, BLOCK_M, BLOCK_N, NARROW
     )
     dq = _zeros(BLOCK_M, BLOCK_D, BLOCK_E)
     for i in range(whole, mixed):

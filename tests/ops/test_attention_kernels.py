@@ -14,6 +14,7 @@ from kit import DEVICES, DTYPES, check_kernel, poisoned, run
 
 from benchmarks import tune
 from llava_fast.backend import BackendUnavailable, use_backend
+from llava_fast.ops import _attention_kernels
 from llava_fast.ops import attention as module
 from llava_fast.ops._attention_plan import walk
 from llava_fast.ops._launch import forced_tile, recorded, tile
@@ -25,6 +26,8 @@ KERNELS = [*FORWARD, "attention_bwd_dq_kernel", "attention_bwd_dkdv_kernel"]
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
 # Tiles whose last rows may be few enough for a narrow step.
 TALL = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+# Keys in tiles wider than a head, as they ship for heads of 32.
+WIDE = {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
 CPU = torch.device("cpu")
 
 
@@ -119,6 +122,38 @@ TAILS = {
 def test_what_is_left_of_a_walk(name: str, device: str) -> None:
     with all_tiles(TALL):
         check_kernel(with_lse, inputs(TAILS[name], torch.float32, device), op="attention", kernels=KERNELS)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [84, 100])
+def test_keys_that_are_left_where_tiles_are_wider_than_heads(tokens: int, device: str) -> None:
+    case = whole(1, 17, tokens), tokens, 1, 1, 24
+    with all_tiles(WIDE):
+        check_kernel(with_lse, inputs(case, torch.float32, device), op="attention", kernels=KERNELS)
+
+
+@pytest.mark.parametrize(("dim", "rest", "last"), [(16, 16, 16), (64, 1, 16), (64, 17, 32), (72, 1, 32)])
+def test_the_last_rows_of_a_walk_take_a_narrow_tile(
+    dim: int, rest: int, last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths: dict[str, list[int]] = {}
+
+    def spy_on(name: str, place: int) -> None:
+        step = getattr(_attention_kernels, name)
+
+        def spy(*arguments):
+            widths.setdefault(name, []).append(arguments[place])
+            return step(*arguments)
+
+        monkeypatch.setattr(_attention_kernels, name, spy)  # the interpreter calls steps as they are
+
+    # The walk is in tiles of BLOCK_N keys, that of dK and dV in tiles of BLOCK_M queries.
+    for name, place in (("_fwd_step", -3), ("_dq_step", -3), ("_dkdv_step", -4)):
+        spy_on(name, place)
+    tensors = inputs((whole(1, 32 + rest, 32 + rest), 32 + rest, 1, 1, dim), torch.float32, "cpu")
+    with all_tiles(TALL), use_backend("triton"):
+        run(without_lse, tensors, [torch.ones_like(tensors["q"])])
+    assert [found[:2] for found in widths.values()] == [[32, last]] * 3
 
 
 @pytest.mark.parametrize("device", DEVICES)
