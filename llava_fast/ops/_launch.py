@@ -75,14 +75,18 @@ def forced_tile(kernel: str, tile: Tile) -> Iterator[None]:
 
 
 def launch(kernel: Any, grid: Callable | tuple[int, ...], *args: Any, tile: Tile, **constexprs: Any) -> None:
-    """Launch `kernel[grid](*args)` with the block sizes, warps and stages of `tile` and further constexprs."""
+    """Launch `kernel[grid](*args)` with the block sizes, warps and stages of `tile` and further constexprs.
+
+    It runs on the device of the first argument, a tensor.
+    """
     blocks = {name: value for name, value in tile.items() if name not in ("num_warps", "num_stages")}
     constexprs = {**blocks, **constexprs}
     call = Launch(kernel, args, constexprs, tile["num_warps"], tile.get("num_stages", 1))
     for record in _records:
         record.append(call)
     if not _dry:
-        kernel[grid](*args, **constexprs, num_warps=call.num_warps, num_stages=call.num_stages)
+        with torch.cuda.device_of(args[0]):  # Triton's own choice is the current device
+            kernel[grid](*args, **constexprs, num_warps=call.num_warps, num_stages=call.num_stages)
 
 
 def architecture(device: torch.device) -> str:
