@@ -143,8 +143,9 @@ class VisionAttention(nn.Module):
     def _part(self) -> None:
         """Give each projection a storage of its own again: a trained parameter is nobody's view."""
         if self._joined() is not None:
-            for parameter in [*self._tensors("weight"), *self._tensors("bias")]:
-                parameter.data = parameter.data.clone()
+            with torch.inference_mode(False):
+                for parameter in [*self._tensors("weight"), *self._tensors("bias")]:
+                    parameter.data = parameter.data.clone()
 
     def _qkv(self, x_BND: torch.Tensor) -> Sequence[torch.Tensor]:
         # A graph of gradients, or of torch.compile, has the three projections in it.

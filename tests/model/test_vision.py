@@ -103,6 +103,14 @@ def test_a_state_dict_has_no_shared_storage(tiny: SimpleNamespace, tmp_path) -> 
     assert joined(model.eval()) == {True}
 
 
+def test_parameters_parted_in_inference_mode_can_be_trained(tiny: SimpleNamespace) -> None:
+    model = tiny.ours(tiny.config()).eval()
+    with torch.inference_mode():
+        model.state_dict()
+    assert joined(model) == {False}
+    assert not any(weight.is_inference() for weight in model.parameters())
+
+
 def test_checkpoints_and_copies_are_as_before(tiny: SimpleNamespace, tmp_path) -> None:
     model = tiny.ours(tiny.config()).eval()
     expected = {name: weight.clone() for name, weight in model.state_dict().items()}
