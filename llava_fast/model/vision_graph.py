@@ -133,10 +133,15 @@ def capture_graph(function: Function, pixels: torch.Tensor) -> Function:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             result = function(given)
 
+    done = torch.cuda.Event()
+
     def replay(pixels: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(pixels.device):
+            done.wait()  # for the call before this one, which may be on another stream: buffers are the same
             given.copy_(pixels)
             graph.replay()
-            return result.clone()
+            copy = result.clone()
+            done.record()
+            return copy
 
     return replay
