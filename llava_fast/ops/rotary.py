@@ -174,8 +174,6 @@ _rotary_op.register_autograd(_autograd, setup_context=_setup_context)
 def _supports(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool | str:
     if q.shape[-1] > MAX_HEAD_DIM:
         return f"head dimension {q.shape[-1]} is over {MAX_HEAD_DIM}"
-    if cos.requires_grad or sin.requires_grad:
-        return "the angles require a gradient"
     return takes(q, k, cos, sin)
 
 
@@ -200,12 +198,14 @@ def rotary(
         The rotated queries and keys, new tensors of the same shapes and dtypes.
 
     Raises:
-        ValueError: for an odd head dimension, or angles of another one.
+        ValueError: for an odd head dimension, or angles of another one, or that want a gradient: there is none.
     """
     if q_BTHd.shape[-1] % 2 or cos_BTd.shape[-1] != q_BTHd.shape[-1]:
         raise ValueError(
             f"rotary: the head dimension {q_BTHd.shape[-1]} must be even and that of the angles ({cos_BTd.shape[-1]})"
         )
+    if torch.is_grad_enabled() and (cos_BTd.requires_grad or sin_BTd.requires_grad):
+        raise ValueError("rotary: the angles require a gradient, which there is not")
     return choose("rotary", q_BTHd, k_BTGd, cos_BTd, sin_BTd)(q_BTHd, k_BTGd, cos_BTd, sin_BTd)
 
 

@@ -77,3 +77,5 @@ def test_what_is_refused():
         rotary(q, k, cos, sin)
     with pytest.raises(ValueError, match="head dimension 3 must be even"):
         rotary(q[..., :3], k[..., :3], cos[..., :3], sin[..., :3])
+    with pytest.raises(ValueError, match="the angles require a gradient"):
+        rotary(q, k, cos.requires_grad_(), sin)
