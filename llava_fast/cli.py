@@ -1,4 +1,4 @@
-"""The command line: llava-fast demo · chat · train · convert · doctor."""
+"""The command line: llava-fast demo · chat · train · convert · inspect · doctor."""
 
 from __future__ import annotations
 

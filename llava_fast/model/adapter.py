@@ -21,7 +21,7 @@ from torch import nn
 
 from llava_fast.model.layouts import classic_name, is_original, original_name, our_name
 from llava_fast.model.source import Source, local_folder, open_checkpoint
-from llava_fast.model.weights import Stored, open_weights, read_json
+from llava_fast.model.weights import Stored, blaming, open_weights, read_json
 
 SETTINGS, TRAINED = "adapter_config.json", "non_lora_trainables.bin"
 PREFIX = "base_model.model."
@@ -88,16 +88,17 @@ def apply_adapter(model: nn.Module, folder: Path, check: Callable[[Path, dict, b
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     weights, foreign = _adapter_weights(folder)
-    settings = PeftConfig.from_pretrained(str(folder))
-    settings.inference_mode = True
-    if foreign:
-        _translate(settings, model, language_only=is_original_adapter(folder))
-        if not settings.target_modules:
-            raise ValueError(f"{folder / SETTINGS}: target_modules fit no layer of {model.name_or_path}")
-    base = settings.base_model_name_or_path
-    settings.base_model_name_or_path = model.name_or_path  # peft would warn, and replace it as well
-    wrapped = get_peft_model(model, settings)
-    settings.base_model_name_or_path = base
+    with blaming(folder / SETTINGS):
+        settings = PeftConfig.from_pretrained(str(folder))
+        settings.inference_mode = True
+        if foreign:
+            _translate(settings, model, language_only=is_original_adapter(folder))
+            if not settings.target_modules:
+                raise ValueError(f"target_modules fit no layer of {model.name_or_path}")
+        base = settings.base_model_name_or_path
+        settings.base_model_name_or_path = model.name_or_path  # peft would warn, and replace it as well
+        wrapped = get_peft_model(model, settings)
+        settings.base_model_name_or_path = base
     wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     misshaped = [
         (key, weights[key].shape, wanted[key].shape)

@@ -28,16 +28,17 @@ from llava_fast.model.layouts import (
     EMBEDDINGS,
     HEAD,
     KEY_MAPPING,
-    LAYOUTS,
+    check_layout,
     classic_name,
     is_original,
     original_config,
     original_name,
     readable_by_transformers_4,
 )
-from llava_fast.model.source import PROJECTOR, TOWER, Source, local_folder, open_checkpoint
+from llava_fast.model.projector import projector_layers
+from llava_fast.model.source import PROJECTOR, TOWER, Source, hf_config, local_folder, open_checkpoint
 from llava_fast.model.vision import feature_layers
-from llava_fast.model.weights import find_weights, open_weights, read_json, write_bytes, write_text
+from llava_fast.model.weights import blaming, find_weights, open_weights, read_json, write_bytes, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class CheckpointMixin:
             raise ValueError(f"base_model is for adapters, and {path} has no adapter_config.json")
         if path is not None and not kwargs.keys() & {"config", "gguf_file", "subfolder", "variant", "state_dict"}:
             folder = _original_on_hub(path, kwargs) or Path(path)
-            if _in_pieces(folder, pieces):
+            if _in_pieces(cls, folder, pieces):
                 return _from_source(cls, open_checkpoint(folder, **pieces), *args, **kwargs)
         elif given := [name for name, piece in pieces.items() if piece is not None]:
             raise ValueError(f"{given[0]} goes with a checkpoint directory alone")
@@ -129,10 +130,7 @@ class CheckpointMixin:
         Raises:
             ValueError: for another layout, or a model that the original code has no config for; nothing is written.
         """
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout is {layout!r}; expected {' or '.join(map(repr, LAYOUTS))}")
-        if layout == "hf" and not (with_tower and mm_vision_tower is None):
-            raise ValueError("with_tower and mm_vision_tower are for layout='original'; the HF layout has its tower")
+        check_layout(layout, with_tower, mm_vision_tower)
         weights = self.state_dict() if state_dict is None else state_dict
         if self.config.tie_word_embeddings:
             weights = {name: weight for name, weight in weights.items() if name != HEAD}
@@ -210,8 +208,8 @@ class CheckpointMixin:
                 fit their config; the message names them.
         """
         vision_config, text_config = (
-            AutoConfig.from_pretrained(vision_tower),
-            AutoConfig.from_pretrained(language_model),
+            AutoConfig.from_pretrained(vision_tower, trust_remote_code=False),
+            AutoConfig.from_pretrained(language_model, trust_remote_code=False),
         )
         vision_config = getattr(vision_config, "vision_config", vision_config)
         for path, part, known in (
@@ -270,8 +268,7 @@ def require_complete(path: str | os.PathLike, info: dict, allow_mismatch: bool =
 
 def check_source(cls: type, source: Source) -> None:
     """Raise, before anything is read, when the tensors are not those of a model with this config."""
-    with torch.device("meta"), init.no_init_weights():
-        model = cls(source.config)
+    model = _on_meta(cls, source.config, source.path / "config.json", len(source.weights))
     wanted = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     if source.config.tie_word_embeddings:
         wanted.pop(HEAD, None)
@@ -282,6 +279,16 @@ def check_source(cls: type, source: Source) -> None:
     missing, unexpected = wanted.keys() - found.keys(), found.keys() - wanted.keys()
     info = {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": misshaped}
     require_complete(source.path, info)
+
+
+def _on_meta(cls: type, config: LlavaConfig, file: Path, n_tensors: int) -> PreTrainedModel:
+    """The model of a config, without storage; ValueError for a config, from `file`, that there is no model of."""
+    with blaming(file), torch.device("meta"), init.no_init_weights():
+        parts = (config.text_config, config.vision_config)
+        depth = max(projector_layers(config), *(part.num_hidden_layers for part in parts))
+        if depth > n_tensors:  # to build them would take for ever
+            raise ValueError(f"it is of {depth} layers, but there are {n_tensors} tensors")
+        return cls(config)
 
 
 def _original_on_hub(name: str | os.PathLike, kwargs: dict[str, Any]) -> Path | None:
@@ -298,7 +305,7 @@ def _original_on_hub(name: str | os.PathLike, kwargs: dict[str, Any]) -> Path | 
     return folder
 
 
-def _in_pieces(folder: Path, pieces: dict[str, Any]) -> bool:
+def _in_pieces(cls: type, folder: Path, pieces: dict[str, Any]) -> bool:
     """Whether transformers cannot read this checkpoint by itself; what it will read is looked through first."""
     given = any(piece is not None for piece in pieces.values())
     file = folder / "config.json"
@@ -316,7 +323,8 @@ def _in_pieces(folder: Path, pieces: dict[str, Any]) -> bool:
     if config.get("model_type") != "llava":
         open_checkpoint(folder)  # which says what is wrong with it
     if (weights := find_weights(folder)) is not None:
-        open_weights(weights)  # damaged and malicious files are found here, before transformers opens them
+        # Damaged and malicious files are found here, before transformers opens them.
+        _on_meta(cls, hf_config(config, file), file, len(open_weights(weights)))
     return False
 
 
@@ -349,7 +357,9 @@ def _load_adapter(cls: type, folder: Path, base_model: str | os.PathLike | None,
 
 def _pretrained(auto_class: Any, path: str | os.PathLike, dtype: torch.dtype) -> PreTrainedModel:
     """A part of LLaVA as transformers loads it, complete."""
-    model, info = auto_class.from_pretrained(path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+    model, info = auto_class.from_pretrained(
+        path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
+    )
     # A full CLIP checkpoint also has a text tower; what is not needed is no error here.
     require_complete(path, {**info, "unexpected_keys": []}, allow_mismatch=False)
     return model

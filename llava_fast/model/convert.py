@@ -22,7 +22,7 @@ from llava_fast.model.checkpoint import check_source
 from llava_fast.model.layouts import (
     EMBEDDINGS,
     HEAD,
-    LAYOUTS,
+    check_layout,
     classic_name,
     dtype_of,
     original_config,
@@ -33,7 +33,16 @@ from llava_fast.model.llava import LlavaForConditionalGeneration
 from llava_fast.model.processor import LlavaProcessor
 from llava_fast.model.source import TOWER, Source, open_checkpoint
 from llava_fast.model.templates import get_template
-from llava_fast.model.weights import Stored, in_memory, parse_size, read_json, verify, write_text, write_weights
+from llava_fast.model.weights import (
+    Stored,
+    blaming,
+    in_memory,
+    parse_size,
+    read_json,
+    verify,
+    write_text,
+    write_weights,
+)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PROCESSOR_FILES = (
@@ -86,8 +95,7 @@ def convert(
         OSError, ValueError: in one line that names file, key or value; `target` does not exist then.
     """
     source, target = Path(source), Path(target)
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout is {layout!r}; expected {' or '.join(map(repr, LAYOUTS))}")
+    check_layout(layout, with_tower, mm_vision_tower)
     shard_bytes, dtype = parse_size(max_shard_size), dtype_of(dtype)
     if os.path.lexists(target):
         raise FileExistsError(f"{target} exists; it is not written over")
@@ -182,7 +190,8 @@ def _processor(opened: Source) -> LlavaProcessor | None:
     if not _has_tokenizer(folder):
         return None
     # The text config, because a tokenizer cannot be told from a model_type that transformers does not know.
-    tokenizer = AutoTokenizer.from_pretrained(folder, config=config.text_config)
+    with blaming(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config.text_config, trust_remote_code=False)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     # Where the embeddings did not grow there is no room for one, and <unk> pads, as it did in the original.
     if hasattr(config, "original_vocab_size") and tokenizer.pad_token in (None, tokenizer.unk_token):

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
+from llava_fast.model.layouts import dtype_of
 from llava_fast.model.llava import LlavaForConditionalGeneration
 from llava_fast.model.processor import LlavaProcessor
 
@@ -36,11 +37,8 @@ def load(
         raise ValueError(f"device {device!r} is not one that PyTorch knows") from error
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but PyTorch sees no CUDA device")
-    if dtype == "auto" and where.type == "cpu":
-        dtype = "float32"
-    if dtype != "auto" and not getattr(getattr(torch, dtype, None), "is_floating_point", False):
-        raise ValueError(f"dtype {dtype!r} is not a floating dtype such as float32, bfloat16 or float16")
-    model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype)
+    chosen = dtype_of(dtype) or (torch.float32 if where.type == "cpu" else "auto")
+    model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=chosen)
     return model.to(where).eval(), LlavaProcessor.from_pretrained(checkpoint)
 
 

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, MistralConfig
 
+from llava_fast.model.weights import blaming
+
 LAYOUTS = ("hf", "original")
 
 # From any HF name to ours. Applied in turn to each key; the patterns do not overlap.
@@ -135,24 +137,25 @@ def llava_config(flat: dict[str, Any], vision: CLIPVisionConfig, file: Path) -> 
     """
     cls = TEXT_CONFIGS[flat["model_type"]]
     for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
-        if not isinstance(flat.get(key), int):
+        if type(flat.get(key)) is not int or flat[key] < 1:
             raise ValueError(f"{file}: {key} is {flat.get(key)!r}, expected a number")
     layer, select = flat.get("mm_vision_select_layer", -2), flat.get("mm_vision_select_feature", "patch")
-    if not isinstance(layer, int):
+    if type(layer) is not int:
         raise ValueError(f"{file}: mm_vision_select_layer is {layer!r}, expected a number")
-    if select not in _SELECT:
+    if select not in list(_SELECT):  # which, unlike the dict, takes any value
         raise ValueError(f"{file}: mm_vision_select_feature is {select!r}, expected 'patch' or 'cls_patch'")
-    if flat.get("s2") or "unpad" in (flat.get("mm_patch_merge_type") or ""):
+    if flat.get("s2") or "unpad" in str(flat.get("mm_patch_merge_type")):
         raise ValueError(f"{file}: s2 and mm_patch_merge_type 'unpad' (LLaVA-NeXT) are not supported")
     kind = flat.get("mm_projector_type") or "linear"
-    if not re.fullmatch(r"linear|identity|mlp[1-9]\d*x_gelu", kind):
+    if not isinstance(kind, str) or not re.fullmatch(r"linear|identity|mlp[1-9]\d*x_gelu", kind):
         raise ValueError(f"{file}: mm_projector_type is {kind!r}; expected 'linear', 'mlpNx_gelu' or 'identity'")
     known = {*cls().to_dict(), "rope_theta", "rope_scaling", "torch_dtype", "sliding_window"} - {
         "architectures",
         "model_type",
         "transformers_version",
     }
-    text = cls.from_dict({key: value for key, value in flat.items() if key in known})
+    with blaming(file):
+        text = cls.from_dict({key: value for key, value in flat.items() if key in known})
     extra = {}
     if isinstance(flat.get("image_token_index"), int):
         extra["image_token_index"] = flat["image_token_index"]
@@ -160,16 +163,17 @@ def llava_config(flat: dict[str, Any], vision: CLIPVisionConfig, file: Path) -> 
         vocabulary = text.vocab_size
         extra |= {"image_token_index": vocabulary, "original_vocab_size": vocabulary, "pad_token_id": vocabulary + 1}
         text.vocab_size = grown_vocabulary(vocabulary)
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        vision_feature_layer=layer,
-        vision_feature_select_strategy=_SELECT[select],
-        image_seq_length=(vision.image_size // vision.patch_size) ** 2 + (select == "cls_patch"),
-        mm_projector_type=kind,
-        tie_word_embeddings=bool(flat.get("tie_word_embeddings", False)),
-        **extra,
-    )
+    with blaming(file):
+        config = LlavaConfig(
+            vision_config=vision,
+            text_config=text,
+            vision_feature_layer=layer,
+            vision_feature_select_strategy=_SELECT[select],
+            image_seq_length=(vision.image_size // vision.patch_size) ** 2 + (select == "cls_patch"),
+            mm_projector_type=kind,
+            tie_word_embeddings=bool(flat.get("tie_word_embeddings", False)),
+            **extra,
+        )
     for key in ("mm_vision_tower", "image_aspect_ratio", "image_mean", "image_std", "tokenizer_model_max_length"):
         if flat.get(key) is not None:
             setattr(config, key, flat[key])
@@ -289,15 +293,23 @@ def readable_by_transformers_4(config: LlavaConfig, dtype: torch.dtype) -> Itera
             settings.update(old)
 
 
+def check_layout(layout: str, with_tower: bool, mm_vision_tower: str | None) -> None:
+    """ValueError for an unknown layout, or for options of the original one where HF's is asked for."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}; expected {' or '.join(map(repr, LAYOUTS))}")
+    if layout == "hf" and not (with_tower and mm_vision_tower is None):
+        raise ValueError("with_tower and mm_vision_tower are for layout='original'; the HF layout has its tower")
+
+
 def dtype_of(name: str | torch.dtype | None) -> torch.dtype | None:
     """A floating dtype from its name; None and "auto" stay undecided.
 
     Raises:
         ValueError: for another name.
     """
-    if name in (None, "auto") or isinstance(name, torch.dtype):
-        return None if name == "auto" else name
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    if name in (None, "auto"):
+        return None
+    dtype = name if isinstance(name, torch.dtype) else getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
         raise ValueError(f"dtype {name!r} is not a floating dtype such as float32, bfloat16 or float16")
     return dtype

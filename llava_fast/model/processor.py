@@ -25,6 +25,7 @@ from transformers.processing_utils import ImagesKwargs, TextKwargs
 
 from llava_fast.model.images import check_area, expand_to_square, one_line, read_rgb
 from llava_fast.model.templates import get_template
+from llava_fast.model.weights import blaming
 from llava_fast.ops.resize import preprocess
 
 # transformers fences control tokens that came from a user with this character (`sanitize_control_tokens`).
@@ -104,6 +105,12 @@ class LlavaProcessor(transformers.LlavaProcessor):
         self.image_size  # noqa: B018  an image processor we cannot follow is an error now, not at the first image
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> LlavaProcessor:
+        # Left out, transformers asks on the terminal whether to run code of the checkpoint, and a pipe may answer.
+        with blaming(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, **{"trust_remote_code": False, **kwargs})
+
+    @classmethod
     def assemble(
         cls,
         vision_tower: str | PathLike,
@@ -117,10 +124,10 @@ class LlavaProcessor(transformers.LlavaProcessor):
 
         The tokenizer gets an `<image>` token if it has none, so the model's embeddings may need resizing.
         """
-        tokenizer = AutoTokenizer.from_pretrained(language_model)
+        tokenizer = AutoTokenizer.from_pretrained(language_model, trust_remote_code=False)
         if "<image>" not in tokenizer.get_vocab():
             tokenizer.add_tokens(["<image>"], special_tokens=True)
-        config = AutoConfig.from_pretrained(vision_tower)
+        config = AutoConfig.from_pretrained(vision_tower, trust_remote_code=False)
         config = getattr(config, "vision_config", config)
         side = config.image_size
         image_processor = LlavaImageProcessorPil(

@@ -22,12 +22,13 @@ from llava_fast.model.layouts import (
     EMBEDDINGS,
     HEAD,
     KNOWN_TOWERS,
+    dtype_of,
     is_original,
     llava_config,
     our_name,
     projector_type,
 )
-from llava_fast.model.weights import Stored, open_weights, read_json
+from llava_fast.model.weights import Stored, blaming, open_weights, read_json
 
 PROJECTOR, TOWER = "model.multi_modal_projector.", "model.vision_tower."
 _TOWER_PARTS = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
@@ -74,7 +75,7 @@ def open_checkpoint(
             settings = beside
     hf = own.get("model_type") == "llava" and not is_original(own)
     if hf:
-        config = LlavaConfig.from_dict(own)
+        config = hf_config(own, file)
         folder = _tower_folder(vision_tower)
         if mm_projector is not None or trained:
             config.mm_projector_type = projector_type(weights)
@@ -94,6 +95,14 @@ def open_checkpoint(
             raise ValueError(f"{file}: tie_word_embeddings is true, but lm_head and embed_tokens differ")
         del weights[HEAD]
     return Source(path, "hf" if hf else "original", config, weights)
+
+
+def hf_config(own: dict[str, Any], file: Path) -> LlavaConfig:
+    """The config in HF's `config.json`; a ValueError names the file."""
+    with blaming(file):
+        config = LlavaConfig.from_dict(own)
+        dtype_of(config.dtype)
+        return config
 
 
 def _has_vision(config: dict[str, Any]) -> bool:
@@ -116,7 +125,7 @@ def _by_our_names(weights: dict[str, Stored]) -> dict[str, Stored]:
 def _flat_config(own: dict[str, Any], file: Path, settings: Path | None, weights: dict[str, Stored]) -> dict[str, Any]:
     """The original config to go by; that of a bare language model is made into one."""
     if settings is not None:
-        return read_json(settings)
+        own, file = read_json(settings), settings
     if is_original(own):
         return own
     kind = own.get("model_type")
@@ -173,10 +182,12 @@ def clip_config(folder: Path) -> CLIPVisionConfig:
     config = read_json(file)
     kind = config.get("model_type")
     if kind == "clip":
-        config = {key: value for key, value in config.get("vision_config", {}).items() if key != "model_type"}
+        with blaming(file):
+            config = {key: value for key, value in config.get("vision_config", {}).items() if key != "model_type"}
     elif kind != "clip_vision_model":
         raise ValueError(f"{file}: model_type is {kind!r}; expected 'clip' or 'clip_vision_model'")
-    return CLIPVisionConfig.from_dict(config)
+    with blaming(file):
+        return CLIPVisionConfig.from_dict(config)
 
 
 def _tower_folder(vision_tower: str | os.PathLike | None) -> Path | None:
@@ -203,8 +214,9 @@ def _config_of_tower_inside(flat: dict[str, Any], file: Path) -> CLIPVisionConfi
     """The shape of a tower whose weights are in the checkpoint, and whose config may be elsewhere."""
     name = flat.get("mm_vision_tower")
     if isinstance(flat.get("mm_vision_config"), dict):
-        return CLIPVisionConfig.from_dict(flat["mm_vision_config"])
-    if name in KNOWN_TOWERS:
+        with blaming(file):
+            return CLIPVisionConfig.from_dict(flat["mm_vision_config"])
+    if isinstance(name, str) and name in KNOWN_TOWERS:
         return CLIPVisionConfig(**KNOWN_TOWERS[name])
     return clip_config(_named_tower(flat, file))
 

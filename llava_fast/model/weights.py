@@ -15,12 +15,15 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from llava_fast.model.images import one_line
 
 # In the order in which transformers looks for them.
 WEIGHT_FILES = (
@@ -103,11 +106,23 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no text, no JSON, or a number of too many digits
         raise ValueError(f"{file} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file} holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+@contextmanager
+def blaming(file: str | os.PathLike) -> Iterator[None]:
+    """Whatever other code raises about a value in `file` becomes a ValueError of one line that names the file."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, (ValueError, TypeError)) else f"{type(error).__name__} "  # KeyError('x') is 'x'
+        raise ValueError(f"{file}: {kind}{one_line(error, 300)}") from error
 
 
 def find_weights(folder: Path, stem: str = "model") -> Path | None:
@@ -149,6 +164,8 @@ def _shards(index: Path) -> dict[str, set[str]]:
         raise ValueError(f"{index} has no weight_map")
     shards: dict[str, set[str]] = {}
     for key, name in entries.items():
+        if not key.isprintable():
+            raise ValueError(f"{index}: '{one_line(key)}' cannot be the name of a tensor")
         if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name:
             raise ValueError(f"{index}: {key} is said to be in {name!r}, which is not a file of this folder")
         if not name.endswith((".safetensors", ".bin")):
@@ -161,7 +178,11 @@ def _shards(index: Path) -> dict[str, set[str]]:
 
 
 def _open_file(file: Path) -> dict[str, Stored]:
-    return _open_safetensors(file) if file.suffix == ".safetensors" else _open_bin(file)
+    weights = _open_safetensors(file) if file.suffix == ".safetensors" else _open_bin(file)
+    for key in weights:
+        if not key.isprintable():  # messages name keys, and go to terminals
+            raise ValueError(f"{file}: '{one_line(key)}' cannot be the name of a tensor")
+    return weights
 
 
 def _open_safetensors(file: Path) -> dict[str, Stored]:
@@ -183,7 +204,7 @@ def _open_safetensors(file: Path) -> dict[str, Stored]:
                     raise ValueError(f"{file}: {key} has dtype {kind}, which is not one of {', '.join(DTYPES)}")
                 weights[key] = Stored(tuple(part.get_shape()), DTYPES[kind], reader(key), f"{file}: {key}")
     except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {_one_line(error)}") from None
+        raise ValueError(f"{file} is not a whole safetensors file: {one_line(error)}") from None
     return weights
 
 
@@ -208,16 +229,12 @@ def load_bin(file: Path) -> dict[str, torch.Tensor]:
     except OSError:
         raise
     except Exception as error:  # bytes that are no pickle fail in any way
-        raise ValueError(f"{file} is not a whole PyTorch file: {_one_line(error)}") from None
+        raise ValueError(f"{file} is not a whole PyTorch file: {one_line(error) or type(error).__name__}") from None
     if not isinstance(found, dict) or not all(
         isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in found.items()
     ):
         raise ValueError(f"{file} is not a dict of tensors by name")
     return found
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def parse_size(size: int | str) -> int:
@@ -230,7 +247,7 @@ def parse_size(size: int | str) -> int:
     text = str(size).strip().upper()
     number = text.rstrip("BIKMG ")
     unit = text[len(number) :].strip()
-    if not number.replace(".", "", 1).isdecimal() or unit not in units or float(number) * units[unit] < 1:
+    if not number.replace(".", "", 1).isdecimal() or unit not in units or not 1 <= float(number) * units[unit] < 2**63:
         raise ValueError(f"max_shard_size is {size!r}; expected a size such as 5GB or 512MB")
     return int(float(number) * units[unit])
 

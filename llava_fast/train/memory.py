@@ -64,7 +64,8 @@ def read_config(recipe: Recipe) -> LlavaConfig:
     if recipe.model is not None:
         folder = recipe.model
         return open_checkpoint(Path(base_of(folder, None)) if is_adapter(folder) else folder).config
-    vision, text = (AutoConfig.from_pretrained(path) for path in (recipe.vision_tower, recipe.language_model))
+    folders = (recipe.vision_tower, recipe.language_model)
+    vision, text = (AutoConfig.from_pretrained(folder, trust_remote_code=False) for folder in folders)
     return LlavaConfig(vision_config=getattr(vision, "vision_config", vision), text_config=text)
 
 
