@@ -200,6 +200,7 @@ def _forward(
     x_RD = as_rows(x)
     rows, width = x_RD.shape
     residual_RD = None if residual is None else as_rows(residual)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     s = None if residual is None else torch.empty_like(y)
     mean = None if bias is None else torch.empty(rows, dtype=torch.float32, device=x.device)
@@ -247,7 +248,7 @@ def _backward(
         launch(
             _norm_bwd_kernel,
             (programs,),
-            *(dy_RD, dsum_RD, s_RD, weight, mean, rstd, dx, *partials, rows, width),
+            *(dy_RD, dsum_RD, s_RD, weight.contiguous(), mean, rstd, dx, *partials, rows, width),
             *(dy_RD.stride(0), 0 if dsum is None else dsum_RD.stride(0), s_RD.stride(0)),
             -(-tiles // programs),
             tile=choice,
@@ -330,9 +331,11 @@ def _autograd(ctx, dy, dsum, _dmean, _drstd):
 _norm_op.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _supports(x: torch.Tensor, weight: torch.Tensor) -> bool | str:
+def _supports(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None) -> bool | str:
     if weight.dtype != x.dtype:
         return f"the weight is {weight.dtype}, the input {x.dtype}"
+    if residual is not None and residual.dtype != x.dtype:
+        return f"the residual is {residual.dtype}, the input {x.dtype}"
     if x.shape[-1] > MAX_WIDTH:
         return f"width {x.shape[-1]} is over {MAX_WIDTH}"
     return takes(x, weight)
@@ -349,7 +352,7 @@ def _layer_norm_triton(x, weight, bias, eps, residual):
 
 
 def _rms_norm_cuda(x, weight, eps, residual):
-    module, x_RD = extension(), as_rows(x)
+    module, x_RD, weight = extension(), as_rows(x), weight.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     s = x if residual is None else torch.empty_like(y)
     into_sum = {}
@@ -378,12 +381,12 @@ def _rms_norm_cuda(x, weight, eps, residual):
     return y, s
 
 
-def _supports_cuda(x: torch.Tensor, weight: torch.Tensor) -> bool | str:
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+def _supports_cuda(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None) -> bool | str:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, residual)):
         return "the CUDA kernel has no backward"
     if not x.is_cuda:
         return f"the tensors are on {x.device.type}"
-    return _supports(x, weight)
+    return _supports(x, weight, residual)
 
 
 register("rms_norm", "reference", rms_norm_reference)
@@ -407,7 +410,7 @@ def rms_norm(
     Returns:
         The normalised [..., D] in the dtype of `x`, and the sum that was normalised (`x` itself without a residual).
     """
-    return choose("rms_norm", x, weight)(x, weight, eps, residual)
+    return choose("rms_norm", x, weight, residual)(x, weight, eps, residual)
 
 
 def layer_norm(
@@ -419,7 +422,7 @@ def layer_norm(
     residual: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """LayerNorm of `x` (+ `residual`); arguments and results as for `rms_norm`, with a `bias` [D]."""
-    return choose("layer_norm", x, weight)(x, weight, bias, eps, residual)
+    return choose("layer_norm", x, weight, residual)(x, weight, bias, eps, residual)
 
 
 def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:

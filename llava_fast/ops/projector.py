@@ -80,7 +80,7 @@ def _linear(
         launch(
             _projector_fwd_kernel,
             (-(-m // choice["BLOCK_M"]) * -(-n // choice["BLOCK_N"]),),
-            *(x_RtK, weight_NK, bias_N, slots, a, h, m, n, k),
+            *(x_RtK, weight_NK, None if bias_N is None else bias_N.contiguous(), slots, a, h, m, n, k),
             *(x_RtK.shape[1], x_RtK.stride(0), x_RtK.stride(1), *weight_NK.stride(), a.stride(0)),
             tile=blocks,
             GELU=gelu,

@@ -158,6 +158,7 @@ def test_strided(device):
     """Patches behind a CLS token, columns of a wider tensor, rows in another order; weights stored transposed."""
     tensors = inputs([16, 32, 9], [True, True], (), torch.float32, device)
     tensors["w0"] = tensors["w0"].t().contiguous().t()
+    tensors["b0"] = torch.randn(32, 2, device=device)[:, 0]
     wide = torch.randn(3, 19, 24, device=device)
     for x in (wide[:, 1:, :16], wide[0, :, 4:20], wide[..., :16].transpose(0, 1), wide.transpose(1, 2)[:, :9, :16]):
         with forced_tile("projector_fwd", FUSED):
