@@ -189,6 +189,25 @@ def test_without_queries_gradients_are_zeros(batch: int, tokens: int) -> None:
         assert x.grad.shape == x.shape and not x.grad.any()
 
 
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("tokens", [256, 257, 385, 768, 769])
+def test_causal_attention_in_blocks(tokens: int, key_heads: int) -> None:
+    shapes = [(1, tokens, heads, 8) for heads in (4, key_heads, key_heads)]
+    tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    dout, ranges = torch.randn(shapes[0], dtype=torch.float64), key_ranges(1, tokens, torch.device("cpu"))
+    ours = [x.float().requires_grad_() for x in tensors]
+    truth = [x.requires_grad_() for x in tensors]
+    found = attention(*ours, *ranges)
+    weights, _ = attention_weights_reference(*truth[:2], *ranges, 8**-0.5)
+    values = truth[2].repeat_interleave(4 // key_heads, dim=2)
+    expected = torch.einsum("bhts,bshd->bthd", weights, values)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    found.backward(dout.float())
+    expected.backward(dout)
+    for x, reference in zip(ours, truth, strict=True):
+        torch.testing.assert_close(x.grad.double(), reference.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_each_path_is_taken() -> None:
     causal = key_ranges(2, 7, torch.device("cpu"))
     assert check(*causal, 7) == ["causal"]  # whole rows
