@@ -207,10 +207,10 @@ class CheckpointMixin:
             ValueError: when a directory holds another kind of model, the tokenizer has no `<image>`, or weights do not
                 fit their config; the message names them.
         """
-        vision_config, text_config = (
-            AutoConfig.from_pretrained(vision_tower, trust_remote_code=False),
-            AutoConfig.from_pretrained(language_model, trust_remote_code=False),
-        )
+        with blaming(vision_tower):
+            vision_config = AutoConfig.from_pretrained(vision_tower, trust_remote_code=False)
+        with blaming(language_model):
+            text_config = AutoConfig.from_pretrained(language_model, trust_remote_code=False)
         vision_config = getattr(vision_config, "vision_config", vision_config)
         for path, part, known in (
             (vision_tower, vision_config, ("clip_vision_model",)),

@@ -124,10 +124,12 @@ class LlavaProcessor(transformers.LlavaProcessor):
 
         The tokenizer gets an `<image>` token if it has none, so the model's embeddings may need resizing.
         """
-        tokenizer = AutoTokenizer.from_pretrained(language_model, trust_remote_code=False)
+        with blaming(language_model):
+            tokenizer = AutoTokenizer.from_pretrained(language_model, trust_remote_code=False)
         if "<image>" not in tokenizer.get_vocab():
             tokenizer.add_tokens(["<image>"], special_tokens=True)
-        config = AutoConfig.from_pretrained(vision_tower, trust_remote_code=False)
+        with blaming(vision_tower):
+            config = AutoConfig.from_pretrained(vision_tower, trust_remote_code=False)
         config = getattr(config, "vision_config", config)
         side = config.image_size
         image_processor = LlavaImageProcessorPil(

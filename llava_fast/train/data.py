@@ -315,9 +315,9 @@ class LlavaDataset(Dataset):
         return source, row
 
     def images(self, index: int) -> list[str]:
-        """The paths of a sample's images, links not followed."""
-        folder = self.sources[self.place(index)[0]].image_folder
-        return [os.path.normpath(os.path.join(folder, image)) for image in parse_row(self.row(index))[1]]
+        """The real paths of a sample's images."""
+        folder = self._folders[self.place(index)[0]]
+        return [folder.resolve(image) for image in parse_row(self.row(index))[1]]
 
     def split(self, fraction: float, seed: int = 0) -> tuple[LlavaDataset, LlavaDataset]:
         """Two datasets, of about 1 − `fraction` and `fraction` of the samples, in the order of the file.

@@ -25,6 +25,7 @@ from transformers import AutoConfig, LlavaConfig
 from llava_fast.model.adapter import base_of, is_adapter
 from llava_fast.model.llava import LlavaForConditionalGeneration
 from llava_fast.model.source import open_checkpoint
+from llava_fast.model.weights import blaming
 from llava_fast.train.recipe import Recipe
 
 STATE_BYTES = 16  # of a trained parameter
@@ -64,8 +65,10 @@ def read_config(recipe: Recipe) -> LlavaConfig:
     if recipe.model is not None:
         folder = recipe.model
         return open_checkpoint(Path(base_of(folder, None)) if is_adapter(folder) else folder).config
-    folders = (recipe.vision_tower, recipe.language_model)
-    vision, text = (AutoConfig.from_pretrained(folder, trust_remote_code=False) for folder in folders)
+    with blaming(recipe.vision_tower):
+        vision = AutoConfig.from_pretrained(recipe.vision_tower, trust_remote_code=False)
+    with blaming(recipe.language_model):
+        text = AutoConfig.from_pretrained(recipe.language_model, trust_remote_code=False)
     return LlavaConfig(vision_config=getattr(vision, "vision_config", vision), text_config=text)
 
 

@@ -263,8 +263,10 @@ class ImageFolder:
         directory, base = os.path.split(name)
         if directory not in self._listings:
             real = self._inside(directory, name)
-            entries = os.scandir(real) if os.path.isdir(real) else ()
-            self._listings[directory] = {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
+            if real not in self._listings:  # a directory has many names (a, ./a, a/../a ...), but one listing
+                entries = os.scandir(real) if os.path.isdir(real) else ()
+                self._listings[real] = {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
+            self._listings[directory] = self._listings[real]
         is_plain = self._listings[directory].get(base)
         if is_plain is False or base in ("", ".", ".."):  # a link, a folder, a pipe
             return os.path.isfile(self.resolve(name))

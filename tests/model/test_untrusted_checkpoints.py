@@ -181,6 +181,16 @@ def test_code_beside_a_checkpoint_is_not_run_and_nobody_is_asked(copied: Path, m
     assert not (copied / "code-has-run").exists()
 
 
+@pytest.mark.parametrize("part", ["clip", "hf"])
+def test_parts_whose_config_is_damaged_are_named(copied: Path, part: str) -> None:
+    """A tower or a language model that a new LLaVA is to be made of."""
+    shutil.copy(copied / "original" / "tokenizer.json", copied / "hf")
+    edit(copied / part / "config.json", "vision_config", value={"hidden_size": "x"})
+    parts = {"vision_tower": copied / "clip", "language_model": copied / "hf"}
+    refused(lambda: LlavaForConditionalGeneration.assemble(**parts), copied / part, "hidden_size")
+    refused(lambda: LlavaProcessor.assemble(**parts), copied / part, "hidden_size")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

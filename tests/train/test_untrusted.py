@@ -24,6 +24,7 @@ from llava_fast.model.templates import TEMPLATES, get_template
 from llava_fast.train import rows
 from llava_fast.train.data import LlavaDataset
 from llava_fast.train.encode import IGNORE
+from llava_fast.train.inspect import check_images
 from llava_fast.train.mixture import choose_rows
 from llava_fast.train.recipe import Source
 
@@ -282,6 +283,27 @@ def test_a_link_to_the_image_folder_is_followed(surroundings, processor):
     (surroundings / "link").symlink_to(surroundings)
     (surroundings / "data.json").write_text(json.dumps([talk("<image>", "one", image="1.png")]))
     assert len(LlavaDataset(surroundings / "data.json", surroundings / "link", processor)) == 1
+
+
+def test_a_directory_of_many_names_is_listed_once(surroundings, processor, monkeypatch):
+    listed = []
+    monkeypatch.setattr(os, "scandir", lambda path, scan=os.scandir: listed.append(path) or scan(path))
+    names = ["./" * i + "0.png" for i in range(20)] + ["sub/../" * i + "0.png" for i in range(20)]
+    rows = [talk("<image>", "one", image=name) for name in names]
+    assert len(dataset(surroundings, processor, rows, on_error="raise")) == 40
+    assert listed.count(str(surroundings / "images")) == 1
+
+
+def test_a_path_through_a_link_is_the_one_that_is_read(surroundings, processor):
+    """With deep a link to sub/sub, `deep/../../x` is x in the folder; as a string it would be x beside the folder."""
+    images = surroundings / "images"
+    (images / "sub" / "sub").mkdir()
+    (images / "deep").symlink_to(images / "sub" / "sub")
+    Image.new("RGB", (9, 9)).save(images / "x.png")
+    through = dataset(surroundings, processor, [talk("<image>", "one", image="deep/../../x.png")], on_error="raise")
+    assert through[0]["pixel_values"].shape[0] == 1
+    assert through.images(0) == [str(images / "x.png")]
+    assert check_images([through], 1) == ([], 1)
 
 
 @pytest.mark.parametrize(
