@@ -205,7 +205,7 @@ def write_cache(
     Args:
         q_BTHd, k_BTGd, v_BTGd: new queries, keys and values; H may be 0.
         cos_BTd, sin_BTd: see `rotary`.
-        at: integer tensor of one element, the slot of the first token; at + T ≤ S.
+        at: integer tensor of one element, the slot of the first token; at + T ≤ S (the kernel drops the rest).
         keys_BGSd, values_BGSd: the cache, written to; float, or int8 with scales.
         key_scales_BGS, value_scales_BGS: float32, contiguous, written to.
 
@@ -224,6 +224,8 @@ def write_cache(
                 f"write_cache: k {tuple(k_BTGd.shape)} and v {tuple(v_BTGd.shape)} do not fit a cache "
                 f"[B, G, S, d] of {tuple(cache.shape)}"
             )
+        if k_BTGd.shape[1] > cache.shape[2]:
+            raise ValueError(f"write_cache: {k_BTGd.shape[1]} tokens for a cache of {cache.shape[2]} slots")
         if (scales is not None) != (cache.dtype == torch.int8) or (
             scales is not None and (scales.shape != cache.shape[:3] or scales.dtype != torch.float32)
         ):

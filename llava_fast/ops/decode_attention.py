@@ -68,7 +68,7 @@ def _decode_attention_kernel(
     t, head = r // group, key_head * group + r % group  # row r is query t of one head of the group
     inside = t < tokens
     start = tl.load(start_ptr + (batch * tokens + t), mask=inside, other=0)
-    end = tl.load(end_ptr + (batch * tokens + t), mask=inside, other=0)
+    end = tl.minimum(tl.load(end_ptr + (batch * tokens + t), mask=inside, other=0), slots)  # a full cache has no more
     low = tl.min(tl.where(end > start, start, 0x7FFFFFFF))
     high = tl.maximum(tl.max(tl.where(end > start, end, 0)), 0)
     share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), parts), BLOCK_N) * BLOCK_N

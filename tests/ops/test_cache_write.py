@@ -147,6 +147,8 @@ def test_what_is_refused() -> None:
     k, v = kv.chunk(2, 2)
     with pytest.raises(ValueError, match="do not fit a cache"):
         write_cache(q, k, v, cos, sin, at, keys[:, :1], values)
+    with pytest.raises(ValueError, match="2 tokens for a cache of 1 slots"):
+        write_cache(q, k, v, cos, sin, at, keys[:, :, :1], values[:, :, :1])
     with pytest.raises(ValueError, match="an int8 cache, and no other"):
         write_cache(q, k, v, cos, sin, at, keys.to(torch.int8), values)
     with pytest.raises(ValueError, match="head dimension 4 must be even and that of the angles"):

@@ -68,6 +68,23 @@ def test_empty_rows_and_a_cache_with_garbage(parts: int, device: str, monkeypatc
     assert not out[1].any()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_nothing_is_read_past_the_last_slot(parts: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A static cache that is full: more tokens have come than were written."""
+    monkeypatch.setattr(module, "_parts", lambda q, k: parts)
+    start = torch.zeros(1, 2, dtype=torch.int32, device=device)
+    end = torch.tensor([[42, 43]], dtype=torch.int32, device=device)
+    q = torch.randn(1, 2, 2, 16, device=device)
+    room = cache(2, 1, 60, 16, device)
+    room[:, 40:] = float("nan")
+    k, v = room[:, :40].split(1)
+    with use_backend("triton", "attention"), forced_tile("decode_attention", SMALL), poisoned():
+        out = attention(q, k, v, start, end)
+        assert torch.equal(out, attention(q, k, v, start, end.clamp(max=40)))
+    assert out.isfinite().all()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("key_heads", [32, 8])
