@@ -26,6 +26,8 @@ def recomputed(tensor: torch.Tensor, make: Callable[[], torch.Tensor] | None) ->
     """
     if make is None or not torch.is_grad_enabled() or torch.compiler.is_compiling() or not tensor.is_contiguous():
         return nullcontext()
+    if type(tensor) is not torch.Tensor:  # a DTensor has no address to know it by
+        return nullcontext()
     outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
     if outer is not None and not isinstance(getattr(outer[0], "__self__", None), _Recipe):
         return nullcontext()

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 
@@ -115,6 +116,17 @@ def test_all_is_freed_with_the_graph_and_makes_are_shared():
         assert kept() is None
     finally:
         gc.enable()
+
+
+def test_a_tensor_without_memory_of_its_own_is_kept():
+    """As DTensors are: all of them lie at address 0, and a weight may have as many numbers as the input."""
+    x, weight = (TwoTensor(torch.randn(4, 4), torch.randn(4, 4)).requires_grad_() for _ in range(2))
+    expected = torch.autograd.grad((x.square() @ weight).sum(), (x, weight))
+    h = x.square()
+    with recomputed(h, x.square):
+        y = h @ weight
+    for found, wanted in zip(torch.autograd.grad(y.sum(), (x, weight)), expected, strict=True):
+        assert torch.equal(found.a, wanted.a) and torch.equal(found.b, wanted.b)
 
 
 @pytest.mark.parametrize("inside", ["checkpoint", "offload"])
