@@ -185,26 +185,32 @@ def _open_file(file: Path) -> dict[str, Stored]:
     return weights
 
 
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, "pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {one_line(error)}") from None
+
+
 def _open_safetensors(file: Path) -> dict[str, Stored]:
     def reader(key: str) -> Callable[[], torch.Tensor]:
         def read() -> torch.Tensor:
             # Opened for each tensor: what an open file maps into memory stays until it is closed.
-            with safe_open(file, "pt") as opened:
+            with _opened(file) as opened:
                 return opened.get_tensor(key)
 
         return read
 
     weights = {}
-    try:
-        with safe_open(file, "pt") as opened:
-            for key in opened.keys():
-                part = opened.get_slice(key)
-                kind = part.get_dtype()
-                if kind not in DTYPES:
-                    raise ValueError(f"{file}: {key} has dtype {kind}, which is not one of {', '.join(DTYPES)}")
-                weights[key] = Stored(tuple(part.get_shape()), DTYPES[kind], reader(key), f"{file}: {key}")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {one_line(error)}") from None
+    with _opened(file) as opened:
+        for key in opened.keys():
+            part = opened.get_slice(key)
+            kind = part.get_dtype()
+            if kind not in DTYPES:
+                raise ValueError(f"{file}: {key} has dtype {kind}, which is not one of {', '.join(DTYPES)}")
+            weights[key] = Stored(tuple(part.get_shape()), DTYPES[kind], reader(key), f"{file}: {key}")
     return weights
 
 

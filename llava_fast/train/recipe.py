@@ -64,7 +64,8 @@ class Source:
             raise RecipeError(f"count: expected a number of rows or a percentage such as 10%, got {_show(self.count)}")
         rows = self.count if isinstance(self.count, int) else self.rows(10**9)
         _require("count", 0 < rows < 2**40, "must be positive", self.count)
-        _require("weight", self.weight is None or 0 < self.weight < math.inf, "must be positive", self.weight)
+        in_range = self.weight is None or 1e-6 <= self.weight <= 1e6
+        _require("weight", in_range, "must be from 1e-6 to 1e6", self.weight)
         if self.count is not None and self.weight is not None:
             raise RecipeError("weight: give either count or weight, not both")
         if self.sampling == "repeat" and self.count is None and self.weight is None:
@@ -315,6 +316,8 @@ def _override(values: dict[str, Any], override: str) -> None:
     elif outer == "lora":
         nested = _typed(Lora, {inner: _scalar(Lora, inner, text)}, where, prefix="lora.")
         values["lora"] = {**(values.get("lora") or {}), **nested}
+    elif outer in get_type_hints(Recipe):
+        raise RecipeError(f"{where}: {key}: {outer} is set as a whole, {outer}=…; only lora has keys of its own")
     else:
         raise RecipeError(f"{where}: {_unknown(outer, Recipe)}")
 

@@ -181,6 +181,13 @@ def test_code_beside_a_checkpoint_is_not_run_and_nobody_is_asked(copied: Path, m
     assert not (copied / "code-has-run").exists()
 
 
+def test_a_file_that_is_cut_short_after_it_was_opened(copied: Path) -> None:
+    file = copied / "hf" / "model.safetensors"
+    stored = next(iter(open_weights(file).values()))
+    file.write_bytes(file.read_bytes()[:-10])
+    refused(stored.read, file, "is not a whole safetensors file")
+
+
 @pytest.mark.parametrize("part", ["clip", "hf"])
 def test_parts_whose_config_is_damaged_are_named(copied: Path, part: str) -> None:
     """A tower or a language model that a new LLaVA is to be made of."""

@@ -35,8 +35,12 @@ RECIPES = {
     "no rows": ("data: [{path: chat.json, count: 0}]", "data[0].count: must be positive, got 0"),
     "no share": ("data: [{path: chat.json, count: 0%}]", "data[0].count: must be positive, got 0%"),
     "a count in words": ("data: [{path: chat.json, count: half}]", "data[0].count: expected a number of rows or a per"),
-    "a negative weight": ("data: [{path: chat.json, weight: -1}]", "data[0].weight: must be positive, got -1.0"),
-    "a weight that is no number": ("data: [{path: chat.json, weight: .nan}]", "data[0].weight: must be positive"),
+    "a negative weight": ("data: [{path: chat.json, weight: -1}]", "data[0].weight: must be from 1e-6 to 1e6"),
+    "a weight that is no number": (
+        "data: [{path: chat.json, weight: .nan}]",
+        "data[0].weight: must be from 1e-6 to 1e6",
+    ),
+    "a weight out of proportion": ("data: [{path: chat.json, weight: 1e-320}]", "data[0].weight: must be from 1e-6 to"),
     "count and weight": ("data: [{path: a, count: 1, weight: 1}]", "data[0].weight: give either count or weight"),
     "some weights": ("data: [{path: a, weight: 1}, {path: b}]", "data[1].weight: give every source a weight, or none"),
     "repeat without end": ("data: [{path: a, sampling: repeat}]", "data[0].sampling: repeat needs a count"),
@@ -101,3 +105,11 @@ def test_any_recipe_is_read_or_one_line(tmp_path, raw):
     with pytest.raises(ValueError) as error:  # too little for a recipe, whatever it is
         load_recipe(path)
     assert str(error.value).isprintable() and str(path) in str(error.value)
+
+
+def test_an_override_of_what_is_set_as_a_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.yaml").write_text("stage: full\nmodel: m\noutput_dir: o\ndata: d\n")
+    assert main([str(tmp_path / "recipe.yaml"), "data.0=other.json"]) == 2
+    assert capsys.readouterr().err == (
+        "error: command line: data.0: data is set as a whole, data=…; only lora has keys of its own\n"
+    )
