@@ -409,8 +409,8 @@ class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, Gener
             use_cache: default: the text config's when evaluating, False when training.
             key_start, key_end: int32 [B, T] key ranges (see `llava_fast.sequence`), instead of a mask.
             image_slots: int64 [M], flat positions of the image tokens in `input_ids`, where the caller knows them.
-            label_rows: int64, flat positions of the tokens whose next token has a label, where the caller knows them:
-                then nothing waits for the device.
+            label_rows: int64, ascending flat positions of the tokens whose next token has a label, where the caller
+                knows them: then nothing waits for the device.
             mm_encoder_outputs: {"image": result of `get_image_features`} instead of pixels.
             return_logits: whether `logits` are wanted beside a loss; by default when evaluating, not when training.
             kwargs: for the loss: `num_items_in_batch` divides its sum, instead of the number of labelled tokens.
