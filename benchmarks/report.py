@@ -209,6 +209,8 @@ def plot(device: str, op: str, direction: str, found: Results, path: Path) -> No
             axis.set_xticks([], minor=True)
             if name != "pct_of_floor":
                 axis.set_yscale("log")
+                for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                    ticks(lambda value, _: digits(value))
             axis.grid(alpha=0.3)
         axes[0][0].legend()
         figure.suptitle(f"{op}, {direction}, {GPUS.get(device, device)}")
