@@ -337,14 +337,8 @@ class LlavaTrainer(Trainer):
         self._n_tokens += inputs["input_ids"].numel()
         if num_items_in_batch is not None:
             num_items_in_batch = num_items_in_batch.clamp(min=1)
-        inputs = {**inputs, "use_cache": False}
-        if inputs["label_rows"].numel():
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # Samples that fill up an epoch: DDP waits for the gradients of all parameters, so one row is read, for nothing.
-        labels = inputs["labels"].clone()
-        labels[0, 1] = inputs["input_ids"][0, 1]
-        inputs |= {"labels": labels, "label_rows": torch.zeros_like(labels[0, :1])}
-        return 0 * super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        # Samples that fill up an epoch have no labels: their loss, and its gradients, are zeros.
+        return super().compute_loss(model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch)
 
     # Evaluation
 
