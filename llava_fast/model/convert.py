@@ -39,6 +39,7 @@ from llava_fast.model.weights import (
     in_memory,
     parse_size,
     read_json,
+    sync_entry,
     verify,
     write_text,
     write_weights,
@@ -140,9 +141,9 @@ def convert(
         verify(partial, weights, digests)
         if with_tower:
             check_source(LlavaForConditionalGeneration, open_checkpoint(partial))
-        _sync(partial)
+        sync_entry(partial)
         partial.rename(target)
-        _sync(target.absolute().parent)
+        sync_entry(target.absolute().parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -230,12 +231,3 @@ def _permit(folder: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     folder.chmod(0o777 & ~umask)
-
-
-def _sync(folder: Path) -> None:
-    """Have the disk confirm a directory's entries."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -331,6 +331,15 @@ def tensor_bytes(stored: Stored) -> memoryview:
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
+def sync_entry(path: Path) -> None:
+    """Have the disk confirm a file, or a directory's own entries."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_bytes(file: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """Write a file and have the disk confirm it; an error names the file."""
     try:

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from llava_fast.model.weights import sync_entry
 from llava_fast.train.recipe import Recipe, RecipeError
 
 UNFINISHED = ".unfinished"
@@ -80,14 +81,14 @@ def publish(source: Path, target: Path) -> None:
     if target.is_dir():
         _discard(target)
     os.replace(source, target)
-    _sync_entry(target.parent)
+    sync_entry(target.parent)
 
 
 def publish_model(source: Path, target: Path) -> None:
     """Move a model's files and folders into `target`, `config.json` last: without it nothing loads half a model."""
     sync(source)
     (target / "config.json").unlink(missing_ok=True)
-    _sync_entry(target)
+    sync_entry(target)
     for path in sorted(source.iterdir(), key=lambda path: path.name == "config.json"):
         publish(path, target / path.name)
     shutil.rmtree(target / UNFINISHED)
@@ -114,15 +115,7 @@ def _files(folder: Path) -> list[Path]:
 def sync(folder: Path) -> None:
     """Have the disk confirm everything below `folder`, and `folder` itself."""
     for path in [*folder.rglob("*"), folder]:
-        _sync_entry(path)
-
-
-def _sync_entry(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_entry(path)
 
 
 # Reading
