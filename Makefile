@@ -33,7 +33,7 @@ report: $(READY) ## tables and plots of the stored results, in README.md and doc
 	$(BIN)/python -m benchmarks.report $(if $(ADD),--add $(ADD))
 
 compile-report: $(READY) ## compile every kernel for A100 and H100, no GPU needed; fails on spills
-	$(BIN)/python -m llava_fast.ops.compile_report
+	$(BIN)/python -m benchmarks.compile_report
 
 # Where PYTHON is given, that one is used as it is: a GPU machine may have its own PyTorch, and no network.
 OUT ?= build/gpu

@@ -30,9 +30,9 @@ from typing import IO, Any
 
 import torch
 
+from benchmarks.compile_report import operation_modules
 from benchmarks.records import DEVICE, ROOT, run_info
 from benchmarks.report import case_key, digits, duration
-from llava_fast.ops.compile_report import operation_modules
 
 # Seconds that each step may take, in this order; what one leaves, the next may use. Together under ten minutes.
 LIMITS = {"extension": 70, "tune": 150, "tests": 140, "benchmarks": 200}

@@ -12,7 +12,7 @@ import torch
 from benchmarks.harness import Case, Tensors, benchmark_of, report
 from benchmarks.records import DEVICE
 from llava_fast import backend
-from llava_fast.ops.int8_attention import int8_attention, int8_attention_reference
+from llava_fast.ops.attention.int8 import int8_attention, int8_attention_reference
 
 
 def cases(gpu: bool) -> list[Case]:

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.compile_report import DTYPES, SHARED_LIMIT, compile_launch, operation_modules
 from benchmarks.records import DEVICE
 from llava_fast import backend
 from llava_fast.ops import _launch
 from llava_fast.ops._launch import Tile, architecture, forced_tile, recorded, tile_table
-from llava_fast.ops.compile_report import DTYPES, SHARED_LIMIT, compile_launch, operation_modules
 
 WORTHWHILE = 0.98  # a new tile's time, as a share of the shipped one's
 

@@ -14,9 +14,9 @@ _HOME = {
     "LlavaConfig": "llava_fast.model.llava",
     "LlavaForConditionalGeneration": "llava_fast.model.llava",
     "LlavaModel": "llava_fast.model.llava",
-    "LlavaProcessor": "llava_fast.model.processor",
+    "LlavaProcessor": "llava_fast.processor.processor",
     "attention": "llava_fast.ops.attention",
-    "register_attention": "llava_fast.model.attention_interface",
+    "register_attention": "llava_fast.attention_interface",
     "use_backend": "llava_fast.backend",
 }
 
@@ -32,11 +32,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from llava_fast.attention_interface import register_attention
     from llava_fast.backend import use_backend
-    from llava_fast.model.attention_interface import register_attention
     from llava_fast.model.llava import LlavaConfig, LlavaForConditionalGeneration, LlavaModel
-    from llava_fast.model.processor import LlavaProcessor
     from llava_fast.ops.attention import attention
+    from llava_fast.processor.processor import LlavaProcessor
 
 
 def __getattr__(name: str) -> Any:

@@ -67,8 +67,8 @@ def chat(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Talk to a model about images; the answer is printed as it comes."""
-    from llava_fast.model.generate import load, stream
-    from llava_fast.model.processor import read_rgb
+    from llava_fast.chat import load, stream
+    from llava_fast.processor.processor import read_rgb
 
     images = [read_rgb(path) for path in image or ()]
     loaded, processor = load(model, device=device, dtype=dtype)
@@ -130,7 +130,7 @@ def convert(
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 512MB.")] = "5GB",
 ) -> None:
     """Write a checkpoint in another layout, in bounded memory; it is verified before it appears."""
-    from llava_fast.model import convert as converter
+    from llava_fast import convert as converter
 
     done = converter.convert(
         source,
@@ -285,7 +285,7 @@ def _backends(problems: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 
     try:
         ops = importlib.import_module("llava_fast.ops")
-        for module in pkgutil.iter_modules(ops.__path__, "llava_fast.ops."):
+        for module in pkgutil.walk_packages(ops.__path__, "llava_fast.ops."):
             importlib.import_module(module.name)
     except ImportError as error:
         problems.append(f"the operations cannot be imported: {error}")

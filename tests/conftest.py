@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 # Before anything imports transformers: nothing here may go looking for a model on a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -36,6 +37,30 @@ def _seeded() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """Tiny models and batches."""
+    from tests import models
+
+    return models
+
+
+@pytest.fixture(autouse=True)
+def _one_quiet_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tiny tensors only lose time on several threads."""
+    if "tiny" not in request.fixturenames:
+        yield
+        return
+    import transformers
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    transformers.logging.disable_progress_bar()
+    yield
+    transformers.logging.enable_progress_bar()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a LLaVA with random weights; images are 28 × 28 pixels, 4 tokens.
 
@@ -45,7 +70,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaImageProcessorPil, PreTrainedTokenizerFast
 
     from llava_fast import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-    from llava_fast.model.templates import TEMPLATES
+    from llava_fast.processor.templates import TEMPLATES
 
     special = ["<unk>", "<s>", "</s>", "<image>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

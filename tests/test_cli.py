@@ -117,7 +117,7 @@ def test_doctor_finds_a_directory_it_cannot_write(monkeypatch: pytest.MonkeyPatc
 
 
 def test_chat_answers_a_question(tiny_checkpoint: Path, picture: Path, capsys: pytest.CaptureFixture[str]):
-    from llava_fast.model.generate import load, stream
+    from llava_fast.chat import load, stream
 
     arguments = ["--prompt", "What is it?", "--max-new-tokens", 8, "--device", "cpu"]
     assert run("chat", tiny_checkpoint, "--image", picture, *arguments) == 0
@@ -137,7 +137,7 @@ def test_chat_reads_questions_until_there_are_no_more(
         asked.append((arguments[3], list(turns)))
         return ["It is ", f"{len(asked)}."]
 
-    monkeypatch.setattr("llava_fast.model.generate.stream", answer)
+    monkeypatch.setattr("llava_fast.chat.stream", answer)
     monkeypatch.setattr(sys, "stdin", io.StringIO("first?\n\n  second?\n"))
     assert run("chat", tiny_checkpoint, "--image", picture, "--device", "cpu") == 0
     assert capsys.readouterr().out == "It is 1.\nIt is 2.\n"

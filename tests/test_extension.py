@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from llava_fast.ops import compile_report, resize
+from benchmarks import compile_report
+from llava_fast.ops import resize
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "test-extension"

@@ -14,19 +14,37 @@ import llava_fast
 ROOT = Path(__file__).resolve().parents[1]
 
 # Lowest first. Units of one layer do not import each other, except that the command line offers the demo.
-LAYERS = [{"backend"}, {"ops"}, {"sequence"}, {"model"}, {"train", "benchmarks"}, {"cli", "demo"}]
+LAYERS = [
+    {"backend", "errors"},
+    {"ops"},
+    {"sequence"},
+    {"model"},
+    {"checkpoint", "processor"},
+    {"drop_in", "attention_interface"},
+    {"train", "chat", "convert", "benchmarks"},
+    {"cli", "demo"},
+]
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 
 # Who may import what, by prefix of the importing module.
 ONLY_IN = {
     "triton": ("llava_fast.ops",),
-    "transformers": ("llava_fast.model", "llava_fast.train"),
+    "transformers": (
+        "llava_fast.model",
+        "llava_fast.checkpoint",
+        "llava_fast.processor",
+        "llava_fast.drop_in",
+        "llava_fast.attention_interface",
+        "llava_fast.train",
+        "llava_fast.chat",
+        "llava_fast.convert",
+    ),
     "peft": ("llava_fast.train",),
     "accelerate": ("llava_fast.train",),
     "llava_fast._cuda": ("llava_fast.backend",),
 }
 # Merging an adapter needs peft, so its file may import it, inside a function only.
-LAZILY = {("llava_fast.model.adapter", "peft")}
+LAZILY = {("llava_fast.checkpoint.adapter", "peft")}
 
 
 @dataclass(frozen=True)
@@ -118,7 +136,7 @@ def test_imports_point_down_only():
 def test_every_module_has_a_layer():
     units = {unit_of(module) for module, _ in modules()} - {"llava_fast"}
     assert units <= RANK.keys(), f"give these a layer: {sorted(units - RANK.keys())}"
-    assert {"backend", "ops", "sequence", "model", "train", "cli", "demo"} <= units
+    assert {unit for units in LAYERS for unit in units} == units
 
 
 @pytest.mark.parametrize(
@@ -134,7 +152,7 @@ def test_every_module_has_a_layer():
         ("llava_fast.model.llava", "import triton.language as tl", "triton belongs to llava_fast.ops"),
         ("llava_fast.ops.norm", "from transformers import LlavaConfig", "transformers belongs to"),
         ("llava_fast.cli", "import importlib\nimportlib.import_module('transformers')", "transformers belongs"),
-        ("llava_fast.model.adapter", "import peft", "peft belongs to llava_fast.train"),
+        ("llava_fast.checkpoint.adapter", "import peft", "peft belongs to llava_fast.train"),
         ("llava_fast.model.llava", "def f():\n    import peft", "peft belongs to llava_fast.train"),
         ("llava_fast.ops.norm", "from llava_fast import _cuda", "llava_fast._cuda belongs to"),
     ],
@@ -150,7 +168,7 @@ def test_a_forbidden_import_is_found(module: str, source: str, complaint: str):
     [
         ("llava_fast.cli", "from llava_fast.demo.run import run"),
         ("llava_fast.demo.run", "from llava_fast import LlavaProcessor, __version__"),
-        ("llava_fast.model.adapter", "def merge():\n    from peft import PeftModel"),
+        ("llava_fast.checkpoint.adapter", "def merge():\n    from peft import PeftModel"),
         ("llava_fast.train.trainer", "import transformers, peft, accelerate\nfrom ..model import llava"),
         ("llava_fast.ops.norm", "import triton\nfrom llava_fast.backend import choose\nfrom . import rotary"),
         ("benchmarks.test_norm", "import transformers\nfrom llava_fast.ops.norm import rms_norm"),

@@ -39,7 +39,7 @@ from llava_fast import LlavaConfig, LlavaForConditionalGeneration
 from llava_fast.demo import world
 from llava_fast.demo.world import Object, Scene
 from llava_fast.model.llava import CLIP_MEAN, CLIP_STD
-from llava_fast.model.templates import get_template
+from llava_fast.processor.templates import get_template
 
 WEIGHTS = Path(__file__).parent / "weights"
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")

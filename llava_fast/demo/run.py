@@ -17,10 +17,10 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from llava_fast.chat import conversation, load, stream
 from llava_fast.demo import world
 from llava_fast.demo.report import write_report
 from llava_fast.demo.world import Question, Scene
-from llava_fast.model.generate import conversation, load, stream
 from llava_fast.train.recipe import load_recipe
 from llava_fast.train.trainer import run as train
 

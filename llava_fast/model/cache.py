@@ -14,8 +14,8 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, StaticLayer
 
 from llava_fast.ops.attention import attention
+from llava_fast.ops.attention.int8 import int8_attention
 from llava_fast.ops.cache_write import dequantise, quantise_reference, write_cache
-from llava_fast.ops.int8_attention import int8_attention
 from llava_fast.ops.rotary import rotary
 
 

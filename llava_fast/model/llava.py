@@ -18,12 +18,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from llava_fast.model.checkpoint import CheckpointMixin
+from llava_fast.checkpoint.load import CheckpointMixin
+from llava_fast.model.graph import VisionGraphs
 from llava_fast.model.language import LanguageModel, Rows
 from llava_fast.model.plain import is_plain_lookup
 from llava_fast.model.projector import Projector
 from llava_fast.model.vision import VisionAttention, VisionEmbeddings, VisionMLP, VisionTower, feature_layers
-from llava_fast.model.vision_graph import VisionGraphs
 from llava_fast.ops.loss import linear_cross_entropy
 from llava_fast.ops.merge import embed_merge, merge
 from llava_fast.sequence import key_ranges

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from llava_fast.model.weights import sync_entry
+from llava_fast.checkpoint.weights import sync_entry
 from llava_fast.train.recipe import Recipe, RecipeError
 
 UNFINISHED = ".unfinished"

@@ -22,9 +22,9 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from llava_fast.model.images import one_line
-from llava_fast.model.processor import LlavaProcessor
-from llava_fast.model.templates import IMAGE_MARK, Piece, Template, get_template
+from llava_fast.errors import one_line
+from llava_fast.processor.processor import LlavaProcessor
+from llava_fast.processor.templates import IMAGE_MARK, Piece, Template, get_template
 from llava_fast.sequence import pack
 from llava_fast.train.encode import IGNORE, bos, check_spaces, encode
 from llava_fast.train.mixture import choose_rows

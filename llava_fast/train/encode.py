@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from llava_fast.model.processor import LlavaProcessor
-from llava_fast.model.templates import IMAGE_MARK, Piece
+from llava_fast.processor.processor import LlavaProcessor
+from llava_fast.processor.templates import IMAGE_MARK, Piece
 
 IGNORE = -100  # the label of a token that is not supervised
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 from tqdm import tqdm
 
-from llava_fast.model.images import one_line
+from llava_fast.errors import one_line
 from llava_fast.train.data import LlavaDataset
 from llava_fast.train.encode import IGNORE
 from llava_fast.train.memory import Prediction, predict, read_config

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_fast.model.images import one_line
+from llava_fast.errors import one_line
 from llava_fast.train.recipe import RecipeError
 
 MAX_CHARACTERS = 1_000_000  # of all turns of a row; tokenising more only to cut it off takes minutes

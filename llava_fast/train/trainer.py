@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 
 from llava_fast.model.llava import LlavaForConditionalGeneration
-from llava_fast.model.processor import LlavaProcessor
-from llava_fast.model.templates import get_template
+from llava_fast.processor.processor import LlavaProcessor
+from llava_fast.processor.templates import get_template
 from llava_fast.train import checkpoints
 from llava_fast.train.data import LlavaDataset, PackedCollator
 from llava_fast.train.recipe import Recipe, RecipeError, Source

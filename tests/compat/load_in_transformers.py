@@ -61,7 +61,7 @@ def make(folder: Path) -> None:
     """Write a model of each case to `folder`, in HF's layout and the original one, with inputs and logits."""
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlavaConfig
 
-    from llava_fast.model.convert import convert
+    from llava_fast.convert import convert
     from llava_fast.model.llava import LlavaForConditionalGeneration
 
     vision = CLIPVisionConfig(

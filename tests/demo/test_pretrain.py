@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPVisionModel, LlamaForCausalLM
 
 from llava_fast.demo import pretrain, world
-from llava_fast.model.templates import get_template
+from llava_fast.processor.templates import get_template
 
 
 @pytest.fixture(scope="module")

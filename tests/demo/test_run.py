@@ -9,11 +9,11 @@ import torch
 import transformers
 from PIL import Image
 
+from llava_fast.chat import conversation
 from llava_fast.demo import run as demo
 from llava_fast.demo import world
 from llava_fast.demo.report import write_report
 from llava_fast.demo.world import Question
-from llava_fast.model.generate import conversation
 
 SIZE = demo.Size(
     captions=32, pictures=16, questions=4, held_out=6, chats=1, overrides=("max_steps=2", "logging_steps=1")

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from llava_fast.backend import use_backend
-from llava_fast.model import vision_graph
+from llava_fast.model import graph as vision_graph
+from llava_fast.model.graph import SHAPES, VisionGraphs, capturable, wanted
 from llava_fast.model.llava import CLIP_MEAN, CLIP_STD, LlavaForConditionalGeneration
 from llava_fast.model.plain import is_plain, is_plain_lookup
-from llava_fast.model.vision_graph import SHAPES, VisionGraphs, capturable, wanted
 from llava_fast.ops._launch import recorded
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")

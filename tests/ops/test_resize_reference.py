@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import LlavaImageProcessorPil
 
-from llava_fast.model.processor import LlavaProcessor
 from llava_fast.ops.resize import preprocess
+from llava_fast.processor.processor import LlavaProcessor
 
 GREY = (122, 116, 104)
 

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from llava_fast.model.processor import LlavaProcessor
-from llava_fast.model.templates import Vicuna
+from llava_fast.processor.processor import LlavaProcessor
+from llava_fast.processor.templates import Vicuna
 from llava_fast.sequence import pack
 from llava_fast.train import data
 from llava_fast.train.data import IGNORE, LlavaDataset, PackedCollator

@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from llava_fast import LlavaForConditionalGeneration, cli
 from llava_fast.demo import run as demo
-from llava_fast.model.processor import LlavaProcessor
+from llava_fast.processor.processor import LlavaProcessor
 from llava_fast.train.inspect import Inspection, check_images, inspect, show, statistics
 from llava_fast.train.memory import count_parameters, predict
 from llava_fast.train.recipe import Recipe

@@ -16,7 +16,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
-from llava_fast.model.processor import LlavaProcessor
+from llava_fast.processor.processor import LlavaProcessor
 from llava_fast.train.data import LlavaDataset
 
 VOCABULARY = (

@@ -1,0 +1,1 @@
+"""Every checkpoint layout, in and out."""

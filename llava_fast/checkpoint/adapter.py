@@ -1,0 +1,156 @@
+"""LoRA adapters, of the original code and of peft, under the names of whatever version trained them.
+
+    original        adapter_config.json, adapter_model.*, config.json (llava_llama), non_lora_trainables.bin; keys
+                    base_model.model.model.layers.N.*; the base is a bare language model or an original LLaVA
+    HF before 4.52  base_model.model.language_model.model.layers.N.*
+    HF since        base_model.model.model.language_model.layers.N.*      (ours, too)
+
+Here alone the model layer needs peft, and only once there is an adapter.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llava_fast.checkpoint.layouts import classic_name, is_original, original_name, our_name
+from llava_fast.checkpoint.source import Source, local_folder, open_checkpoint
+from llava_fast.checkpoint.weights import Stored, open_weights, read_json
+from llava_fast.errors import blaming
+
+SETTINGS, TRAINED = "adapter_config.json", "non_lora_trainables.bin"
+PREFIX = "base_model.model."
+
+
+def is_adapter(path: str | os.PathLike) -> bool:
+    return (Path(path) / SETTINGS).is_file()
+
+
+def is_original_adapter(folder: Path) -> bool:
+    config = folder / "config.json"
+    return (folder / TRAINED).is_file() or (config.is_file() and is_original(read_json(config)))
+
+
+def base_of(folder: Path, base_model: str | os.PathLike | None) -> str:
+    """The base model's directory (or, where the caller names one, hub name).
+
+    Raises:
+        ValueError: when the adapter names none.
+        FileNotFoundError: when what it names is not on this machine.
+    """
+    if base_model is not None:
+        return os.fspath(base_model)
+    file = folder / SETTINGS
+    name = read_json(file).get("base_model_name_or_path")
+    if not name or not isinstance(name, str):
+        raise ValueError(f"{file} names no base model (base_model_name_or_path); pass base_model=DIRECTORY")
+    found = local_folder(name, folder)
+    if found is None:
+        raise FileNotFoundError(
+            f"{file}: base_model_name_or_path {name!r} is no directory here and not in the cache; "
+            "pass base_model=DIRECTORY"
+        )
+    return str(found)
+
+
+def open_original_base(folder: Path, base_model: str | os.PathLike | None, **sources: Any) -> Source:
+    """Base, tower, and what the original LoRA run in `folder` trained in full (the projector), in one."""
+    settings = folder / "config.json"
+    if not settings.is_file():
+        raise FileNotFoundError(f"{settings} is missing: it is the config of the model that was trained")
+    base = Path(base_of(folder, base_model))
+    trained = _non_lora_trainables(folder / TRAINED) if (folder / TRAINED).is_file() else {}
+    return open_checkpoint(base, settings=settings, trained=trained, **sources)
+
+
+def _non_lora_trainables(file: Path) -> dict[str, Stored]:
+    found = open_weights(file)
+    keys = {key: key.removeprefix("base_model.") for key in found}
+    if any(key.startswith("model.model.") for key in keys.values()):
+        keys = {key: name.removeprefix("model.") for key, name in keys.items()}
+    return {our_name(name): found[key] for key, name in keys.items()}
+
+
+def apply_adapter(model: nn.Module, folder: Path, check: Callable[[Path, dict, bool], None]) -> Any:
+    """`model` wrapped by peft, with the adapter in `folder` in place; a `PeftModel`.
+
+    Args:
+        check: raises for missing, unexpected and mis-shaped keys.
+
+    Raises:
+        ValueError: when keys and model do not fit; the message names them.
+    """
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    weights, foreign = _adapter_weights(folder)
+    with blaming(folder / SETTINGS):
+        settings = PeftConfig.from_pretrained(str(folder))
+        settings.inference_mode = True
+        if foreign:
+            _translate(settings, model, language_only=is_original_adapter(folder))
+            if not settings.target_modules:
+                raise ValueError(f"target_modules fit no layer of {model.name_or_path}")
+        base = settings.base_model_name_or_path
+        settings.base_model_name_or_path = model.name_or_path  # peft would warn, and replace it as well
+        wrapped = get_peft_model(model, settings)
+        settings.base_model_name_or_path = base
+    wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    misshaped = [
+        (key, weights[key].shape, wanted[key].shape)
+        for key in weights.keys() & wanted.keys()
+        if weights[key].shape != wanted[key].shape
+    ]
+    info = {
+        "missing_keys": wanted.keys() - weights.keys(),
+        # peft also saves a layer of the base model where its adapter is on the embeddings or the head.
+        "unexpected_keys": weights.keys() - wanted.keys() - wrapped.state_dict().keys(),
+        "mismatched_keys": misshaped,
+    }
+    check(folder, info, False)
+    set_peft_model_state_dict(wrapped, weights)
+    return wrapped.eval()
+
+
+def _adapter_weights(folder: Path) -> tuple[dict[str, torch.Tensor], bool]:
+    """The adapter's tensors with our names for the layers, and whether the file had others."""
+    weights, foreign = {}, False
+    for key, stored in open_weights(folder, "adapter_model").items():
+        name = PREFIX + our_name(key.removeprefix(PREFIX)) if key.startswith(PREFIX) else key
+        foreign |= name != key
+        weights[name] = stored.read()
+    return weights, foreign
+
+
+def _translate(settings: Any, model: nn.Module, language_only: bool) -> None:
+    """Make peft's settings, which go by the names of another version, name our layers instead."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    def aliases(name: str) -> list[str]:
+        dotted = f"{name}."
+        if language_only:
+            return [original_name(dotted)[:-1]] if name.startswith(("model.language_model.", "lm_head")) else []
+        classic, tower = classic_name(dotted)[:-1], re.sub(r"^model\.vision_tower", r"\g<0>.vision_model", name)
+        return [name, classic, classic.replace("vision_model.", ""), tower]
+
+    settings.target_modules = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d)
+        # An excluded module comes back as an object that is false.
+        and any(check_target_module_exists(settings, alias) for alias in aliases(name))
+    }
+
+    def renamed(names: Mapping[str, Any]) -> dict[str, Any]:
+        return {our_name(f"{name}.").removesuffix("."): value for name, value in names.items()}
+
+    if settings.modules_to_save:
+        settings.modules_to_save = list(renamed(dict.fromkeys(settings.modules_to_save)))
+    for patterns in ("rank_pattern", "alpha_pattern"):
+        if getattr(settings, patterns, None):
+            setattr(settings, patterns, renamed(getattr(settings, patterns)))

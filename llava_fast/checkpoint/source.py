@@ -1,0 +1,236 @@
+"""A checkpoint in any layout as one thing: a config of HF's kind, and tensors under our names, not yet read.
+
+The pieces may lie apart, as the original code leaves them: a language model without tower, the tower in a CLIP
+directory, the projector of stage 1 in `mm_projector.bin`, what a LoRA run trained beside it in another file. Nothing is
+ever fetched from a network: a name that is not a directory here may only be one in the local cache.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig, LlavaConfig
+from transformers.utils import cached_file
+
+from llava_fast.checkpoint.layouts import (
+    DERIVED,
+    EMBEDDINGS,
+    HEAD,
+    KNOWN_TOWERS,
+    dtype_of,
+    is_original,
+    llava_config,
+    our_name,
+    projector_type,
+)
+from llava_fast.checkpoint.weights import Stored, open_weights, read_json
+from llava_fast.errors import blaming
+from llava_fast.model.language import SUPPORTED
+
+PROJECTOR, TOWER = "model.multi_modal_projector.", "model.vision_tower."
+_TOWER_PARTS = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint: where it is, its layout ("hf" or "original"), its config, and its tensors by our names."""
+
+    path: Path
+    layout: str
+    config: LlavaConfig
+    weights: dict[str, Stored]
+
+
+def open_checkpoint(
+    path: Path,
+    *,
+    vision_tower: str | os.PathLike | None = None,
+    mm_projector: str | os.PathLike | None = None,
+    settings: Path | None = None,
+    trained: dict[str, Stored] | None = None,
+) -> Source:
+    """Open a checkpoint folder of either layout, or a bare language model that `mm_projector` makes a LLaVA of.
+
+    Args:
+        vision_tower: CLIP directory; its weights come before those of a tower inside the checkpoint.
+        mm_projector: `mm_projector.bin` or `.safetensors` (stage 1); comes before the projector inside.
+        settings: an original `config.json` to go by instead of the folder's own (LoRA on a bare language model).
+        trained: further tensors, by our names, that come before the checkpoint's.
+
+    Raises:
+        OSError: when a file or directory is missing; the message names it, and what to pass.
+        ValueError: for another kind of checkpoint, a damaged file, or numbers that do not fit.
+    """
+    file = path / "config.json"
+    own = read_json(file)
+    weights = {**_by_our_names(open_weights(path)), **(trained or {})}
+    if mm_projector is not None:
+        projector = open_projector(Path(mm_projector))
+        weights = {name: stored for name, stored in weights.items() if not name.startswith(PROJECTOR)} | projector
+        beside = Path(mm_projector).parent / "config.json"
+        if settings is None and not _has_vision(own) and beside.is_file() and is_original(read_json(beside)):
+            settings = beside
+    hf = own.get("model_type") == "llava" and not is_original(own)
+    if hf:
+        config = hf_config(own, file)
+        folder = _tower_folder(vision_tower)
+        if mm_projector is not None or trained:
+            config.mm_projector_type = projector_type(weights)
+    else:
+        flat = _flat_config(own, file, settings, weights)
+        inside = any(name.startswith(TOWER) for name in weights)
+        folder = _tower_folder(vision_tower)
+        if folder is None and not inside:
+            folder = _named_tower(flat, settings or file)
+        vision = clip_config(folder) if folder is not None else _config_of_tower_inside(flat, settings or file)
+        config = llava_config(flat, vision, settings or file)
+        _fit_vocabulary(path, weights, flat["vocab_size"], config.text_config.vocab_size)
+    if folder is not None:
+        weights = {name: stored for name, stored in weights.items() if not name.startswith(TOWER)} | open_tower(folder)
+    if config.tie_word_embeddings and HEAD in weights and EMBEDDINGS in weights:
+        if not torch.equal(weights[HEAD].read(), weights[EMBEDDINGS].read()):
+            raise ValueError(f"{file}: tie_word_embeddings is true, but lm_head and embed_tokens differ")
+        del weights[HEAD]
+    return Source(path, "hf" if hf else "original", config, weights)
+
+
+def hf_config(own: dict[str, Any], file: Path) -> LlavaConfig:
+    """The config in HF's `config.json`; a ValueError names the file."""
+    with blaming(file):
+        config = LlavaConfig.from_dict(own)
+        dtype_of(config.dtype)
+        return config
+
+
+def _has_vision(config: dict[str, Any]) -> bool:
+    return config.get("model_type") == "llava" or is_original(config)
+
+
+def _by_our_names(weights: dict[str, Stored]) -> dict[str, Stored]:
+    """Tensors of any layout by our names, without buffers that can be derived."""
+    renamed: dict[str, Stored] = {}
+    for key, stored in weights.items():
+        if DERIVED.search(key):
+            continue
+        name = our_name(key)
+        if name in renamed:
+            raise ValueError(f"{stored.origin} is there twice: {renamed[name].origin}")
+        renamed[name] = stored
+    return renamed
+
+
+def _flat_config(own: dict[str, Any], file: Path, settings: Path | None, weights: dict[str, Stored]) -> dict[str, Any]:
+    """The original config to go by; that of a bare language model is made into one."""
+    if settings is not None:
+        own, file = read_json(settings), settings
+    if is_original(own):
+        return own
+    kind = own.get("model_type")
+    if kind not in SUPPORTED:
+        raise ValueError(
+            f"{file}: model_type is {kind!r}; expected 'llava' (HF), 'llava_llama' or 'llava_mistral' (original)"
+        )
+    if not any(name.startswith(PROJECTOR) for name in weights):
+        raise ValueError(f"{file}: model_type is {kind!r}, a language model alone; pass mm_projector=FILE beside it")
+    return {**own, "model_type": f"llava_{kind}", "mm_projector_type": projector_type(weights)}
+
+
+def _fit_vocabulary(path: Path, weights: dict[str, Stored], said: int, wanted: int) -> None:
+    """Check that embeddings and head have as many rows as the config says, and grow them to those that are wanted."""
+    for name in (EMBEDDINGS, HEAD):
+        if name in weights:
+            rows = weights[name].shape[0] if weights[name].shape else 0
+            if rows != said:
+                raise ValueError(f"{path}: {name} has {rows} rows, but config.json says vocab_size {said}")
+            weights[name] = weights[name].rows(wanted)
+
+
+# Projector and tower
+
+
+def open_projector(file: Path) -> dict[str, Stored]:
+    """The projector in `mm_projector.bin` or `.safetensors`, whatever stands before `mm_projector.` in its keys.
+
+    Raises:
+        OSError, ValueError: when the file is missing, damaged, or has no projector in it.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"mm_projector: no file {file}")
+    projector = {name: stored for name, stored in _by_our_names(open_weights(file)).items() if PROJECTOR in name}
+    projector = {PROJECTOR + name.partition(PROJECTOR)[2]: stored for name, stored in projector.items()}
+    if not projector:
+        raise ValueError(f"{file} has no key with 'mm_projector.' in it")
+    return projector
+
+
+def open_tower(folder: Path) -> dict[str, Stored]:
+    """The vision tower in a CLIP directory (of the whole model or of the vision part)."""
+    tower = {}
+    for key, stored in open_weights(folder).items():
+        name = key.removeprefix("vision_model.")
+        if name.startswith(_TOWER_PARTS) and not DERIVED.search(name):
+            tower[TOWER + name] = stored
+    return tower
+
+
+def clip_config(folder: Path) -> CLIPVisionConfig:
+    """The vision config of a CLIP directory."""
+    file = folder / "config.json"
+    config = read_json(file)
+    kind = config.get("model_type")
+    if kind == "clip":
+        with blaming(file):
+            config = {key: value for key, value in config.get("vision_config", {}).items() if key != "model_type"}
+    elif kind != "clip_vision_model":
+        raise ValueError(f"{file}: model_type is {kind!r}; expected 'clip' or 'clip_vision_model'")
+    with blaming(file):
+        return CLIPVisionConfig.from_dict(config)
+
+
+def _tower_folder(vision_tower: str | os.PathLike | None) -> Path | None:
+    if vision_tower is None:
+        return None
+    folder = local_folder(vision_tower)
+    if folder is None:
+        raise FileNotFoundError(f"vision_tower: no directory {os.fspath(vision_tower)}")
+    return folder
+
+
+def _named_tower(flat: dict[str, Any], file: Path) -> Path:
+    name = flat.get("mm_vision_tower")
+    folder = None if not isinstance(name, str) else local_folder(name, file.parent)
+    if folder is None:
+        raise FileNotFoundError(
+            f"{file}: the weights have no vision tower, and mm_vision_tower {name!r} is no directory here: "
+            "pass vision_tower=DIRECTORY of that CLIP model"
+        )
+    return folder
+
+
+def _config_of_tower_inside(flat: dict[str, Any], file: Path) -> CLIPVisionConfig:
+    """The shape of a tower whose weights are in the checkpoint, and whose config may be elsewhere."""
+    name = flat.get("mm_vision_tower")
+    if isinstance(flat.get("mm_vision_config"), dict):
+        with blaming(file):
+            return CLIPVisionConfig.from_dict(flat["mm_vision_config"])
+    if isinstance(name, str) and name in KNOWN_TOWERS:
+        return CLIPVisionConfig(**KNOWN_TOWERS[name])
+    return clip_config(_named_tower(flat, file))
+
+
+def local_folder(name: str | os.PathLike, beside: Path | None = None) -> Path | None:
+    """The directory that a name stands for: as it is, next to the checkpoint that says so, or in the local cache."""
+    name = os.fspath(name)
+    candidates = [Path(name)] if beside is None else [beside / name, Path(name)]
+    for folder in candidates:
+        if folder.is_dir():
+            return folder
+    try:
+        config = cached_file(name, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):
+        return None
+    return None if config is None else Path(config).parent

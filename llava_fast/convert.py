@@ -1,0 +1,233 @@
+"""From one checkpoint layout to another, tensor by tensor, without a model in memory.
+
+The result is written beside its place, read back and compared, and only then renamed: it is there in full or not at
+all. An adapter is the exception to bounded memory: it is merged by peft, in a model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from transformers import AutoTokenizer, LlavaImageProcessorPil
+
+from llava_fast.checkpoint.adapter import is_adapter
+from llava_fast.checkpoint.layouts import (
+    EMBEDDINGS,
+    HEAD,
+    check_layout,
+    classic_name,
+    dtype_of,
+    original_config,
+    original_name,
+    readable_by_transformers_4,
+)
+from llava_fast.checkpoint.load import check_source
+from llava_fast.checkpoint.source import TOWER, Source, open_checkpoint
+from llava_fast.checkpoint.weights import (
+    Stored,
+    in_memory,
+    parse_size,
+    read_json,
+    sync_entry,
+    verify,
+    write_text,
+    write_weights,
+)
+from llava_fast.errors import blaming
+from llava_fast.model.llava import LlavaForConditionalGeneration
+from llava_fast.processor.processor import LlavaProcessor
+from llava_fast.processor.templates import get_template
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+PROCESSOR_FILES = (
+    *TOKENIZER_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+
+
+class Converted(TypedDict):
+    """What `convert` returns."""
+
+    target: Path
+    layout: str
+    tensors: int
+    bytes: int
+    shards: int
+
+
+def convert(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    layout: str,
+    vision_tower: str | os.PathLike | None = None,
+    mm_projector: str | os.PathLike | None = None,
+    base_model: str | os.PathLike | None = None,
+    with_tower: bool = True,
+    mm_vision_tower: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+) -> Converted:
+    """Write the checkpoint in `source`, whatever its layout, to the new directory `target` in another.
+
+    Args:
+        layout: "hf" or "original".
+        vision_tower, mm_projector, base_model: as in `from_pretrained`.
+        with_tower, mm_vision_tower: as in `save_pretrained`.
+        dtype: of all weights; None leaves each tensor as it is.
+        max_shard_size: bytes, or text such as "5GB".
+
+    Raises:
+        FileExistsError: when `target` exists.
+        OSError, ValueError: in one line that names file, key or value; `target` does not exist then.
+    """
+    source, target = Path(source), Path(target)
+    check_layout(layout, with_tower, mm_vision_tower)
+    shard_bytes, dtype = parse_size(max_shard_size), dtype_of(dtype)
+    if os.path.lexists(target):
+        raise FileExistsError(f"{target} exists; it is not written over")
+    if not target.absolute().parent.is_dir():
+        raise FileNotFoundError(f"no directory {target.absolute().parent} to put {target.name} in")
+    opened = _open(source, vision_tower=vision_tower, mm_projector=mm_projector, base_model=base_model)
+    check_source(LlavaForConditionalGeneration, opened)
+    config = opened.config
+    weights = {name: stored.to(dtype) for name, stored in opened.weights.items()}
+    # Loaders give the whole model one dtype: that of the language model.
+    config.dtype = dtype or next(stored.dtype for name, stored in weights.items() if ".language_model." in name)
+    processor = _processor(opened) if layout == "hf" and opened.layout == "original" else None
+    flat = None
+    if layout == "hf":
+        weights = {classic_name(name): stored for name, stored in weights.items()}
+    else:
+        flat = original_config(config, mm_vision_tower=mm_vision_tower, tower_inside=with_tower)
+        flat["torch_dtype"] = str(config.dtype).removeprefix("torch.")
+        weights = _original(weights, flat, with_tower)
+    n_bytes = sum(stored.nbytes for stored in weights.values())
+    free = shutil.disk_usage(target.absolute().parent).free
+    if n_bytes > free:
+        raise OSError(f"{target} needs {n_bytes / 2**30:.2f} GiB, but its disk has {free / 2**30:.2f} GiB left")
+
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.absolute().parent))
+    try:
+        _permit(partial)
+        if flat is None:
+            config.architectures = ["LlavaForConditionalGeneration"]
+            with readable_by_transformers_4(config, config.dtype):
+                config.save_pretrained(partial)
+        else:
+            write_text(partial / "config.json", json.dumps(flat, indent=2, sort_keys=True) + "\n")
+        if processor is not None:
+            processor.save_pretrained(partial)
+        else:
+            for name in PROCESSOR_FILES:
+                if (opened.path / name).is_file():
+                    shutil.copyfile(opened.path / name, partial / name)
+        _copy_generation_config(opened.path, partial)
+        digests = write_weights(partial, weights, shard_bytes)
+        verify(partial, weights, digests)
+        if with_tower:
+            check_source(LlavaForConditionalGeneration, open_checkpoint(partial))
+        sync_entry(partial)
+        partial.rename(target)
+        sync_entry(target.absolute().parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shards = len(list(target.glob("*.safetensors")))
+    return Converted(target=target, layout=layout, tensors=len(weights), bytes=n_bytes, shards=shards)
+
+
+def _open(source: Path, *, base_model: str | os.PathLike | None, **pieces: Any) -> Source:
+    if not source.is_dir():
+        raise FileNotFoundError(f"no checkpoint directory {source}")
+    if not is_adapter(source):
+        if base_model is not None:
+            raise ValueError(f"base_model is for adapters, and {source} has no adapter_config.json")
+        return open_checkpoint(source, **pieces)
+    model = LlavaForConditionalGeneration.from_pretrained(source, base_model=base_model, dtype="auto", **pieces)
+    tied = model.config.tie_word_embeddings
+    weights = {
+        name: in_memory(weight, f"{source}: {name}")
+        for name, weight in model.state_dict().items()
+        if not (tied and name == HEAD)
+    }
+    layout = "original" if hasattr(model.config, "mm_vision_tower") else "hf"
+    with_tokenizer = (folder for folder in (source, Path(model.name_or_path)) if _has_tokenizer(folder))
+    return Source(next(with_tokenizer, source), layout, model.config, weights)
+
+
+def _original(weights: Mapping[str, Stored], flat: dict[str, Any], with_tower: bool) -> dict[str, Stored]:
+    return {
+        original_name(name, flat["mm_projector_type"]): stored.rows(flat["vocab_size"])
+        if name in (EMBEDDINGS, HEAD)
+        else stored
+        for name, stored in weights.items()
+        if with_tower or not name.startswith(TOWER)
+    }
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def _processor(opened: Source) -> LlavaProcessor | None:
+    """HF's processor for an original checkpoint, with image and padding tokens after the vocabulary; sets their ids in
+    the config. None where the checkpoint has no tokenizer."""
+    config, folder = opened.config, opened.path
+    if not _has_tokenizer(folder):
+        return None
+    # The text config, because a tokenizer cannot be told from a model_type that transformers does not know.
+    with blaming(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config.text_config, trust_remote_code=False)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    # Where the embeddings did not grow there is no room for one, and <unk> pads, as it did in the original.
+    if hasattr(config, "original_vocab_size") and tokenizer.pad_token in (None, tokenizer.unk_token):
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    rows = config.text_config.vocab_size
+    if len(tokenizer) > rows:
+        raise ValueError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the model only {rows} embeddings")
+    config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
+    config.pad_token_id = tokenizer.pad_token_id
+    vision = config.vision_config
+    side = vision.image_size
+    image_processor = LlavaImageProcessorPil(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        do_pad=getattr(config, "image_aspect_ratio", None) == "pad",
+    )
+    return LlavaProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        chat_template=get_template("v1").chat_template,
+    )
+
+
+def _copy_generation_config(source: Path, target: Path) -> None:
+    """The ids alone: sampling settings of old files are errors when transformers 5 writes them again."""
+    file = source / "generation_config.json"
+    if file.is_file():
+        ids = {key: value for key, value in read_json(file).items() if key.endswith("_token_id")}
+        write_text(target / file.name, json.dumps(ids, indent=2, sort_keys=True) + "\n")
+
+
+def _permit(folder: Path) -> None:
+    """Give a temporary directory the permissions of an ordinary one."""
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)

@@ -1,0 +1,28 @@
+"""One-line errors that name the file, key or value."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def one_line(value: Any, limit: int = 200) -> str:
+    """What a message may hold of a name that came with the data: no line breaks or control characters, not for ever."""
+    text = " ".join(str(value).split())
+    if len(text) > limit:
+        text = text[: limit // 2] + "…" + text[-limit // 2 :]
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+@contextmanager
+def blaming(file: str | os.PathLike) -> Iterator[None]:
+    """Whatever other code raises about a value in `file` becomes a ValueError of one line that names the file."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, (ValueError, TypeError)) else f"{type(error).__name__} "  # KeyError('x') is 'x'
+        raise ValueError(f"{file}: {kind}{one_line(error, 300)}") from error

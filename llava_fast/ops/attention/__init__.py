@@ -1,0 +1,428 @@
+"""Attention over one range of keys per query: out_i = softmax(scale · q_i · K[start_i:end_i]ᵀ) · V[start_i:end_i].
+
+One operation for the vision tower, packed training, padded batches, prefill and decoding; `sequence.py` makes the
+ranges. A query with an empty range gets zeros, and gives zero gradients.
+
+The kernels are flash attention (Dao 2023): softmax runs online over tiles of keys, scores never leave the chip, and the
+backward pass recomputes them from the log-sum-exp (LSE) of each row. O(T) memory, and no mask is built: a tile of
+queries walks the keys between the least start and the greatest end of its rows, first those that all its rows see,
+then, with a mask, the rest. In the backward pass a tile of keys walks the one contiguous run of queries that see it,
+for all query heads of its group, so that sums are formed in registers, in one order, without atomics.
+
+Tiles begin at multiples of their height from the first row of a sample, and walk in steps from the first key or query
+they see; so a sample's output and gradients are, bit for bit, the same wherever it lies in a pack. There are as many
+programs as multiples of the tile height in T, and each takes the tiles that begin in its window: one, or several where
+samples are short; no list of tiles is made and no size is read back from the device.
+
+What a walk leaves over is not worth a tile. A vision tower of 577 = 9 · 64 + 1 tokens would take 10 × 10 tiles of
+64 × 64, where 81.3 tiles' worth of scores are wanted. Heads up to 64 wide take the last rows of a walk, if they are 16
+at most, in a tile of 16, and a tile of one row outside of the tensor cores, which have 16 rows at least: 9 × 9¼ = 83¼
+tiles and one row, forward and in both backward kernels; 92½ with queries in tiles of 128 (half of the last is empty),
+as in the forward and dQ tiles that ship for sm_90. Wider heads have no registers left for that: 100 tiles.
+
+Shapes: B batch, T queries, S keys, H query heads, G key heads (H a multiple of G), d head dimension. Tiles are
+[BLOCK_M queries, d] and [BLOCK_N keys, d]. Blocks are powers of two, so from 64 on a d in between is held in two, and
+has two products a tile: 72 and 80 as 64 + 16, 96 as 64 + 32, 160 as 128 + 32, 192 as 128 + 64 (a d of 72 in 128 columns
+would be 1.6 times the products). Other d are padded to the next of 16, 32, 64, 80, 96, 128, 160, 192, 256.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from llava_fast.backend import choose, register
+from llava_fast.ops._launch import Tile, launch, tile, tile_table
+from llava_fast.ops._triton import takes
+from llava_fast.ops.attention import decode
+from llava_fast.ops.attention.decode import decode_attention, takes_decode
+from llava_fast.ops.attention.forward import (
+    _attention_bwd_dkdv_kernel,
+    _attention_bwd_dq_kernel,
+    _attention_fwd_kernel,
+)
+from llava_fast.ops.attention.peers import register_peers
+from llava_fast.ops.attention.ranges import blocks, sample_plan, tile_key, walk
+
+MAX_HEAD_DIM = 256
+LOG2_E = 1.4426950408889634
+# PyTorch's CPU kernel walks keys in steps of 512, so at these lengths a causal mask saves it little or nothing. Blocks
+# of queries that are given the keys up to their end take up to 22 % less time (one thread) or 15 % (two), forward and
+# backward; beyond these lengths they take more.
+CPU_BLOCKED, CPU_BLOCK = range(257, 769), 192
+
+
+def attention_reference(
+    q_BTHd: torch.Tensor,
+    k_BSGd: torch.Tensor,
+    v_BSGd: torch.Tensor,
+    start_BT: torch.Tensor,
+    end_BT: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Plain PyTorch. On a CPU, samples of a self-attention are sliced out and attended to one by one (or in groups of
+    similar length), so neither time nor memory is spent between samples; otherwise one masked SDPA."""
+    plan = sample_plan(start_BT, end_BT, k_BSGd.shape[1])
+    if plan is None:
+        return _masked_attention(q_BTHd, k_BSGd, v_BSGd, start_BT, end_BT, scale)
+    if plan.whole is not None:
+        return _sdpa(q_BTHd, k_BSGd, v_BSGd, None, plan.whole == "causal", scale)
+    q_RHd, k_RGd, v_RGd = q_BTHd.flatten(0, 1), k_BSGd.flatten(0, 1), v_BSGd.flatten(0, 1)
+    out_RHd = torch.zeros_like(q_RHd)
+    for group in plan.groups:
+        q, k, v = q_RHd[group.rows_NL], k_RGd[group.rows_NL], v_RGd[group.rows_NL]
+        out = _sdpa(q, k, v, group.mask_N1LL, group.kind == "causal", scale)
+        out_RHd = out_RHd.index_copy(0, group.real_rows, out.flatten(0, 1)[group.real])
+    return out_RHd.view_as(q_BTHd)
+
+
+def attention_weights_reference(
+    q_BTHd: torch.Tensor, k_BSGd: torch.Tensor, start_BT: torch.Tensor, end_BT: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities [B, H, T, S] and log-sum-exp [B, H, T], at least float32, by the definition. O(T·S) memory."""
+    groups = q_BTHd.shape[2] // k_BSGd.shape[2]
+    k_BSHd = k_BSGd.repeat_interleave(groups, dim=2)
+    wide = torch.promote_types(q_BTHd.dtype, torch.float32)
+    scores = torch.einsum("bthd,bshd->bhts", q_BTHd.to(wide), k_BSHd.to(wide)) * scale
+    mask = _mask(start_BT, end_BT, k_BSGd.shape[1])[:, None]
+    scores = scores.masked_fill(~mask, float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)
+    # An empty range has LSE −inf; its probabilities are zeros, not NaN.
+    return torch.exp(scores - lse.clamp(min=torch.finfo(lse.dtype).min)[..., None]), lse
+
+
+def _masked_attention(
+    q_BTHd: torch.Tensor,
+    k_BSGd: torch.Tensor,
+    v_BSGd: torch.Tensor,
+    start_BT: torch.Tensor,
+    end_BT: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    empty_BT = end_BT <= start_BT
+    # A row without keys would be 0/0 in the softmax, so it sees all of them and is zeroed afterwards.
+    mask = _mask(start_BT, end_BT, k_BSGd.shape[1]) | empty_BT[..., None]
+    out = _sdpa(q_BTHd, k_BSGd, v_BSGd, mask[:, None], False, scale)
+    return out.masked_fill(empty_BT[..., None, None], 0)
+
+
+def _mask(start_BT: torch.Tensor, end_BT: torch.Tensor, keys: int) -> torch.Tensor:
+    """[B, T, S] bool: which keys each query sees."""
+    key_S = torch.arange(keys, device=start_BT.device, dtype=start_BT.dtype)
+    return (key_S >= start_BT[..., None]) & (key_S < end_BT[..., None])
+
+
+def _sdpa(
+    q_BTHd: torch.Tensor,
+    k_BSGd: torch.Tensor,
+    v_BSGd: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+) -> torch.Tensor:
+    tokens = q_BTHd.shape[1]
+    if causal and q_BTHd.device.type == "cpu" and not torch.compiler.is_compiling() and tokens in CPU_BLOCKED:
+        parts = []
+        for start in range(0, tokens, CPU_BLOCK):
+            stop = min(start + CPU_BLOCK, tokens)
+            seen = torch.ones(stop - start, stop, dtype=torch.bool).tril(start)
+            parts.append(_sdpa(q_BTHd[:, start:stop], k_BSGd[:, :stop], v_BSGd[:, :stop], seen, False, scale))
+        return torch.cat(parts, dim=1)
+    return F.scaled_dot_product_attention(
+        q_BTHd.transpose(1, 2),
+        k_BSGd.transpose(1, 2),
+        v_BSGd.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=q_BTHd.shape[2] != k_BSGd.shape[2],
+    ).transpose(1, 2)
+
+
+def _tile(kernel: str, q: torch.Tensor) -> Tile:
+    """The shipped tile; float32 has its own, as its products run outside the tensor cores and fill more registers."""
+    return tile(kernel, f"{tile_key(q.shape[3])}{' fp32' if q.dtype == torch.float32 else ''}", q.device)
+
+
+def _forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start: torch.Tensor,
+    end: torch.Tensor,
+    first: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [B, T, H, d] and LSE [B, H, T]."""
+    batch, tokens, heads = q.shape[:3]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
+    choice = _tile("attention_fwd", q)
+    if lse.numel():
+        launch(
+            _attention_fwd_kernel,
+            (-(-tokens // choice["BLOCK_M"]), heads, batch),
+            *(q, k, v, start, end, first, out, lse, tokens, heads // k.shape[2]),
+            *_strides(q, k, v),
+            scale * LOG2_E,
+            tile=choice,
+            **blocks(q, k, v),
+        )
+    return out, lse
+
+
+def _backward_dq(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start: torch.Tensor,
+    end: torch.Tensor,
+    first: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dq, and delta [B, H, T], which dK and dV are formed with."""
+    batch, tokens, heads = q.shape[:3]
+    dq, delta = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty_like(lse)
+    choice = _tile("attention_bwd_dq", q)
+    if lse.numel():
+        launch(
+            _attention_bwd_dq_kernel,
+            (-(-tokens // choice["BLOCK_M"]), heads, batch),
+            *(q, k, v, start, end, first, out, lse, dout, None if dlse is None else dlse.contiguous(), dq, delta),
+            *(tokens, heads // k.shape[2], *_strides(q, k, v, dout), scale * LOG2_E),
+            tile=choice,
+            **blocks(q, k, v, dout),
+        )
+    return dq, delta
+
+
+def _backward_dkdv(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start: torch.Tensor,
+    end: torch.Tensor,
+    keys: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, tokens, heads = q.shape[:3]
+    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    choice = _tile("attention_bwd_dkdv", q)
+    if dk.numel():
+        launch(
+            _attention_bwd_dkdv_kernel,
+            (-(-k.shape[1] // choice["BLOCK_N"]), k.shape[2], batch),
+            *(q, k, v, start, end, keys, lse, dout, delta, dk, dv, tokens, k.shape[1], heads // k.shape[2]),
+            *(*_strides(q, k, v, dout), scale * LOG2_E),
+            tile=choice,
+            **blocks(q, k, v, dout),
+        )
+    return dk, dv
+
+
+def _strides(*tensors: torch.Tensor) -> tuple[int, ...]:
+    """Of batch, token and head."""
+    return tuple(stride for x in tensors for stride in x.stride()[:3])
+
+
+@torch.library.custom_op("llava_fast::attention", mutates_args=())
+def _attention_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start: torch.Tensor,
+    end: torch.Tensor,
+    first: torch.Tensor,
+    keys: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _forward(q, k, v, start, end, first, scale)
+
+
+@torch.library.custom_op("llava_fast::attention_backward", mutates_args=())
+def _attention_backward_op(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start: torch.Tensor,
+    end: torch.Tensor,
+    first: torch.Tensor,
+    keys: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if dout.stride(3) != 1:  # the gradient of a sum is one number, expanded
+        dout = dout.contiguous()
+    dq, delta = _backward_dq(dout, dlse, q, k, v, start, end, first, out, lse, scale)
+    return dq, *_backward_dkdv(dout, q, k, v, start, end, keys, lse, delta, scale)
+
+
+@_attention_op.register_fake
+def _attention_fake(q, k, v, start, end, first, keys, scale):
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+
+
+@_attention_backward_op.register_fake
+def _attention_backward_fake(dout, dlse, q, k, v, start, end, first, keys, out, lse, scale):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, dout, dlse):
+    q, *rest, out, lse = ctx.saved_tensors
+    if dout is None and dlse is None:
+        return (None,) * 8
+    dout = torch.zeros_like(out) if dout is None else dout
+    gradients = torch.ops.llava_fast.attention_backward(dout, dlse, q, *rest, out, lse, ctx.scale)
+    return *(g if wanted else None for g, wanted in zip(gradients, ctx.needs_input_grad)), *(None,) * 5
+
+
+_attention_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _attention_triton(q, k, v, start, end, scale, return_lse):
+    start, end = start.contiguous(), end.contiguous()
+    backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if not backward and takes_decode(q, k):
+        return decode_attention(q, k, v, start, end, scale)
+    course = walk(start, end, k.shape[1], backward)
+    return torch.ops.llava_fast.attention(q, k, v, start, end, course.first_BT, course.keys_3BS, scale)
+
+
+def _attention_plain(q, k, v, start, end, scale, return_lse):
+    out = attention_reference(q, k, v, start, end, scale)
+    return out, attention_weights_reference(q, k, start, end, scale)[1] if return_lse else None
+
+
+def _supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool | str:
+    if not q.dtype == k.dtype == v.dtype:
+        return f"q is {q.dtype}, k {k.dtype}, v {v.dtype}"
+    if q.numel() // q.shape[-1] >= 2**31:
+        return f"{q.numel() // q.shape[-1]} rows of all heads are not counted in 31 bits"
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"head dimension {q.shape[-1]} is over {MAX_HEAD_DIM}"
+    if any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in (q, k, v)):
+        return "the last dimension is not contiguous"
+    return takes(q, k, v)
+
+
+register("attention", "reference", _attention_plain)
+register("attention", "triton", _attention_triton, _supports)
+register_peers()
+
+
+def attention(
+    q_BTHd: torch.Tensor,
+    k_BSGd: torch.Tensor,
+    v_BSGd: torch.Tensor,
+    start_BT: torch.Tensor,
+    end_BT: torch.Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention with one range of visible keys per query.
+
+    Args:
+        q_BTHd, k_BSGd, v_BSGd: one floating dtype; the last dimension contiguous, other strides free.
+        start_BT, end_BT: int32 [B, T]; query t sees keys start ≤ s < end of its batch row. Along T neither decreases.
+        scale: of the scores; 1/sqrt(d) by default.
+        return_lse: also return the log-sum-exp of each query's scores.
+
+    Returns:
+        [B, T, H, d]; with `return_lse` also float32 [B, H, T], −inf for an empty range.
+
+    Raises:
+        ValueError: for shapes that do not fit together, or a scale that is not positive.
+    """
+    batch, tokens, heads, dim = q_BTHd.shape
+    if k_BSGd.shape != v_BSGd.shape or k_BSGd.shape[0] != batch or k_BSGd.shape[3] != dim:
+        raise ValueError(
+            f"attention: q {tuple(q_BTHd.shape)}, k {tuple(k_BSGd.shape)} and v {tuple(v_BSGd.shape)} do not fit"
+        )
+    if heads % k_BSGd.shape[2]:
+        raise ValueError(f"attention: {heads} query heads are not a multiple of {k_BSGd.shape[2]} key heads")
+    if start_BT.shape != (batch, tokens) or end_BT.shape != (batch, tokens):
+        raise ValueError(
+            f"attention: key ranges {tuple(start_BT.shape)} and {tuple(end_BT.shape)}, expected {(batch, tokens)}"
+        )
+    scale = dim**-0.5 if scale is None else scale
+    if not scale > 0:
+        raise ValueError(f"attention: scale is {scale}; it must be positive")
+    if tokens == 0 or batch == 0:
+        # Keys and values stay in the graph: whoever waits for their gradients in every process gets zeros.
+        out = q_BTHd + (k_BSGd.sum() + v_BSGd.sum())
+        lse = q_BTHd.new_zeros(batch, heads, tokens, dtype=torch.float32)
+    else:
+        run = choose("attention", q_BTHd, k_BSGd, v_BSGd)
+        out, lse = run(q_BTHd, k_BSGd, v_BSGd, start_BT, end_BT, scale, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
+    """Calls that between them launch each kernel with every shipped tile, for the compile report.
+
+    Head dimensions are those that hold a tile's columns fully, and 72, of vision towers. float16 compiles as bfloat16.
+    """
+    keys = [key for key in tile_table("attention_fwd")["sm_80"]["tiles"] if not key.endswith("fp32")]
+    for dim in () if dtype == torch.float16 else (72, *map(int, keys)):
+        q = torch.empty(2, 832, 16, dim, dtype=dtype)
+        k, ranges, lse = q[:, :, :8], torch.empty(2, 832, dtype=torch.int32), torch.empty(2, 16, 832)
+        yield partial(_forward, q, k, k, ranges, ranges, ranges, 0.1)
+        yield partial(_backward_dq, q, None, q, k, k, ranges, ranges, ranges, q, lse, 0.1)
+        yield partial(_backward_dkdv, q, q, k, k, ranges, ranges, ranges.expand(3, 2, 832), lse, lse, 0.1)
+    yield from decode.compile_examples(dtype)
+
+
+def tune_examples(
+    device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, str, Callable[[], Any], list[dict[str, int]]]]:
+    """(kernel, key, call, tiles worth trying) for head dimensions 64 and 128: LLaVA's tower (16 heads, all of 577
+    tokens see each other) and packs of its samples (32 heads, causal, 832 tokens) on a GPU, little ones on a CPU."""
+    sizes = ((64, 16, 577, 16), (128, 5, 832, 32)) if device.type == "cuda" else ((64, 1, 33, 1), (128, 2, 20, 1))
+    for dim, samples, tokens, heads in sizes:
+        index = torch.arange(samples * tokens, device=device, dtype=torch.int32)[None]
+        start = index // tokens * tokens
+        end = start + tokens if dim == 64 else index + 1
+        q, k, v, out, dout = torch.randn(5, 1, samples * tokens, heads, dim, device=device).to(dtype)
+        # Of normal scores about log(number of keys) + ½; what is timed does not depend on it.
+        lse = ((end - start).log() + 0.5).expand(1, heads, -1).contiguous()
+        course, scale = walk(start, end, samples * tokens, backward=True), dim**-0.5
+        ranges = q, k, v, start, end
+        rows, columns = ((16, 32), (16, 32, 64)) if dtype == torch.float32 else ((64, 128), (32, 64, 128))
+        tiles = [
+            {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+            for m in rows
+            for n in columns
+            for warps in (4, 8)
+            for stages in (2, 3)
+            # Sums and scores in float32, per thread, decide what spills; a warp of a product has 16 rows at least.
+            if m * (dim + n) // (32 * warps) <= 160 and (m >= 16 * warps or dtype == torch.float32)
+        ]
+        turned = [{**t, "BLOCK_M": t["BLOCK_N"], "BLOCK_N": t["BLOCK_M"]} for t in tiles]
+        key = f"{dim} fp32" if dtype == torch.float32 else str(dim)
+        yield "attention_fwd", key, partial(_forward, *ranges, course.first_BT, scale), tiles
+        dq = partial(_backward_dq, dout, None, *ranges, course.first_BT, out, lse, scale)
+        yield "attention_bwd_dq", key, dq, tiles
+        dkdv = partial(_backward_dkdv, dout, *ranges, course.keys_3BS, lse, lse, scale)
+        yield "attention_bwd_dkdv", key, dkdv, turned
+    yield from decode.tune_examples(device, dtype)

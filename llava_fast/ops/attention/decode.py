@@ -1,0 +1,252 @@
+"""Attention of a few new queries to a long cache: the keys are split over programs, and the parts merged by their LSE.
+
+    out = Σ_i exp(lse_i − lse) · out_i,   lse = log Σ_i exp(lse_i)              Dao et al. 2023, "Flash-Decoding"
+
+One program takes all queries of one key head (so a key is read once for its whole group) and one part of the keys they
+see. The range is cut on the device, from `start` and `end`: every part has an equal share of the filled cache, while
+the grid depends on shapes alone, so a CUDA graph replays it as the cache fills. Keys and values are read where they lie
+(transformers' caches are [B, G, S, d]); each byte once, which is the floor.
+
+The same kernel reads int8 caches, for `int8_attention.py`.
+
+Forward only; `attention` calls it for up to `MAX_TOKENS` queries when nothing wants a gradient.
+
+Shapes: B batch, T queries, S keys, H query heads, G key heads, d head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from llava_fast.ops._launch import launch, multiprocessors, tile, tile_table
+from llava_fast.ops._triton import jit, tl
+from llava_fast.ops.attention.forward import _fwd_step
+from llava_fast.ops.attention.ranges import blocks, tile_key
+from llava_fast.ops.attention.tiles import _plane, _times, _zeros
+
+MAX_TOKENS = 4
+MAX_ROWS = 64  # queries times heads of a group that one program holds
+MAX_SPLITS = 64
+LOG2_E = 1.4426950408889634
+COMBINE_TILE = {"num_warps": 4, "num_stages": 1}
+
+
+def merge_by_lse(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to several sets of keys, from attention to each: a shared prefix and what follows it, for instance.
+
+    Args:
+        outs: [B, T, H, d] each, over disjoint keys.
+        lses: float32 [B, H, T] each, as `attention(..., return_lse=True)` gives them.
+
+    Returns:
+        out [B, T, H, d] in the dtype of the first part, and its LSE [B, H, T]. Differentiable.
+    """
+    lse_NBHT = torch.stack(tuple(lses))
+    lse_BHT = torch.logsumexp(lse_NBHT, 0)
+    # Where no part sees a key all are −inf, and so is the sum: weights are zeros, not NaN.
+    weight_NBHT = torch.exp(lse_NBHT - lse_BHT.clamp(min=torch.finfo(lse_BHT.dtype).min))
+    parts = (w.transpose(1, 2)[..., None] * out for w, out in zip(weight_NBHT, outs, strict=True))
+    return sum(parts).to(outs[0].dtype), lse_BHT
+
+
+@jit
+def _decode_attention_kernel(
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, start_ptr, end_ptr, out_ptr, lse_ptr,
+    tokens, slots, group,
+    q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
+    scale,
+    DIM: tl.constexpr, ALIGNED: tl.constexpr, NARROW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    part, key_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    parts, heads = tl.num_programs(0), tl.num_programs(1) * group
+    r, d, e = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E if BLOCK_E > 0 else 1)
+    t, head = r // group, key_head * group + r % group  # row r is query t of one head of the group
+    inside = t < tokens
+    start = tl.load(start_ptr + (batch * tokens + t), mask=inside, other=0)
+    end = tl.minimum(tl.load(end_ptr + (batch * tokens + t), mask=inside, other=0), slots)  # a full cache has no more
+    low = tl.min(tl.where(end > start, start, 0x7FFFFFFF))
+    high = tl.maximum(tl.max(tl.where(end > start, end, 0)), 0)
+    share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), parts), BLOCK_N) * BLOCK_N
+    own_from = low + part * share
+    own_to = tl.minimum(own_from + share, high)
+
+    at = q_ptr + (batch.to(tl.int64) * q_batch + t.to(tl.int64) * q_stride + head.to(tl.int64) * q_head)[:, None]
+    low_part = tl.load(at + d[None, :], mask=inside[:, None] & (d < DIM)[None, :], other=0.0)
+    if BLOCK_E > 0:
+        q = (
+            low_part,
+            tl.load(at + BLOCK_D + e[None, :], mask=inside[:, None] & (e < DIM - BLOCK_D)[None, :], other=0.0),
+        )
+    else:
+        q = (low_part,)
+    k_ptr = _plane(k_ptr, batch, k_batch, key_head, k_head, ALIGNED)
+    v_ptr = _plane(v_ptr, batch, v_batch, key_head, v_head, ALIGNED)
+    if k_scale_ptr is not None:
+        k_scale_ptr += (batch * tl.num_programs(1) + key_head).to(tl.int64) * slots
+        v_scale_ptr += (batch * tl.num_programs(1) + key_head).to(tl.int64) * slots
+    acc = _zeros(BLOCK_M, BLOCK_D, BLOCK_E)
+    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for k0 in range(own_from, own_to, BLOCK_N):
+        acc, best, total = _fwd_step(
+            acc, best, total, q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, k0, own_to, start, end,
+            k_stride, v_stride, scale, True, DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
+        )  # fmt: skip
+    seen = total > 0
+    acc = _times(acc, (1.0 / tl.where(seen, total, 1.0))[:, None], BLOCK_E)
+    lse = tl.where(seen, (best + tl.log2(tl.where(seen, total, 1.0))) * 0.6931471805599453, float("-inf"))
+    plane = part * tl.num_programs(2) + batch
+    row = (plane * tokens + t).to(tl.int64) * heads + head
+    at = out_ptr + (row * DIM)[:, None]
+    tl.store(at + d[None, :], acc[0].to(out_ptr.dtype.element_ty), mask=inside[:, None] & (d < DIM)[None, :])
+    if BLOCK_E > 0:
+        tl.store(
+            at + BLOCK_D + e[None, :],
+            acc[1].to(out_ptr.dtype.element_ty),
+            mask=inside[:, None] & (e < DIM - BLOCK_D)[None, :],
+        )
+    tl.store(lse_ptr + ((plane * heads + head) * tokens + t), lse, mask=inside)
+
+
+@jit
+def _decode_combine_kernel(
+    part_out_ptr, part_lse_ptr, out_ptr, lse_ptr, tokens, heads, parts,
+    DIM: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row, rows = tl.program_id(0), tl.num_programs(0)  # a query of one head: (b · T + t) · H + h
+    line, head = row // heads, row % heads
+    of_lse = ((line // tokens) * heads + head) * tokens + line % tokens
+    p, d = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
+    lse = tl.load(part_lse_ptr + (p * rows + of_lse), mask=p < parts, other=float("-inf"))
+    best = tl.max(lse)
+    shift = tl.where(best == float("-inf"), 0.0, best)
+    weight = tl.exp2((lse - shift) * 1.4426950408889634)
+    total = tl.sum(weight)
+    seen = total > 0
+    at = part_out_ptr + ((p.to(tl.int64) * rows + row) * DIM)[:, None] + d[None, :]
+    out = tl.load(at, mask=(p < parts)[:, None] & (d < DIM)[None, :], other=0.0)
+    out = tl.sum(out * weight[:, None], axis=0) / tl.where(seen, total, 1.0)
+    tl.store(out_ptr + row.to(tl.int64) * DIM + d, out.to(out_ptr.dtype.element_ty), mask=d < DIM)
+    merged = tl.where(seen, best + tl.log2(tl.where(seen, total, 1.0)) * 0.6931471805599453, float("-inf"))
+    tl.store(lse_ptr + of_lse, merged)
+
+
+def _decode(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start: torch.Tensor,
+    end: torch.Tensor,
+    scale: float,
+    parts: int,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [B, T, H, d] and LSE [B, H, T]. The scales of int8 keys and values are [B, G, S], contiguous."""
+    batch, tokens, heads, dim = q.shape
+    group = heads // k.shape[2]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
+    part_out, part_lse = out, lse
+    if parts > 1:
+        part_out = torch.empty(parts, *q.shape, dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(parts, *lse.shape, dtype=torch.float32, device=q.device)
+    if not lse.numel():
+        return out, lse
+    launch(
+        _decode_attention_kernel,
+        (parts, k.shape[2], batch),
+        *(q, k, v, k_scale, v_scale, start, end, part_out, part_lse, tokens, k.shape[1], group),
+        *(stride for x in (q, k, v) for stride in x.stride()[:3]),
+        scale * LOG2_E,
+        tile=tile("decode_attention", f"{tile_key(dim)}{' fp32' if q.dtype == torch.float32 else ''}", q.device),
+        **blocks(k, v),
+        BLOCK_M=max(16, 1 << (group * tokens - 1).bit_length()),
+    )
+    if parts > 1:
+        launch(
+            _decode_combine_kernel,
+            (batch * tokens * heads,),
+            *(part_out, part_lse, out, lse, tokens, heads, parts),
+            tile=COMBINE_TILE,
+            DIM=dim,
+            BLOCK_P=1 << (parts - 1).bit_length(),
+            BLOCK_D=1 << (dim - 1).bit_length(),
+        )
+    return out, lse
+
+
+def _parts(q: torch.Tensor, k: torch.Tensor) -> int:
+    """Enough programs to fill the device twice, none with fewer than 128 keys of a full cache; shapes alone decide."""
+    wanted = -(-2 * multiprocessors(q.device) // max(1, k.shape[0] * k.shape[2]))
+    return max(1, min(wanted, k.shape[1] // 128, MAX_SPLITS))
+
+
+@torch.library.custom_op("llava_fast::decode_attention", mutates_args=())
+def _decode_op(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor, end: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _decode(q, k, v, start, end, scale, _parts(q, k))
+
+
+@_decode_op.register_fake
+def _decode_fake(q, k, v, start, end, scale):
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+
+
+def takes_decode(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether these are few enough queries for `decode_attention`."""
+    return q.shape[1] <= MAX_TOKENS and q.shape[1] * (q.shape[2] // k.shape[2]) <= MAX_ROWS
+
+
+def decode_attention(
+    q_BTHd: torch.Tensor,
+    k_BSGd: torch.Tensor,
+    v_BSGd: torch.Tensor,
+    start_BT: torch.Tensor,
+    end_BT: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [B, T, H, d] and LSE [B, H, T], for tensors that `attention` has checked and `takes_decode` accepts."""
+    return torch.ops.llava_fast.decode_attention(q_BTHd, k_BSGd, v_BSGd, start_BT, end_BT, scale)
+
+
+def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
+    """Calls that between them launch each kernel with every shipped tile, for the compile report: for a head of its
+    own and for groups of 4, and for int8 keys. float16 compiles as bfloat16."""
+    keys = [key for key in tile_table("decode_attention")["sm_80"]["tiles"] if not key.endswith("fp32")]
+    for dim in () if dtype == torch.float16 else (72, *map(int, keys)):
+        q = torch.empty(2, 1, 32, dim, dtype=dtype)
+        ranges = torch.empty(2, 1, dtype=torch.int32)
+        for key_heads in (32, 8):
+            k = torch.empty(2, key_heads, 1024, dim, dtype=dtype).transpose(1, 2)
+            yield partial(_decode, q, k, k, ranges, ranges, 0.1, 8)
+        k, scales = k.to(torch.int8), torch.empty(2, key_heads, 1024)
+        yield partial(_decode, q, k, k, ranges, ranges, 0.1, 8, scales, scales)
+
+
+def tune_examples(
+    device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, str, Callable[[], Any], list[dict[str, int]]]]:
+    """(kernel, key, call, tiles worth trying) for head dimensions 64 and 128: a step of batch 8 with 32 heads after
+    768 tokens on a GPU, a little one on a CPU."""
+    batch, heads, filled, slots = (8, 32, 768, 1024) if device.type == "cuda" else (1, 2, 37, 50)
+    start = torch.zeros(batch, 1, dtype=torch.int32, device=device)
+    end = torch.full_like(start, filled)
+    for dim in (64, 128):
+        q = torch.randn(batch, 1, heads, dim, device=device).to(dtype)
+        k, v = torch.randn(2, batch, heads, slots, dim, device=device).to(dtype).transpose(2, 3)
+        tiles = [
+            {"BLOCK_N": block, "num_warps": warps, "num_stages": stages}
+            for block in (16, 32, 64, 128)
+            for warps in (2, 4, 8)
+            for stages in (2, 3, 4)
+            if 16 <= block * dim // (32 * warps) <= 64  # elements of a tile of keys per thread
+        ]
+        key = f"{dim} fp32" if dtype == torch.float32 else str(dim)
+        yield "decode_attention", key, partial(_decode, q, k, v, start, end, dim**-0.5, _parts(q, k)), tiles

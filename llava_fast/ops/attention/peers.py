@@ -1,0 +1,365 @@
+"""Attention by other libraries, behind the call of `attention`: to compare with, and to use where one is faster.
+
+    with use_backend("flash_attn", "attention"):
+        out = attention(q, k, v, start, end)
+
+A peer is imported when it is first asked for, runs only when it is asked for by name, and differentiates what it can;
+`BackendUnavailable` says in a line why not. What each can express, of q [B, T, H, d] with one range of keys per query:
+
+    name            library                                 ranges
+    sdpa_flash      PyTorch's SDPA, its flash kernel        samples of equal lengths: each batch row one, all over the
+                                                            same keys, or a pack without anything between them
+    sdpa_cudnn      PyTorch's SDPA, cuDNN's kernel          the same
+    varlen          torch.nn.attention.varlen               packs and padding: all samples causal, or all full
+    flash_attn      FlashAttention-2                        the same, and a cache (forward only)
+    flash_attn_3    FlashAttention-3 (Hopper)               the same
+    xformers        memory_efficient_attention              the same
+    flex            FlexAttention                           any
+
+Causal: the last query of a sample sees all its keys, and each one before sees one key less. Full: all see all. Only
+FlexAttention has a language for a causal sample with images that see themselves.
+
+These libraries want lengths on the host, so the first call with a pair of ranges waits for the device; what is found
+is kept for the same unchanged tensors (a model's layers), and later calls do not wait. Inside torch.compile a peer
+breaks the graph.
+
+Shapes: B batch, T queries, S keys, H query heads, G key heads, d head dimension; N samples, R rows of all batch rows.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from functools import cache, partial, wraps
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from llava_fast.backend import BackendUnavailable, register_peer
+from llava_fast.ops.attention.samples import Samples, once, samples_of
+
+MAX_HEAD_DIM = 256
+
+Result = tuple[torch.Tensor, torch.Tensor | None]
+
+
+def _refuse(name: str, reason: str) -> BackendUnavailable:
+    return BackendUnavailable(f"backend {name!r} was asked for, but cannot run 'attention': {reason}")
+
+
+def _uniform(name: str, start: torch.Tensor, end: torch.Tensor, keys: int) -> Samples:
+    """The samples, if all are causal or all are full; raises `BackendUnavailable` otherwise."""
+    samples = once(samples_of, start, end, keys)
+    if not (samples.causal or samples.full):
+        raise _refuse(name, "a sample is neither causal nor full (images that see themselves, a window), or kinds mix")
+    return samples
+
+
+def _is_cache(samples: Samples, q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether each batch row's queries follow keys of its own, which may be read where they lie."""
+    return samples.row_keys is not None and q.shape[1] < k.shape[1]
+
+
+def _wants_gradient(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _rows(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """[rows, heads, d] of [B, tokens, heads, d]; copied where they are not all, or do not lie so in memory."""
+    return x.flatten(0, 1) if rows is None else x.flatten(0, 1).index_select(0, rows)
+
+
+def _put_back(out: torch.Tensor, lse_HR: torch.Tensor | None, rows: torch.Tensor | None, q: torch.Tensor) -> Result:
+    """[B, T, H, d] and [B, H, T] of [rows, H, d] and [H, rows]; zeros and −inf for queries that are not among them."""
+    batch, tokens, heads, _ = q.shape
+    if rows is not None:
+        out = out.new_zeros(batch * tokens, *out.shape[1:]).index_copy(0, rows, out)
+    if lse_HR is not None:
+        if rows is not None:
+            everywhere = lse_HR.new_full((heads, batch * tokens), float("-inf"))
+            lse_HR = everywhere.index_copy(1, rows, lse_HR)
+        lse_HR = lse_HR.view(heads, batch, tokens).transpose(0, 1).contiguous()
+    return out.view(q.shape), lse_HR
+
+
+def _nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, return_lse: bool) -> Result:
+    """What no query with a key gives: zeros, whose gradients are zeros."""
+    out = q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0) + k[:, :0].sum() + v[:, :0].sum()
+    batch, tokens, heads, _ = q.shape
+    return out, q.new_full((batch, heads, tokens), float("-inf"), dtype=torch.float32) if return_lse else None
+
+
+# ---- the peers: fn(q, k, v, start, end, scale, return_lse) -> out, LSE or None
+
+
+def _sdpa_flash(*call: Any) -> Result:
+    return _sdpa("sdpa_flash", SDPBackend.FLASH_ATTENTION, *call)
+
+
+def _sdpa_cudnn(*call: Any) -> Result:
+    return _sdpa("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION, *call)
+
+
+def _sdpa(name: str, kernel: SDPBackend, q, k, v, start, end, scale, return_lse) -> Result:
+    samples = _uniform(name, start, end, k.shape[1])
+    if return_lse:
+        raise _refuse(name, "PyTorch's SDPA does not return its LSE")
+    shape = q.shape
+    if samples.common_keys is not None:
+        k, v = k[:, samples.common_keys], v[:, samples.common_keys]
+    elif samples.equal:
+        q, k, v = (x.flatten(0, 1).unflatten(0, (len(samples.queries_N), -1)) for x in (q, k, v))
+    else:
+        raise _refuse(name, "samples of different lengths, padding and keys that differ by batch row need a dense mask")
+    # SDPA's causal mask begins at the first key, ours ends at the last: the same for square ones.
+    if not samples.full and q.shape[1] != k.shape[1]:
+        raise _refuse(name, f"causal with {q.shape[1]} queries and {k.shape[1]} keys")
+    with sdpa_kernel(kernel):
+        out = F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q, k, v)),
+            is_causal=not samples.full,
+            scale=scale,
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
+    return out.transpose(1, 2).reshape(shape), None
+
+
+def _varlen(name: str, call: Callable[..., Any], q, k, v, start, end, scale, return_lse) -> Result:
+    """What FlashAttention's interface for packs is given: rows of the samples, one after the other."""
+    samples = _uniform(name, start, end, k.shape[1])
+    if return_lse and _wants_gradient(q, k, v):
+        raise _refuse(name, "its LSE has no gradient")
+    if not samples.queries_N:
+        return _nothing(q, k, v, return_lse)
+    out, lse_HR = call(
+        _rows(q, samples.query_rows),
+        _rows(k, samples.key_rows),
+        _rows(v, samples.key_rows),
+        samples.cu_queries,
+        samples.cu_keys,
+        max(samples.queries_N),
+        max(samples.keys_N),
+        scale,
+        not samples.full,
+    )
+    return _put_back(out, lse_HR if return_lse else None, samples.query_rows, q)
+
+
+def _torch_varlen(q, k, v, start, end, scale, return_lse) -> Result:
+    library = importlib.import_module("torch.nn.attention.varlen")
+
+    def call(q, k, v, cu_queries, cu_keys, max_queries, max_keys, scale, causal):
+        return library.varlen_attn(
+            *(q, k, v, cu_queries, cu_keys, max_queries, max_keys),
+            return_aux=library.AuxRequest(lse=True),
+            scale=scale,
+            window_size=(-1, 0) if causal else (-1, -1),
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+
+    return _varlen("varlen", call, q, k, v, start, end, scale, return_lse)
+
+
+def _flash_attn_2(*call: Any) -> Result:
+    return _flash_attn("flash_attn", "flash_attn", *call)
+
+
+def _flash_attn_3(*call: Any) -> Result:
+    return _flash_attn("flash_attn_3", "flash_attn_interface", *call)
+
+
+def _flash_attn(name: str, module: str, q, k, v, start, end, scale, return_lse) -> Result:
+    """FlashAttention-2 and -3: their interfaces agree in what is used here."""
+    library = importlib.import_module(module)
+    samples = _uniform(name, start, end, k.shape[1])
+    if _is_cache(samples, q, k) and not _wants_gradient(q, k, v):
+        out, lse = library.flash_attn_with_kvcache(
+            *(q, k, v),
+            cache_seqlens=end[:, -1].contiguous(),
+            cache_leftpad=start[:, 0].contiguous() if any(first for first, _ in samples.row_keys) else None,
+            softmax_scale=scale,
+            causal=not samples.full,
+            return_softmax_lse=True,
+        )
+        return out, lse if return_lse else None
+
+    def call(q, k, v, cu_queries, cu_keys, max_queries, max_keys, scale, causal):
+        return library.flash_attn_varlen_func(
+            *(q, k, v, cu_queries, cu_keys, max_queries, max_keys),
+            softmax_scale=scale,
+            causal=causal,
+            return_attn_probs=True,  # FlashAttention-2 returns a third, empty without dropout
+        )[:2]
+
+    return _varlen(name, call, q, k, v, start, end, scale, return_lse)
+
+
+def _xformers(q, k, v, start, end, scale, return_lse) -> Result:
+    library = importlib.import_module("xformers.ops")
+    samples = _uniform("xformers", start, end, k.shape[1])
+    if return_lse:
+        raise _refuse("xformers", "memory_efficient_attention does not return its LSE")
+    if not samples.queries_N:
+        return _nothing(q, k, v, return_lse)
+    backward, rows, group = _wants_gradient(q, k, v), None, q.shape[2] // k.shape[2]
+    x = q
+    if samples.common_keys is not None:
+        k, v = k[:, samples.common_keys], v[:, samples.common_keys]
+        mask = None if samples.full else library.fmha.attn_bias.LowerTriangularFromBottomRightMask()
+    elif _is_cache(samples, q, k) and not backward and not any(first for first, _ in samples.row_keys):
+        mask = once(_padded_keys_mask, start, end, k.shape[1])
+        x, k, v = (_rows(t, None)[None] for t in (q, k, v))
+    else:
+        rows, mask = samples.query_rows, once(_block_diagonal_mask, start, end, k.shape[1])
+        x, k, v = _rows(q, rows)[None], *(_rows(t, samples.key_rows)[None] for t in (k, v))
+    if group > 1 and backward:  # its backward knows no groups
+        k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    elif group > 1:
+        x = x.unflatten(2, (-1, group))
+        k, v = (t.unsqueeze(3).expand(*t.shape[:3], group, t.shape[3]) for t in (k, v))
+    out = library.memory_efficient_attention(x, k, v, attn_bias=mask, scale=scale)
+    return _put_back(out.reshape(-1, *q.shape[2:]), None, rows, q)
+
+
+def _block_diagonal_mask(start: torch.Tensor, end: torch.Tensor, keys: int) -> Any:
+    masks = importlib.import_module("xformers.ops").fmha.attn_bias
+    samples = once(samples_of, start, end, keys)
+    mask = masks.BlockDiagonalMask.from_seqlens(samples.queries_N, samples.keys_N, device=start.device)
+    return mask if samples.full else mask.make_causal_from_bottomright()
+
+
+def _padded_keys_mask(start: torch.Tensor, end: torch.Tensor, keys: int) -> Any:
+    masks = importlib.import_module("xformers.ops").fmha.attn_bias
+    samples = once(samples_of, start, end, keys)
+    kind = masks.BlockDiagonalPaddedKeysMask if samples.full else masks.BlockDiagonalCausalWithOffsetPaddedKeysMask
+    return kind.from_seqlens(samples.queries_N, keys, samples.keys_N, device=start.device)
+
+
+def _block_mask(start_BT: torch.Tensor, end_BT: torch.Tensor, keys: int) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    start, end = start_BT.clone(), end_BT.clone()  # what is kept may not hold on to the ranges themselves
+
+    def sees(b, h, query, key):
+        return (key >= start[b, query]) & (key < end[b, query])
+
+    make = _compiled(create_block_mask) if _on_gpu(start) else create_block_mask
+    return make(sees, start.shape[0], None, start.shape[1], keys, device=start.device)
+
+
+@cache
+def _compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(fn)
+
+
+def _flex(q, k, v, start, end, scale, return_lse) -> Result:
+    library = importlib.import_module("torch.nn.attention.flex_attention")
+    if not _on_gpu(q) and _wants_gradient(q, k, v):
+        raise _refuse("flex", f"FlexAttention has no backward on {q.device.type}")
+    wanted: dict[str, Any] = {}
+    if return_lse:  # PyTorch before 2.9 asks for it differently
+        wanted = (
+            {"return_aux": library.AuxRequest(lse=True)} if hasattr(library, "AuxRequest") else {"return_lse": True}
+        )
+    found = (_compiled(library.flex_attention) if _on_gpu(q) else library.flex_attention)(
+        *(x.transpose(1, 2) for x in (q, k, v)),
+        block_mask=once(_block_mask, start, end, k.shape[1]),
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+        **wanted,
+    )
+    out, lse = found if return_lse else (found, None)
+    return out.transpose(1, 2), lse if lse is None or isinstance(lse, torch.Tensor) else lse.lse
+
+
+# ---- who can, and where: True, or one line saying why not
+
+
+def _same_dtype(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool | str:
+    return True if q.dtype == k.dtype == v.dtype else f"q is {q.dtype}, k {k.dtype}, v {v.dtype}"
+
+
+def _tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool | str:
+    """What the libraries' kernels take: 16-bit floats on a GPU."""
+    if not _on_gpu(q):
+        return f"the tensors are on {q.device.type}"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"{q.dtype} is not one of float16, bfloat16"
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"head dimension {q.shape[-1]} is over {MAX_HEAD_DIM}"
+    return _same_dtype(q, k, v)
+
+
+def _on_gpu(x: torch.Tensor) -> bool:
+    return x.is_cuda
+
+
+def _tensors_of_sdpa_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool | str:
+    if not _on_gpu(q):  # PyTorch has a flash kernel for CPUs too
+        return _same_dtype(q, k, v)
+    return _tensors_of_sdpa(SDPBackend.FLASH_ATTENTION, torch.backends.cuda.can_use_flash_attention, q, k, v)
+
+
+def _tensors_of_sdpa_cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool | str:
+    return _tensors_of_sdpa(SDPBackend.CUDNN_ATTENTION, torch.backends.cuda.can_use_cudnn_attention, q, k, v)
+
+
+def _tensors_of_sdpa(kernel: SDPBackend, can_use: Callable[[Any], bool], q, k, v) -> bool | str:
+    answer = _tensors(q, k, v)
+    if answer is not True:
+        return answer
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    # No mask, no dropout, not causal; the last says whether heads are grouped.
+    parameters = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, q.shape[1] != k.shape[1])
+    with sdpa_kernel(kernel):
+        can = can_use(parameters)
+    return can or "PyTorch has no such kernel for these tensors on this GPU"
+
+
+def _missing(module: str, package: str, capability: int = 0) -> str:
+    """Why the peer cannot run here: its module is looked for, not imported, and so is a GPU (of that generation)."""
+    if module not in sys.modules and importlib.util.find_spec(module) is None:
+        return f"{package} is not installed"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device"
+    if capability and torch.cuda.get_device_capability()[0] != capability:
+        return f"it needs a GPU of compute capability {capability}.x"
+    return ""
+
+
+def _missing_varlen() -> str:
+    module = "torch.nn.attention.varlen"
+    missing = _missing(module, f"a PyTorch with {module}")
+    if missing or "window_size" in inspect.signature(importlib.import_module(module).varlen_attn).parameters:
+        return missing
+    return f"varlen_attn of PyTorch {torch.__version__} takes no window_size, by which causal is said"
+
+
+def _untraced(fn: Callable[..., Result]) -> Callable[..., Result]:
+    """`fn`, at which compiled code breaks its graph: it works on the host, and keeps what it finds."""
+
+    @wraps(fn)
+    def call(*arguments: Any) -> Result:
+        # Decorating at once would import all of torch._dynamo with this file.
+        return torch.compiler.disable(fn)(*arguments) if torch.compiler.is_compiling() else fn(*arguments)
+
+    return call
+
+
+def register_peers() -> None:
+    """Offer the peers to `use_backend(name, "attention")`; imports none of them."""
+    for name, fn, supports, missing in (
+        ("sdpa_flash", _sdpa_flash, _tensors_of_sdpa_flash, str),
+        ("sdpa_cudnn", _sdpa_cudnn, _tensors_of_sdpa_cudnn, partial(_missing, "torch", "PyTorch")),
+        ("varlen", _torch_varlen, _tensors, _missing_varlen),
+        ("flash_attn", _flash_attn_2, _tensors, partial(_missing, "flash_attn", "flash-attn")),
+        ("flash_attn_3", _flash_attn_3, _tensors, partial(_missing, "flash_attn_interface", "FlashAttention-3", 9)),
+        ("xformers", _xformers, _tensors, partial(_missing, "xformers", "xformers")),
+        ("flex", _flex, _same_dtype, str),
+    ):
+        register_peer("attention", name, _untraced(fn), supports, missing)

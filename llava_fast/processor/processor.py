@@ -1,0 +1,402 @@
+"""Pictures and prompts into a batch: `LlavaProcessor`, a drop-in for transformers' class of that name.
+
+What differs from transformers' own, on purpose:
+- pixels come as uint8 [N, H, W, 3] and the model normalises them; `pixels="float"` gives HF's [N, 3, H, W];
+- the number of tokens an image takes is checked when the processor is made, not discovered in the model;
+- rows of unequal length are padded, on the left, because batches of prompts are what one generates from;
+- a bad image, or a row whose `<image>` marks do not match its images, is one line that names the file or the row.
+
+Everything is saved in transformers' own files, so either library loads what the other wrote.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoConfig, AutoTokenizer, BatchFeature, LlavaImageProcessorPil
+from transformers.processing_utils import ImagesKwargs, TextKwargs
+
+from llava_fast.errors import blaming, one_line
+from llava_fast.ops.resize import preprocess
+from llava_fast.processor.images import check_area, expand_to_square, read_rgb
+from llava_fast.processor.templates import get_template
+
+# transformers fences control tokens that came from a user with this character (`sanitize_control_tokens`).
+_USER_TEXT_FENCE = "\U000f0000"
+
+# Settings of an image processor that decide its pixels; another class of processor may have more, which we ignore.
+_IMAGE_SETTINGS = (
+    "do_resize size resample do_center_crop crop_size do_rescale rescale_factor "
+    "do_normalize image_mean image_std do_convert_rgb do_pad"
+).split()
+
+
+def _size(setting: Any) -> dict[str, int]:
+    """An image processor's `size` or `crop_size` as a plain dict, whatever class a version of transformers uses."""
+    return {key: value for key, value in dict(setting or {}).items() if value is not None}
+
+
+class LlavaProcessor(transformers.LlavaProcessor):
+    """Images and text to model inputs; same files, arguments and chat templates as transformers' `LlavaProcessor`.
+
+    Args:
+        image_processor: transformers' CLIP or LLaVA image processor; its settings are used, not its code.
+        tokenizer: a tokenizer that has `image_token` as one token.
+        patch_size: of the vision tower, in pixels.
+        vision_feature_select_strategy: "default" drops the tower's CLS token, "full" keeps it.
+        chat_template: Jinja; see `llava_fast.processor.templates`.
+        image_token: the mark that stands for an image in a prompt.
+        num_additional_image_tokens: tokens of the tower besides the patches; 1, the CLS token, for CLIP.
+        pad_to_square: pad images with their mean colour instead of cropping them; None keeps the image processor's
+            own choice. It lives in the image processor (LLaVA's `do_pad`), where transformers reads it too.
+    Raises:
+        ValueError: for settings that cannot give the right number of image tokens.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        patch_size: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        chat_template: str | None = None,
+        image_token: str = "<image>",
+        num_additional_image_tokens: int = 1,
+        pad_to_square: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if patch_size is None:
+            raise ValueError("patch_size is not set: pass it, or add it to processor_config.json (14 for LLaVA-1.5)")
+        if vision_feature_select_strategy not in ("default", "full"):
+            raise ValueError(
+                f"vision_feature_select_strategy is 'default' or 'full', not {vision_feature_select_strategy!r}"
+            )
+        if vision_feature_select_strategy == "default" and num_additional_image_tokens < 1:
+            raise ValueError(
+                "num_additional_image_tokens=0 with the 'default' strategy would make every image one token short of "
+                "its features (575 for 576): set it to 1, here or in processor_config.json"
+            )
+        token = getattr(tokenizer, "image_token", None) or image_token
+        if tokenizer.convert_ids_to_tokens(tokenizer.encode(token, add_special_tokens=False)) != [token]:
+            raise ValueError(
+                f"the tokenizer has no token {token!r}: "
+                f"tokenizer.add_tokens([{token!r}], special_tokens=True), and resize the model's embeddings"
+            )
+        if tokenizer.pad_token is None:  # the original pads with <unk>
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        super().__init__(
+            image_processor,
+            tokenizer,
+            patch_size=patch_size,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template,
+            image_token=image_token,
+            num_additional_image_tokens=num_additional_image_tokens,
+        )
+        if pad_to_square is not None:
+            self.pad_to_square = pad_to_square
+        self.image_size  # noqa: B018  an image processor we cannot follow is an error now, not at the first image
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> LlavaProcessor:
+        # Left out, transformers asks on the terminal whether to run code of the checkpoint, and a pipe may answer.
+        with blaming(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, **{"trust_remote_code": False, **kwargs})
+
+    @classmethod
+    def assemble(
+        cls,
+        vision_tower: str | PathLike,
+        language_model: str | PathLike,
+        *,
+        template: str = "v1",
+        pad_to_square: bool = False,
+        vision_feature_select_strategy: str = "default",
+    ) -> LlavaProcessor:
+        """Make the processor of a new LLaVA from a CLIP directory and a language model's directory.
+
+        The tokenizer gets an `<image>` token if it has none, so the model's embeddings may need resizing.
+        """
+        with blaming(language_model):
+            tokenizer = AutoTokenizer.from_pretrained(language_model, trust_remote_code=False)
+        if "<image>" not in tokenizer.get_vocab():
+            tokenizer.add_tokens(["<image>"], special_tokens=True)
+        with blaming(vision_tower):
+            config = AutoConfig.from_pretrained(vision_tower, trust_remote_code=False)
+        config = getattr(config, "vision_config", config)
+        side = config.image_size
+        image_processor = LlavaImageProcessorPil(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_pad=pad_to_square
+        )
+        return cls(
+            image_processor,
+            tokenizer,
+            patch_size=config.patch_size,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=get_template(template).chat_template,
+        )
+
+    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        # transformers 5 does not write down a Llama tokenizer's `legacy`, and reads another tokenizer back.
+        if hasattr(self.tokenizer, "legacy"):
+            self.tokenizer.init_kwargs["legacy"] = self.tokenizer.legacy
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    # Images
+
+    @property
+    def pad_to_square(self) -> bool:
+        """Whether images are padded to a square before they are resized; can be set."""
+        # CLIP's image processor has a `do_pad` as well, which means padding a batch to its largest image.
+        is_llava = type(self.image_processor).__name__.startswith("LlavaImageProcessor")
+        return is_llava and bool(self.image_processor.do_pad)
+
+    @pad_to_square.setter
+    def pad_to_square(self, value: bool) -> None:
+        if value == self.pad_to_square:
+            return
+        settings = {key: getattr(self.image_processor, key, None) for key in _IMAGE_SETTINGS}
+        settings |= {key: _size(settings[key]) for key in ("size", "crop_size")} | {"do_pad": value}
+        kept = {key: setting for key, setting in settings.items() if setting not in (None, {})}
+        self.image_processor = LlavaImageProcessorPil(**kept)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of every image the model will see.
+
+        Raises:
+            ValueError: if the image processor's settings leave it to the image.
+        """
+        settings = self.image_processor
+        size, crop = _size(settings.size), _size(settings.crop_size)
+        if settings.do_center_crop and crop.keys() == {"height", "width"}:
+            return crop["height"], crop["width"]
+        if settings.do_resize and not settings.do_center_crop:
+            if size.keys() == {"height", "width"}:
+                return size["height"], size["width"]
+            if size.keys() == {"shortest_edge"} and self.pad_to_square:
+                return size["shortest_edge"], size["shortest_edge"]
+        raise ValueError(
+            f"{type(settings).__name__} with do_center_crop={settings.do_center_crop}, crop_size={crop} and "
+            f"size={size} does not give images of one size"
+        )
+
+    def num_image_tokens(self, height: int | None = None, width: int | None = None) -> int:
+        """Tokens one image takes in `input_ids`.
+
+        Args:
+            height, width: of the image's pixels after preprocessing; left out, `image_size`.
+        """
+        default_height, default_width = self.image_size
+        rows, columns = (height or default_height) // self.patch_size, (width or default_width) // self.patch_size
+        dropped = 1 if self.vision_feature_select_strategy == "default" else 0
+        return rows * columns + self.num_additional_image_tokens - dropped
+
+    def image_pixels(self, image: Image.Image | str | PathLike | np.ndarray | torch.Tensor) -> np.ndarray:
+        """One image, cropped or padded to the model's size: uint8 [H, W, 3]. See `read_rgb` for what it takes.
+
+        The arithmetic is that of transformers' PIL image processors, to the bit.
+        """
+        settings, rgb = self.image_processor, self._opened(image)
+        if self.pad_to_square:
+            rgb = expand_to_square(rgb, self._padding())
+        if settings.do_resize:
+            rgb = rgb.resize(self._resized(*rgb.size), resample=settings.resample)
+        if settings.do_center_crop:
+            height, width = self.image_size
+            left, top = (rgb.width - width) // 2, (rgb.height - height) // 2
+            rgb = rgb.crop((left, top, left + width, top + height))  # black outside of the image
+        return np.array(rgb)
+
+    def pixels_on(self, device: torch.device | str, images: Sequence[Any]) -> torch.Tensor:
+        """`image_pixels` of all images at once, made on `device` to the bit: uint8 [N, H, W, 3].
+
+        Raises:
+            ValueError: for settings other than LLaVA's: bicubic to the shortest edge, and a crop or padding.
+        """
+        settings, (height, width) = self.image_processor, self.image_size
+        edge = _size(settings.size).get("shortest_edge")
+        if not settings.do_resize or settings.resample != Image.Resampling.BICUBIC or not edge == height == width:
+            raise ValueError(
+                f"only a bicubic resize of the shortest edge to {height}x{width} can be done on a device, not "
+                f"do_resize={settings.do_resize}, resample={settings.resample}, size={_size(settings.size)}"
+            )
+        fill = self._padding() if self.pad_to_square else None
+        decoded = [torch.from_numpy(np.array(self._opened(image))) for image in images]
+        return preprocess(decoded, size=edge, fill=fill, device=device)
+
+    def _opened(self, image: Any) -> Image.Image:
+        """A picture as RGB, if what padding and resizing would make of it is within PIL's limit."""
+        rgb = read_rgb(image)
+        width, height = rgb.size
+        try:
+            if self.pad_to_square:
+                width = height = max(rgb.size)
+                check_area(width, height)
+            if self.image_processor.do_resize:
+                check_area(*self._resized(width, height))
+        except ValueError as error:
+            name = one_line(image) if isinstance(image, (str, PathLike)) else f"of {rgb.width}x{rgb.height}"
+            raise ValueError(f"cannot resize image {name}: {error}") from None
+        return rgb
+
+    def _padding(self) -> tuple[int, ...]:
+        return tuple(int(mean * 255) for mean in self.image_processor.image_mean)
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        size = _size(self.image_processor.size)
+        if size.keys() == {"height", "width"}:
+            return size["width"], size["height"]
+        if size.keys() != {"shortest_edge"}:
+            raise ValueError(f"size {size} is neither shortest_edge nor height and width")
+        edge = size["shortest_edge"]
+        long_edge = int(edge * max(width, height) / min(width, height))
+        return (edge, long_edge) if width <= height else (long_edge, edge)
+
+    def normalize(self, pixels_NHWC: np.ndarray) -> np.ndarray:
+        """uint8 [N, H, W, 3] to transformers' float32 `pixel_values` [N, 3, H, W]."""
+        settings = self.image_processor
+        values_NHWC = pixels_NHWC.astype(np.float32)
+        if settings.do_rescale:
+            values_NHWC = (pixels_NHWC * float(settings.rescale_factor)).astype(np.float32)
+        if settings.do_normalize:
+            mean, std = (np.array(x, np.float32) for x in (settings.image_mean, settings.image_std))
+            values_NHWC = (values_NHWC - mean) / std
+        return np.ascontiguousarray(values_NHWC.transpose(0, 3, 1, 2))
+
+    # Batches
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: None = None,
+        audio: None = None,
+        *,
+        pixels: Literal["uint8", "float"] = "uint8",
+        device: torch.device | str | None = None,
+        padding: bool | str | None = None,
+        padding_side: Literal["left", "right"] = "left",
+        return_tensors: str | None = None,
+        text_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Prompts and their images to `input_ids`, `attention_mask` and `pixel_values`.
+
+        Args:
+            images: one image; a flat list, used up by the rows' `<image>` marks in order; or one list per row, empty
+                or None for a row of text alone. Anything `read_rgb` takes.
+            text: a prompt or a list of them.
+            pixels: "uint8" [N, H, W, 3], or "float" [N, 3, H, W] as transformers makes it.
+            device: where to resize images and leave `pixel_values`, a tensor then; None: on the host, by PIL.
+            padding: as the tokenizer's; left out, several rows are padded to the longest.
+            padding_side: "left", for generation, or "right".
+            return_tensors: "pt", "np" or None for lists.
+            text_kwargs, kwargs: for the tokenizer.
+        Raises:
+            ValueError: where marks and images do not match, naming the row, or truncation cuts image tokens.
+            TypeError: for an option of images; those belong to the image processor.
+        """
+        if videos is not None or audio is not None:
+            raise TypeError("LLaVA reads images and text, no videos or audio")
+        if pixels not in ("uint8", "float"):
+            raise ValueError(f"pixels is 'uint8' or 'float', not {pixels!r}")
+        if device is not None and pixels == "float":
+            raise ValueError("pixels='float' is made on the host; with a device they are 'uint8'")
+        if images is None and text is None:
+            raise ValueError("nothing to process: give images, text or both")
+        options = {**kwargs, **(text_kwargs or {})}
+        misplaced = sorted(options.keys() & (ImagesKwargs.__annotations__.keys() - TextKwargs.__annotations__.keys()))
+        if misplaced:
+            raise TypeError(f"set {', '.join(misplaced)} on processor.image_processor, not in the call")
+
+        data: dict[str, Any] = {}
+        texts = [text] if isinstance(text, str) else text if text is None else list(text)
+        flat = self._flat_images(images, texts)
+        if texts is not None:
+            # transformers' chat templates ask for these two to find the assistant's tokens.
+            wants_spans = options.pop("return_text_replacement_offsets", False)
+            wants_types = options.pop("return_mm_token_type_ids", False)
+            encoded, spans = self._tokenize(texts, padding, padding_side, options)
+            data |= encoded
+            if wants_types:
+                data["mm_token_type_ids"] = [
+                    [int(token == self.image_token_id) for token in ids] for ids in data["input_ids"]
+                ]
+        if flat and device is not None:
+            data["pixel_values"] = self.pixels_on(device, flat)
+        elif flat:
+            pixels_NHWC = np.stack([self.image_pixels(image) for image in flat])
+            data["pixel_values"] = pixels_NHWC if pixels == "uint8" else self.normalize(pixels_NHWC)
+        batch = BatchFeature(data, tensor_type=return_tensors)
+        if texts is not None and wants_spans:
+            batch["text_replacement_offsets"] = spans
+        return batch
+
+    def _mark(self) -> re.Pattern:
+        return re.compile(f"(?<!{_USER_TEXT_FENCE}){re.escape(self.image_token)}")
+
+    def _flat_images(self, images: Any, texts: list[str] | None) -> list[Any]:
+        """All images in order, once it is certain that every row has as many as it has marks."""
+        if images is None:
+            images = []
+        elif isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
+            images = list(images)
+        elif not isinstance(images, (list, tuple)):
+            images = [images]
+        per_row = any(item is None or isinstance(item, (list, tuple)) for item in images)
+        rows = [[] if x is None else list(x) if isinstance(x, (list, tuple)) else [x] for x in images]
+        flat = [image for row in rows for image in row]
+        if texts is None:
+            return flat
+        marks = [len(self._mark().findall(row)) for row in texts]
+        if per_row:
+            if len(rows) != len(texts):
+                raise ValueError(f"images are given for {len(rows)} rows, but there are {len(texts)} rows of text")
+            for i, (row, count) in enumerate(zip(rows, marks)):
+                if len(row) != count:
+                    raise ValueError(f"row {i} has {count} {self.image_token} marks but {len(row)} images")
+        elif sum(marks) != len(flat):
+            used = 0
+            for i, count in enumerate(marks):
+                used += count
+                if used > len(flat):
+                    raise ValueError(
+                        f"row {i} needs {count} images for its {self.image_token} marks, but only "
+                        f"{max(0, len(flat) - used + count)} of {len(flat)} are left for it"
+                    )
+            raise ValueError(
+                f"{len(flat)} images are given, but the rows (0 to {len(texts) - 1}) have only {sum(marks)} "
+                f"{self.image_token} marks"
+            )
+        return flat
+
+    def _tokenize(
+        self, texts: list[str], padding: bool | str | None, padding_side: str, options: dict[str, Any]
+    ) -> tuple[dict[str, Any], list[list[dict[str, tuple[int, int]]]]]:
+        """Expand the marks and tokenise; also the characters each mark took before and after."""
+        count = self.num_image_tokens()
+        width = count * len(self.image_token)
+        expanded, spans = [], []
+        for text in texts:
+            matches = list(self._mark().finditer(text))
+            starts = [match.start() + i * (width - len(self.image_token)) for i, match in enumerate(matches)]
+            spans.append([{"span": m.span(), "new_span": (at, at + width)} for m, at in zip(matches, starts)])
+            expanded.append(self._mark().sub(self.image_token * count, text))
+        padding = len(texts) > 1 if padding is None else padding
+        data = dict(self.tokenizer(expanded, padding=padding, padding_side=padding_side, **options))
+        for i, (ids, marks) in enumerate(zip(data["input_ids"], spans)):
+            found = ids.count(self.image_token_id)
+            if found != count * len(marks):
+                raise ValueError(
+                    f"row {i} has {found} image tokens where its {len(marks)} images need {count * len(marks)}: "
+                    f"raise max_length ({options.get('max_length')}) or shorten the prompt"
+                )
+        return data, spans
