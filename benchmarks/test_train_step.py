@@ -21,7 +21,7 @@ from transformers import LlavaForConditionalGeneration as Stock
 
 from benchmarks.harness import Call, Case, Tensors, benchmark_of, report
 from benchmarks.records import DEVICE
-from llava_fast.model.llava import LlavaForConditionalGeneration
+from llava_fast.drop_in import LlavaForConditionalGeneration
 
 try:
     from liger_kernel.transformers import apply_liger_kernel_to_llava

@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 # Where each public name lives; a name is imported when somebody asks for it.
 _HOME = {
     "LlavaConfig": "llava_fast.model.llava",
-    "LlavaForConditionalGeneration": "llava_fast.model.llava",
+    "LlavaForConditionalGeneration": "llava_fast.drop_in",
     "LlavaModel": "llava_fast.model.llava",
     "LlavaProcessor": "llava_fast.processor.processor",
     "attention": "llava_fast.ops.attention",
@@ -34,9 +34,10 @@ __all__ = [
 if TYPE_CHECKING:
     from llava_fast.attention_interface import register_attention
     from llava_fast.backend import use_backend
-    from llava_fast.model.llava import LlavaConfig, LlavaForConditionalGeneration, LlavaModel
+    from llava_fast.drop_in import LlavaForConditionalGeneration
+    from llava_fast.model.llava import LlavaConfig, LlavaModel
     from llava_fast.ops.attention import attention
-    from llava_fast.processor.processor import LlavaProcessor
+    from llava_fast.processor import LlavaProcessor
 
 
 def __getattr__(name: str) -> Any:

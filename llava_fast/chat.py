@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from llava_fast.checkpoint.layouts import dtype_of
-from llava_fast.model.llava import LlavaForConditionalGeneration
+from llava_fast.drop_in import LlavaForConditionalGeneration
 from llava_fast.processor.processor import LlavaProcessor
 
 

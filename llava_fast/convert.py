@@ -40,8 +40,8 @@ from llava_fast.checkpoint.weights import (
     write_text,
     write_weights,
 )
+from llava_fast.drop_in import LlavaForConditionalGeneration
 from llava_fast.errors import blaming
-from llava_fast.model.llava import LlavaForConditionalGeneration
 from llava_fast.processor.processor import LlavaProcessor
 from llava_fast.processor.templates import get_template
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig, MistralConfig
 
 from llava_fast.checkpoint.layouts import original_name
-from llava_fast.model.llava import LlavaForConditionalGeneration
+from llava_fast.drop_in import LlavaForConditionalGeneration
 
 PAD, FIRST_TEXT_TOKEN, IMAGE, VOCABULARY = 0, 3, 99, 101
 SUPPRESSED = [IMAGE, PAD]  # never generated

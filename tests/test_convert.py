@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from llava_fast import cli
 from llava_fast.checkpoint.weights import open_weights
 from llava_fast.convert import convert
-from llava_fast.model.llava import LlavaForConditionalGeneration
+from llava_fast.drop_in import LlavaForConditionalGeneration
 
 ROWS = [[4, "image", 6], [9], [2, "image", 3, "image", 7]]
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -24,8 +24,8 @@ from transformers import AutoConfig, LlavaConfig
 
 from llava_fast.checkpoint.adapter import base_of, is_adapter
 from llava_fast.checkpoint.source import open_checkpoint
+from llava_fast.drop_in import LlavaForConditionalGeneration
 from llava_fast.errors import blaming
-from llava_fast.model.llava import LlavaForConditionalGeneration
 from llava_fast.train.recipe import Recipe
 
 STATE_BYTES = 16  # of a trained parameter

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 
-from llava_fast.model.llava import LlavaForConditionalGeneration
+from llava_fast.drop_in import LlavaForConditionalGeneration
 from llava_fast.processor.processor import LlavaProcessor
 from llava_fast.processor.templates import get_template
 from llava_fast.train import checkpoints

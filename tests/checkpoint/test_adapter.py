@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from llava_fast.checkpoint.layouts import classic_name, original_name
 from llava_fast.convert import convert
-from llava_fast.model.llava import LlavaForConditionalGeneration
+from llava_fast.drop_in import LlavaForConditionalGeneration
 
 R, ALPHA = 4, 8
 ROWS = [[4, "image", 6], [9]]

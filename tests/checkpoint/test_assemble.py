@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from llava_fast.model.llava import LlavaForConditionalGeneration
+from llava_fast.drop_in import LlavaForConditionalGeneration
 
 
 @pytest.fixture

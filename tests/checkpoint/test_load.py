@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from llava_fast.checkpoint.load import classic_name
-from llava_fast.model.llava import LlavaForConditionalGeneration
+from llava_fast.drop_in import LlavaForConditionalGeneration
 
 ROWS = [[4, "image", 6], [9], [2, "image", 3, "image", 7]]
 Rename = Callable[[str], str]

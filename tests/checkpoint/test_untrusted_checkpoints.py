@@ -17,7 +17,7 @@ from llava_fast import cli
 from llava_fast.checkpoint.source import open_checkpoint
 from llava_fast.checkpoint.weights import open_weights, read_json
 from llava_fast.convert import convert
-from llava_fast.model.llava import LlavaForConditionalGeneration
+from llava_fast.drop_in import LlavaForConditionalGeneration
 from llava_fast.processor.processor import LlavaProcessor
 
 

@@ -21,7 +21,7 @@ from llava_fast import convert as converter
 from llava_fast.checkpoint import weights as weight_files
 from llava_fast.checkpoint.weights import parse_size
 from llava_fast.convert import convert
-from llava_fast.model.llava import LlavaForConditionalGeneration
+from llava_fast.drop_in import LlavaForConditionalGeneration
 
 
 def index_of(folder: Path) -> tuple[Path, dict[str, Any]]:

@@ -62,7 +62,7 @@ def make(folder: Path) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlavaConfig
 
     from llava_fast.convert import convert
-    from llava_fast.model.llava import LlavaForConditionalGeneration
+    from llava_fast.drop_in import LlavaForConditionalGeneration
 
     vision = CLIPVisionConfig(
         hidden_size=24,

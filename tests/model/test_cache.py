@@ -14,8 +14,8 @@ from transformers import (
 from transformers.cache_utils import Cache
 
 from llava_fast.backend import use_backend
+from llava_fast.drop_in import LlavaForConditionalGeneration
 from llava_fast.model.cache import Int8Cache
-from llava_fast.model.llava import LlavaForConditionalGeneration
 from llava_fast.ops._launch import recorded
 from tests import tiny as tiny_sizes
 

@@ -5,8 +5,8 @@ import torch
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig
 from transformers import LlavaForConditionalGeneration as Stock
 
+from llava_fast.drop_in import LlavaForConditionalGeneration
 from llava_fast.model.language import MLP
-from llava_fast.model.llava import LlavaForConditionalGeneration
 from llava_fast.sequence import pack
 from tests.tiny import TEXT, VISION
 

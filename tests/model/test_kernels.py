@@ -5,7 +5,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from llava_fast.backend import use_backend
-from llava_fast.model.llava import LlavaForConditionalGeneration
+from llava_fast.drop_in import LlavaForConditionalGeneration
 from llava_fast.ops._launch import recorded
 from tests.tiny import TEXT, VISION
 

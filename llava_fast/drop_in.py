@@ -1,0 +1,198 @@
+"""transformers' face of the model: `LlavaForConditionalGeneration` with its signatures, outputs and checkpoints.
+
+Shapes: B batch rows, T tokens, D width of the language model, M image tokens in all, N images.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, LlavaConfig
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from llava_fast.checkpoint.load import CheckpointMixin
+from llava_fast.model.llava import LlavaModel
+from llava_fast.model.pretrained import LlavaPreTrainedModel
+from llava_fast.ops.loss import linear_cross_entropy
+
+IGNORE_INDEX = -100
+
+
+class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, GenerationMixin):
+    """LLaVA with its language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__(config)
+        self.model = LlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """See `LlavaModel.get_image_features`."""
+        return self.model.get_image_features(
+            pixel_values, vision_feature_layer, vision_feature_select_strategy, **kwargs
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        use_cache: bool | None = None,
+        key_start: torch.Tensor | None = None,
+        key_end: torch.Tensor | None = None,
+        image_slots: torch.Tensor | None = None,
+        label_rows: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_logits: bool | None = None,
+        **kwargs,
+    ) -> LlavaCausalLMOutputWithPast:
+        """Logits, and the loss where there are labels.
+
+        When training with labels no logits are returned: the loss needs them for labelled rows only, and never all at
+        once. The last layer, too, computes only rows that are read.
+
+        Args:
+            input_ids: [B, T] with `config.image_token_id` once for every image token; or
+            inputs_embeds: [B, T, D].
+            pixel_values: uint8 [N, H, W, 3] as decoded, or floating [N, 3, H, W] normalised; all images of the
+                batch in reading order. None for text alone.
+            attention_mask: [B, cached + T], 1 for real tokens; padding on the left or on the right. The output of a
+                padding token is that of an empty attention and means nothing.
+            position_ids: [B, T]; counted from 0 by default. Without an attention mask and a filled cache, positions
+                that restart mark packed samples, which never see each other.
+            past_key_values: a transformers cache.
+            labels: [B, T], −100 where there is nothing to predict; shifted here, not by the caller.
+            logits_to_keep: compute logits for the last so many tokens only (0: all), or for these indices.
+            use_cache: default: the text config's when evaluating, False when training.
+            key_start, key_end: int32 [B, T] key ranges (see `llava_fast.sequence`), instead of a mask.
+            image_slots: int64 [M], flat positions of the image tokens in `input_ids`, where the caller knows them.
+            label_rows: int64, ascending flat positions of the tokens whose next token has a label, where the caller
+                knows them: then nothing waits for the device.
+            mm_encoder_outputs: {"image": result of `get_image_features`} instead of pixels.
+            return_logits: whether `logits` are wanted beside a loss; by default when evaluating, not when training.
+            kwargs: for the loss: `num_items_in_batch` divides its sum, instead of the number of labelled tokens.
+
+        Raises:
+            ValueError: for inputs that contradict each other, such as a number of image tokens that is not the
+                number of image features.
+        """
+        if return_logits is None:
+            # The fused loss reads the head's weight itself, so a head that PEFT or a quantiser has wrapped is called.
+            return_logits = labels is None or not self.training or type(self.lm_head) is not nn.Linear
+        rows = None
+        if not return_logits:
+            rows, targets = _labelled(labels, label_rows)
+            num_labelled = None if rows is None else rows.numel()
+        elif labels is None and isinstance(logits_to_keep, int) and logits_to_keep:
+            rows = logits_to_keep
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            use_cache=use_cache,
+            key_start=key_start,
+            key_end=key_end,
+            image_slots=image_slots,
+            mm_encoder_outputs=mm_encoder_outputs,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            rows=rows,
+            return_dict=True,
+        )
+        hidden = outputs.last_hidden_state
+        logits = loss = None
+        if return_logits:
+            logits = self.lm_head(_rows_to_keep(hidden, logits_to_keep) if rows is None else hidden)
+            if labels is not None:
+                vocab_size = self.config.text_config.vocab_size
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        else:
+            num_items = kwargs.get("num_items_in_batch")
+            loss = linear_cross_entropy(
+                hidden.flatten(0, 1), self.lm_head.weight, targets, num_items=num_items, num_labelled=num_labelled
+            )
+        return LlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def generate(self, *args, **kwargs):
+        """transformers' `generate`, refusing right-padded prompts: the first new token would follow padding."""
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 2 and not bool((mask[:, -1] != 0).all()):
+            row = int((mask[:, -1] == 0).nonzero()[0])
+            raise ValueError(
+                f"generate needs left-padded prompts, but attention_mask row {row} ends in padding; "
+                "set processor.tokenizer.padding_side = 'left'"
+            )
+        return super().generate(*args, **kwargs)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **_) -> torch.Tensor | None:
+        """Static caches need no 4-D mask here: the key ranges come from the 2-D one."""
+        return attention_mask
+
+
+def _labelled(labels_BT: torch.Tensor, rows: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Flat places of the tokens that have something to predict, and what: the next token's label.
+
+    Where finding the places would wait for the device, none are given, and the targets are those of all tokens.
+    """
+    targets = torch.nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+    if rows is None and labels_BT.device.type == "cpu" and not torch.compiler.is_compiling():
+        rows = (targets != IGNORE_INDEX).nonzero().flatten()
+    return rows, targets if rows is None else targets[rows]
+
+
+def _rows_to_keep(hidden_BTD: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
+    """The rows that logits are wanted for, as transformers reads `logits_to_keep`."""
+    if isinstance(keep, int):
+        return hidden_BTD[:, -keep:] if keep else hidden_BTD
+    if keep.dim() == 1:
+        return hidden_BTD[:, keep]
+    return hidden_BTD[keep] if keep.dtype == torch.bool else torch.take_along_dim(hidden_BTD, keep[..., None], dim=1)
