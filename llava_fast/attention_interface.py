@@ -24,7 +24,7 @@ from transformers.masking_utils import (
 )
 
 from llava_fast.ops.attention import attention
-from llava_fast.sequence import _require, key_ranges
+from llava_fast.sequence import key_ranges, require
 
 NAME = "llava_fast"
 SLICE = 256  # queries whose mask is evaluated at a time
@@ -182,7 +182,7 @@ def _ranges_of_mask(mask_B1TS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     slot_S = torch.arange(seen_BTS.shape[-1], device=seen_BTS.device, dtype=torch.int32)
     end_BT = torch.where(seen_BTS, slot_S + 1, -1).amax(-1)
     start_BT = torch.where(seen_BTS, slot_S, seen_BTS.shape[-1]).amin(-1)
-    _require(
+    require(
         ((end_BT < 0) | (seen_BTS.sum(-1) == end_BT - start_BT)).all(),
         f"{NAME} attention needs masks in which each query sees one run of keys",
     )
@@ -195,5 +195,5 @@ def _canonical(start_BT: torch.Tensor, end_BT: torch.Tensor) -> tuple[torch.Tens
     start_BT = torch.where(end_BT < 0, until_BT, start_BT)
     end_BT = torch.where(end_BT < 0, until_BT, end_BT)
     for part in (start_BT, end_BT):
-        _require((part.diff(dim=1) >= 0).all(), f"{NAME} attention needs masks whose runs of keys never go backwards")
+        require((part.diff(dim=1) >= 0).all(), f"{NAME} attention needs masks whose runs of keys never go backwards")
     return start_BT.to(torch.int32), end_BT.to(torch.int32)

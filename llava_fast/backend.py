@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ ENVIRONMENT_VARIABLE = "LLAVA_FAST_BACKEND"
 # benchmark shows it ahead: Triton's `supports` then says no for those shapes.
 _PREFERENCE = ("triton", "cuda", "reference")
 
-Supports = Callable[..., Literal[True] | str]
+Supports = Callable[..., bool | str]  # True, or one line saying why not
 
 
 class BackendUnavailable(RuntimeError):
@@ -63,7 +63,7 @@ class Implementation:
         if missing or self.supports is None or not tensors:
             return missing
         answer = self.supports(*tensors)
-        return "" if answer is True else answer or "the implementation does not support these tensors"
+        return "" if answer is True else str(answer or "the implementation does not support these tensors")
 
 
 _registry: dict[str, dict[str, Implementation]] = {}

@@ -24,8 +24,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+
+from llava_fast.ops.attention.ranges import KeyRanges
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,12 @@ def pack(
     Raises:
         ValueError: for an empty sample, or an image span that is not inside its sample.
     """
-    for i, length in enumerate(lengths):
-        if length < 1:
-            raise ValueError(f"sample {i} has length {length}; every packed sample needs at least one token")
-    length = torch.tensor(list(lengths), dtype=torch.int64)
-    total = int(length.sum())
-    first = torch.repeat_interleave(length.cumsum(0) - length, length)
+    for i, count in enumerate(lengths):
+        if count < 1:
+            raise ValueError(f"sample {i} has length {count}; every packed sample needs at least one token")
+    length_N = torch.tensor(list(lengths), dtype=torch.int64)
+    total = int(length_N.sum())
+    first = torch.repeat_interleave(length_N.cumsum(0) - length_N, length_N)
     index = torch.arange(total)
     end = index + 1
     if bidirectional_images:
@@ -91,7 +94,7 @@ def key_ranges(
     image_mask: torch.Tensor | None = None,
     image_tokens: int = 1,
     sliding_window: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> KeyRanges:
     """Key ranges of a batch whose tensors are already on the device; no synchronisation.
 
     Args:
@@ -106,7 +109,7 @@ def key_ranges(
         sliding_window: each token sees at most this many of the latest keys, itself included.
 
     Returns:
-        start, end: [B, T] int32, canonical.
+        canonical ranges [B, T]. Their kind is known where nothing but causality decides them.
 
     Raises:
         ValueError: when an `attention_mask` has real tokens that are not contiguous (on a CPU; on other devices the
@@ -134,7 +137,7 @@ def key_ranges(
         count_B = real_BS.sum(1, keepdim=True)
         first_B = torch.where(real_BS, slot, real_BS.shape[1]).amin(1, keepdim=True)
         last_B = torch.where(real_BS, slot, -1).amax(1, keepdim=True)
-        _require(
+        require(
             ((last_B - first_B + 1 == count_B) | (count_B == 0)).all(),
             "attention_mask has padding between real tokens; pad on one side only "
             "(batched generation: processor.tokenizer.padding_side = 'left')",
@@ -149,7 +152,9 @@ def key_ranges(
 
     if sliding_window is not None:
         start_BT = torch.maximum(start_BT, torch.minimum(index_BT + 1 - sliding_window, end_BT))
-    return start_BT.to(torch.int32).contiguous(), end_BT.to(torch.int32).contiguous()
+    plain = attention_mask is None and image_mask is None and position_ids is None and sliding_window is None
+    kind: Literal["causal"] | None = "causal" if plain and isinstance(past, int) and past == 0 else None
+    return KeyRanges(start_BT.to(torch.int32), end_BT.to(torch.int32), kind)
 
 
 def _end_of_image(image_mask_BT: torch.Tensor, image_tokens: int, past: int | torch.Tensor) -> torch.Tensor:
@@ -162,7 +167,7 @@ def _end_of_image(image_mask_BT: torch.Tensor, image_tokens: int, past: int | to
     return torch.where(image_mask_BT, stop_BT, step + 1).clamp(max=image_mask_BT.shape[1]) + past
 
 
-def _require(condition: torch.Tensor, message: str) -> None:
+def require(condition: torch.Tensor, message: str) -> None:
     """Raise at once on a CPU; elsewhere assert on the device without waiting for it."""
     if condition.device.type == "cpu" and not torch.compiler.is_compiling():
         if not condition:

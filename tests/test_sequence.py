@@ -126,8 +126,8 @@ def test_padding_windows_and_caches_are_the_dense_mask(
     as_tensor = key_ranges(
         len(rows), tokens, CPU, past=torch.tensor(past), attention_mask=mask.to(kind), sliding_window=window
     )
-    assert torch.equal(as_tensor[0], start)
-    assert torch.equal(as_tensor[1], end)
+    assert torch.equal(as_tensor.start, start)
+    assert torch.equal(as_tensor.end, end)
 
 
 @given(

@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from llava_fast import LlavaConfig, LlavaForConditionalGeneration
 from llava_fast.demo import world
 from llava_fast.demo.world import Object, Scene
-from llava_fast.model.llava import CLIP_MEAN, CLIP_STD
+from llava_fast.model.vision import CLIP_MEAN, CLIP_STD
 from llava_fast.processor.templates import get_template
 
 WEIGHTS = Path(__file__).parent / "weights"

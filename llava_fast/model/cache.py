@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, StaticLayer
 
-from llava_fast.ops.attention import attention
+from llava_fast.ops.attention import KeyRanges, range_attention
 from llava_fast.ops.attention.int8 import int8_attention
 from llava_fast.ops.cache_write import dequantise, quantise_reference, write_cache
 from llava_fast.ops.rotary import rotary
@@ -33,6 +33,9 @@ class Int8Layer(StaticLayer):
     """A layer of `Int8Cache`. `keys` and `values` are int8; `update`, which any transformers model calls, hands out a
     dequantised copy, while this library's attention reads them as they are."""
 
+    # Their types are settled by `lazy_initialization`.
+    keys: torch.Tensor
+    values: torch.Tensor
     key_scales: torch.Tensor
     value_scales: torch.Tensor
 
@@ -110,7 +113,7 @@ class Int8Cache(Cache):
 
 
 def rotate_and_cache(
-    cache: Cache,
+    cache: Cache | None,
     layer: int,
     q_BTHd: torch.Tensor,
     k_BTGd: torch.Tensor,
@@ -123,16 +126,20 @@ def rotate_and_cache(
     Of a static cache keys and values are its own memory. What fills an empty int8 cache sees keys and values as they
     were before they were quantised.
     """
+    if cache is None:
+        return *rotary(q_BTHd, k_BTGd, cos_BTd, sin_BTd), v_BTGd
     own = cache.layers[layer] if layer < len(cache.layers) else None
-    if type(own) not in (StaticLayer, Int8Layer) or cache.offloading or _wanted(q_BTHd, k_BTGd, v_BTGd):
+    is_static = type(own) in (StaticLayer, Int8Layer)  # neither sliding nor anybody else's
+    if not is_static or not isinstance(own, StaticLayer) or cache.offloading or _wanted(q_BTHd, k_BTGd, v_BTGd):
         q, k = rotary(q_BTHd, k_BTGd, cos_BTd, sin_BTd)
         keys, values = cache.update(k.transpose(1, 2), v_BTGd.transpose(1, 2), layer)
         return q, keys.transpose(1, 2), values.transpose(1, 2)
     if not own.is_initialized:
         own.lazy_initialization(k_BTGd.transpose(1, 2), v_BTGd.transpose(1, 2))
+    assert own.keys is not None and own.values is not None
     tensors = q_BTHd, k_BTGd, v_BTGd, cos_BTd, sin_BTd, own.cumulative_length, own.keys, own.values
     tokens = k_BTGd.shape[1]
-    if type(own) is StaticLayer:
+    if not isinstance(own, Int8Layer):
         q = write_cache(*tensors)
         own.cumulative_length.add_(tokens)
         return q, own.keys.transpose(1, 2), own.values.transpose(1, 2)
@@ -145,18 +152,13 @@ def rotate_and_cache(
 
 
 def attend(
-    q_BTHd: torch.Tensor,
-    k_BSGd: torch.Tensor | Int8,
-    v_BSGd: torch.Tensor | Int8,
-    start_BT: torch.Tensor,
-    end_BT: torch.Tensor,
+    q_BTHd: torch.Tensor, k_BSGd: torch.Tensor | Int8, v_BSGd: torch.Tensor | Int8, ranges: KeyRanges
 ) -> torch.Tensor:
-    """`attention`, or `int8_attention` to quantised keys and values."""
-    if isinstance(k_BSGd, Int8):
-        return int8_attention(
-            q_BTHd, k_BSGd.data_BSGd, v_BSGd.data_BSGd, k_BSGd.scale_BGS, v_BSGd.scale_BGS, start_BT, end_BT
-        )
-    return attention(q_BTHd, k_BSGd, v_BSGd, start_BT, end_BT)
+    """`range_attention`, or `int8_attention` to quantised keys and values."""
+    if isinstance(k_BSGd, Int8) and isinstance(v_BSGd, Int8):
+        scales = k_BSGd.scale_BGS, v_BSGd.scale_BGS
+        return int8_attention(q_BTHd, k_BSGd.data_BSGd, v_BSGd.data_BSGd, *scales, ranges)
+    return range_attention(q_BTHd, dense(k_BSGd, q_BTHd.dtype), dense(v_BSGd, q_BTHd.dtype), ranges)
 
 
 def dense(x_BSGd: torch.Tensor | Int8, dtype: torch.dtype) -> torch.Tensor:

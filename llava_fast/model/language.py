@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, MistralConfig
+from transformers import LlamaConfig, LlavaConfig, MistralConfig
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -22,12 +23,18 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llava_fast.model.cache import attend, dense, rotate_and_cache
 from llava_fast.model.recompute import recomputed
+from llava_fast.model.rows import Rows, angles_of_rows, keys_of_rows, take_rows
 from llava_fast.ops.activation import swiglu
-from llava_fast.ops.attention import attention_weights_reference
+from llava_fast.ops.attention import KeyRanges, attention_weights_reference
 from llava_fast.ops.norm import rms_norm
 from llava_fast.ops.rotary import rotary
 
 SUPPORTED = ("llama", "mistral")
+TextConfig = LlamaConfig | MistralConfig
+
+
+def text_config(config: LlavaConfig) -> TextConfig:
+    return cast(TextConfig, config.text_config)
 
 
 @dataclass(frozen=True)
@@ -35,22 +42,19 @@ class Positions:
     """What every layer needs to know of the sequence, made once per forward pass.
 
     cos, sin: [B or 1, T, d], rotary angles of the tokens.
-    key_start, key_end: int32 [B, T], the keys each token sees, counted in the keys the cache returns.
+    ranges: [B, T], the keys each token sees, counted in the keys the cache returns.
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
-    key_start: torch.Tensor
-    key_end: torch.Tensor
+    ranges: KeyRanges
 
-
-# The rows of a layer's output that somebody reads: so many last tokens of each batch row, or flat places b · T + t.
-Rows = int | torch.Tensor
-
-
-def take_rows(x_BT: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """[B, T, …] -> [B, rows, …] for the last tokens, or [1, len(rows), …] for flat places."""
-    return x_BT[:, -rows:] if isinstance(rows, int) else x_BT.flatten(0, 1)[rows][None]
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Positions:
+        """For the layers on another device: accelerate's hooks call this."""
+        if self.cos.device == torch.device(device):
+            return self
+        cos, sin = (x.to(device, non_blocking=non_blocking) for x in (self.cos, self.sin))
+        return Positions(cos, sin, self.ranges.to(device, non_blocking))
 
 
 class RMSNorm(nn.Module):
@@ -70,7 +74,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: LlamaConfig | MistralConfig, layer: int):
+    def __init__(self, config: TextConfig, layer: int):
         super().__init__()
         self.layer = layer
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -90,58 +94,29 @@ class Attention(nn.Module):
         rows: Rows | None = None,
         again: Callable[[], torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if rows is not None:
-            return self._forward_rows(x_BTD, positions, cache, rows, again), None
+        """With `rows`: queries for those alone, keys and values for all. `again()` computes `x_BTD` once more."""
+        angles, ranges = (positions.cos, positions.sin), positions.ranges
         with recomputed(x_BTD, again):
-            q, k, v = (self._heads(proj, x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if cache is None:
-            q, k = rotary(q, k, positions.cos, positions.sin)
+            q = self._heads(self.q_proj, x_BTD if rows is None else take_rows(x_BTD, rows))
+            new_k, new_v = (self._heads(proj, x_BTD) for proj in (self.k_proj, self.v_proj))
+        if rows is None:
+            q, k, v = rotate_and_cache(cache, self.layer, q, new_k, new_v, *angles)
         else:
-            q, k, v = rotate_and_cache(cache, self.layer, q, k, v, positions.cos, positions.sin)
-        out = attend(q, k, v, positions.key_start, positions.key_end)
+            q, _ = rotary(q, q[:, :, :0], *angles_of_rows(*angles, x_BTD.shape[0], rows))
+            _, k, v = rotate_and_cache(cache, self.layer, new_k[:, :, :0], new_k, new_v, *angles)
+            k, v, ranges = keys_of_rows(k, v, ranges, rows, q.dtype)
+        out = attend(q, k, v, ranges)
         weights = None
         if want_weights:
-            k = dense(k, q.dtype)
-            weights = attention_weights_reference(q, k, positions.key_start, positions.key_end, self.head_dim**-0.5)[
-                0
-            ].to(q.dtype)
+            weights = attention_weights_reference(q, dense(k, q.dtype), ranges, self.head_dim**-0.5)[0].to(q.dtype)
         return self.o_proj(out.flatten(2)), weights
-
-    def _forward_rows(
-        self,
-        x_BTD: torch.Tensor,
-        positions: Positions,
-        cache: Cache | None,
-        rows: Rows,
-        again: Callable[[], torch.Tensor] | None,
-    ) -> torch.Tensor:
-        """The output for some rows alone: queries for those, keys and values for all."""
-        batch = x_BTD.shape[0]
-        q = self._heads(self.q_proj, take_rows(x_BTD, rows))
-        with recomputed(x_BTD, again):
-            k, v = (self._heads(proj, x_BTD) for proj in (self.k_proj, self.v_proj))
-        cos, sin = (angle.expand(batch, -1, -1) for angle in (positions.cos, positions.sin))
-        start, end = positions.key_start, positions.key_end
-        q, _ = rotary(q, q[:, :, :0], take_rows(cos, rows), take_rows(sin, rows))
-        if cache is None:
-            _, k = rotary(k[:, :, :0], k, cos, sin)
-        else:
-            _, k, v = rotate_and_cache(cache, self.layer, k[:, :, :0], k, v, cos, sin)
-        if not isinstance(rows, int):
-            # Flat rows come from any batch row, so the keys of all lie end to end as one pack.
-            k, v = (dense(x, q.dtype) for x in (k, v))
-            offset = k.shape[1] * torch.arange(batch, device=start.device, dtype=start.dtype)[:, None]
-            start, end = start + offset, end + offset
-            k, v = k.flatten(0, 1)[None], v.flatten(0, 1)[None]
-        out = attend(q, k, v, take_rows(start, rows), take_rows(end, rows))
-        return self.o_proj(out.flatten(2))
 
     def _heads(self, projection: nn.Module, x_BTD: torch.Tensor) -> torch.Tensor:
         return projection(x_BTD).unflatten(-1, (-1, self.head_dim))
 
 
 class MLP(nn.Module):
-    def __init__(self, config: LlamaConfig | MistralConfig):
+    def __init__(self, config: TextConfig):
         super().__init__()
         bias = getattr(config, "mlp_bias", False)
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
@@ -159,7 +134,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config: LlamaConfig | MistralConfig, layer: int):
+    def __init__(self, config: TextConfig, layer: int):
         super().__init__()
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
@@ -186,7 +161,7 @@ class DecoderLayer(GradientCheckpointingLayer):
 class LanguageModel(nn.Module):
     """The decoder without its head."""
 
-    def __init__(self, config: LlamaConfig | MistralConfig):
+    def __init__(self, config: TextConfig):
         super().__init__()
         if config.model_type not in SUPPORTED:
             raise ValueError(f"text_config.model_type is {config.model_type!r}; supported: {', '.join(SUPPORTED)}")
@@ -202,8 +177,7 @@ class LanguageModel(nn.Module):
         self,
         embeds_BTD: torch.Tensor,
         position_ids: torch.Tensor,
-        key_start: torch.Tensor,
-        key_end: torch.Tensor,
+        ranges: KeyRanges,
         cache: Cache | None = None,
         *,
         output_hidden_states: bool = False,
@@ -215,7 +189,7 @@ class LanguageModel(nn.Module):
         Args:
             embeds_BTD: token and image embeddings, merged.
             position_ids: [B or 1, T] int64.
-            key_start, key_end: int32 [B, T], see `Positions`.
+            ranges: [B, T], see `Positions`.
             cache: written to, and read from, when given.
             rows: the only rows of the last hidden state that will be read. The last layer then computes queries,
                 output projection and MLP for those alone; keys and values, and so the cache, are complete. It is
@@ -227,7 +201,7 @@ class LanguageModel(nn.Module):
             last two are None unless asked for.
         """
         cos, sin = self.rotary_emb(embeds_BTD, position_ids)
-        positions = Positions(cos, sin, key_start, key_end)
+        positions = Positions(cos, sin, ranges)
         states: list[torch.Tensor] = []
         attentions: list[torch.Tensor] = []
         x_BTD = embeds_BTD

@@ -3,9 +3,8 @@
 Parameter names are those of transformers' CLIPVisionModel (≥ 5.6), so its weights load as they are. LLaVA-1.5 reads
 hidden state −2: the last layer and the final LayerNorm are never run; they keep their parameters, frozen.
 
-Both residual adds of a layer are part of the LayerNorm that follows, the next layer's for the second. In evaluation
-mode (from `eval()` until `train()` or `state_dict()`) the parameters of q, k and v lie one behind the other in one
-storage, and inference computes all three in one GEMM.
+Both residual adds of a layer are part of the LayerNorm that follows, the next layer's for the second. Inference
+computes q, k and v in one product (`joined.py`).
 
 Shapes: B images, N = patches + 1 tokens, D width, H heads, d head dimension.
 """
@@ -13,6 +12,7 @@ Shapes: B images, N = patches + 1 tokens, D width, H heads, d head dimension.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -21,18 +21,29 @@ from transformers import CLIPVisionConfig, LlavaConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from llava_fast.model.plain import is_plain
+from llava_fast.model.joined import JoinedLinears
 from llava_fast.ops.activation import gelu, quick_gelu
-from llava_fast.ops.attention import attention, attention_weights_reference
+from llava_fast.ops.attention import KeyRanges, attention_weights_reference, range_attention
 from llava_fast.ops.norm import layer_norm
 from llava_fast.ops.patch_embed import patch_embed
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def pixel_normalisation(config: LlavaConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of uint8 pixels, by channel and in units of 255: the config's own, or CLIP's."""
+    return tuple(getattr(config, "image_mean", CLIP_MEAN)), tuple(getattr(config, "image_std", CLIP_STD))
+
+
+def tower_config(config: LlavaConfig) -> CLIPVisionConfig:
+    return cast(CLIPVisionConfig, config.vision_config)
 
 
 def feature_layers(config: LlavaConfig, override: int | Sequence[int] | None = None) -> list[int]:
     """The hidden states of the tower that make up an image's features."""
-    layers = config.vision_feature_layer if override is None else override
+    layers = cast(int | list[int], config.vision_feature_layer) if override is None else override
     return [layers] if isinstance(layers, int) else list(layers)
 
 
@@ -65,24 +76,9 @@ class VisionEmbeddings(nn.Module):
         return torch.cat((table_ND[:1], grid.flatten(2)[0].T))
 
 
-def _adjoining(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
-    """Three tensors of one shape as one, if they lie one behind the other in one storage."""
-    first, size = q.data_ptr(), q.nbytes
-    if k.data_ptr() != first + size or v.data_ptr() != first + 2 * size or not size:
-        return None
-    alike = q.dtype == k.dtype == v.dtype and q.shape == k.shape == v.shape and q.stride() == k.stride() == v.stride()
-    begins = q.storage_offset() * q.element_size()
-    if not alike or not q.is_contiguous() or q.untyped_storage().nbytes() < begins + 3 * size:
-        return None
-    return q.detach().as_strided((3 * q.shape[0], *q.shape[1:]), q.stride())
+class VisionAttention(JoinedLinears):
+    joins = ("q_proj", "k_proj", "v_proj")
 
-
-def _part_first(attention: VisionAttention, *_) -> None:
-    """A state dict has no shared storage: safetensors refuses it, and accelerate would leave k and v out."""
-    attention._part()
-
-
-class VisionAttention(nn.Module):
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         width = config.hidden_size
@@ -91,77 +87,15 @@ class VisionAttention(nn.Module):
         self.v_proj = nn.Linear(width, width)
         self.q_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
-        self.register_state_dict_pre_hook(_part_first)
-
-    def train(self, mode: bool = True) -> VisionAttention:
-        super().train(mode)
-        if mode:
-            self._part()
-        else:
-            self._join()
-        return self
-
-    def _apply(self, fn, recurse: bool = True) -> VisionAttention:
-        joined = self._joined() is not None
-        super()._apply(fn, recurse)
-        if joined:
-            self._join()  # what was moved or converted was so one by one
-        return self
-
-    def _tensors(self, name: str) -> list[torch.Tensor]:
-        return [getattr(projection, name) for projection in (self.q_proj, self.k_proj, self.v_proj)]
-
-    def _joined(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Weight [3 D, D] and bias [3 D] of q, k and v, if theirs lie so and nobody has wrapped them."""
-        for projection in (self.q_proj, self.k_proj, self.v_proj):
-            if not is_plain(projection, nn.Linear):
-                return None
-        weight, bias = _adjoining(*self._tensors("weight")), _adjoining(*self._tensors("bias"))
-        return None if weight is None or bias is None else (weight, bias)
-
-    def _join(self) -> None:
-        """Give the projections' parameters one storage, where nobody else has a say in where they lie.
-
-        What is not the whole of its storage belongs to somebody, such as the flat buffer of a sharded optimiser.
-        """
-        if self._joined() is not None or not all(
-            is_plain(projection, nn.Linear) for projection in (self.q_proj, self.k_proj, self.v_proj)
-        ):
-            return
-        everything = [*self._tensors("weight"), *self._tensors("bias")]
-        if len({(t.dtype, t.device) for t in everything}) > 1 or everything[0].device.type == "meta":
-            return
-        if any(t.untyped_storage().nbytes() != t.nbytes or not t.is_contiguous() for t in everything):
-            return
-        for name in ("weight", "bias"):
-            tensors = self._tensors(name)
-            with torch.inference_mode(False), torch.no_grad():
-                parts = torch.cat([t.detach() for t in tensors]).split([t.shape[0] for t in tensors])
-            for tensor, part in zip(tensors, parts, strict=True):
-                tensor.data = part
-
-    def _part(self) -> None:
-        """Give each projection a storage of its own again: a trained parameter is nobody's view."""
-        if self._joined() is not None:
-            with torch.inference_mode(False):
-                for parameter in [*self._tensors("weight"), *self._tensors("bias")]:
-                    parameter.data = parameter.data.clone()
-
-    def _qkv(self, x_BND: torch.Tensor) -> Sequence[torch.Tensor]:
-        # A graph of gradients, or of torch.compile, has the three projections in it.
-        joined = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else self._joined()
-        if joined is None:
-            return self.q_proj(x_BND), self.k_proj(x_BND), self.v_proj(x_BND)
-        return F.linear(x_BND, *joined).chunk(3, dim=-1)
 
     def forward(
-        self, x_BND: torch.Tensor, start_BN: torch.Tensor, end_BN: torch.Tensor, want_weights: bool
+        self, x_BND: torch.Tensor, ranges: KeyRanges, want_weights: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        q, k, v = (projected.unflatten(-1, (-1, self.head_dim)) for projected in self._qkv(x_BND))
-        out = attention(q, k, v, start_BN, end_BN)
+        q, k, v = (projected.unflatten(-1, (-1, self.head_dim)) for projected in self.project(x_BND))
+        out = range_attention(q, k, v, ranges)
         weights = None
         if want_weights:
-            weights = attention_weights_reference(q, k, start_BN, end_BN, self.head_dim**-0.5)[0].to(q.dtype)
+            weights = attention_weights_reference(q, k, ranges, self.head_dim**-0.5)[0].to(q.dtype)
         return self.out_proj(out.flatten(2)), weights
 
 
@@ -195,8 +129,7 @@ class VisionLayer(GradientCheckpointingLayer):
         self,
         x_BND: torch.Tensor,
         added_BND: torch.Tensor | None,
-        start_BN: torch.Tensor,
-        end_BN: torch.Tensor,
+        ranges: KeyRanges,
         want_weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The layer's input x + added (a hidden state of the tower), its output as two addends, attention weights."""
@@ -205,7 +138,7 @@ class VisionLayer(GradientCheckpointingLayer):
             y, state = layer_norm(x_BND, norm1.weight, norm1.bias, eps=norm1.eps)
         else:
             y, state = layer_norm(added_BND, norm1.weight, norm1.bias, eps=norm1.eps, residual=x_BND)
-        y, weights = self.self_attn(y, start_BN, end_BN, want_weights)
+        y, weights = self.self_attn(y, ranges, want_weights)
         y, x_BND = layer_norm(y, norm2.weight, norm2.bias, eps=norm2.eps, residual=state)
         return state, x_BND, self.mlp(y), weights
 
@@ -289,13 +222,14 @@ class VisionTower(nn.Module):
             mean=mean,
             std=std,
         )
-        start_BN = torch.zeros(x_BND.shape[:2], dtype=torch.int32, device=x_BND.device)
-        end_BN = torch.full_like(start_BN, x_BND.shape[1])
-        states, attentions, added_BND = [], [], None
+        ranges = KeyRanges.full(*x_BND.shape[:2], x_BND.device)
+        states: list[torch.Tensor | None] = []
+        attentions: list[torch.Tensor | None] = []
+        added_BND: torch.Tensor | None = None
         for layer in self.encoder.layers[:last_layer]:
             if added_BND is not None and layer.gradient_checkpointing and self.training:
                 x_BND, added_BND = x_BND + added_BND, None  # what a checkpoint keeps is one tensor, not two
-            state, x_BND, added_BND, weights = layer(x_BND, added_BND, start_BN, end_BN, output_attentions)
+            state, x_BND, added_BND, weights = layer(x_BND, added_BND, ranges, output_attentions)
             states.append(state if keep is None or len(states) in keep else None)
             attentions.append(weights)
         states.append(x_BND if added_BND is None else x_BND + added_BND)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, DynamicCache, LlavaConfig
 
 from llava_fast.drop_in import LlavaForConditionalGeneration
-from llava_fast.model.llava import CLIP_MEAN, CLIP_STD
+from llava_fast.model.vision import CLIP_MEAN, CLIP_STD
 from llava_fast.sequence import pack
 
 ROWS = [[4, "image", 6], [9], [2, "image", 3, "image", 7]]

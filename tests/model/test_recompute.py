@@ -16,6 +16,7 @@ from benchmarks.harness import LiveStorages
 from llava_fast.model import language
 from llava_fast.model.language import DecoderLayer, Positions
 from llava_fast.model.recompute import recomputed
+from llava_fast.ops.attention import KeyRanges
 
 TOKENS, WIDTH, INNER = 48, 32, 80
 
@@ -29,7 +30,7 @@ def decoder_layer() -> DecoderLayer:
 def positions() -> Positions:
     angle = torch.randn(1, TOKENS, WIDTH // 2)
     end = torch.arange(1, TOKENS + 1, dtype=torch.int32)[None]
-    return Positions(angle.cos(), angle.sin(), torch.zeros_like(end), end)
+    return Positions(angle.cos(), angle.sin(), KeyRanges(torch.zeros_like(end), end))
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from llava_fast.backend import use_backend
 from llava_fast.drop_in import LlavaForConditionalGeneration
 from llava_fast.model import graph as vision_graph
 from llava_fast.model.graph import SHAPES, VisionGraphs, capturable, wanted
-from llava_fast.model.llava import CLIP_MEAN, CLIP_STD
 from llava_fast.model.plain import is_plain, is_plain_lookup
+from llava_fast.model.vision import CLIP_MEAN, CLIP_STD
 from llava_fast.ops._launch import recorded
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")

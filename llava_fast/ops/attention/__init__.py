@@ -30,210 +30,146 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
-from torch.nn import functional as F
 
 from llava_fast.backend import choose, register
-from llava_fast.ops._launch import Tile, launch, tile, tile_table
+from llava_fast.ops._launch import tile_table
 from llava_fast.ops._triton import takes
 from llava_fast.ops.attention import decode
+from llava_fast.ops.attention.backward import launch_dkdv, launch_dq
 from llava_fast.ops.attention.decode import decode_attention, takes_decode
-from llava_fast.ops.attention.forward import (
-    _attention_bwd_dkdv_kernel,
-    _attention_bwd_dq_kernel,
-    _attention_fwd_kernel,
-)
+from llava_fast.ops.attention.forward import launch_forward
 from llava_fast.ops.attention.peers import register_peers
-from llava_fast.ops.attention.ranges import blocks, sample_plan, tile_key, walk
+from llava_fast.ops.attention.ranges import KeyRanges
+from llava_fast.ops.attention.reference import attention_reference, attention_weights_reference
+from llava_fast.ops.attention.tiles import MAX_HEAD_DIM
 
-MAX_HEAD_DIM = 256
-LOG2_E = 1.4426950408889634
-# PyTorch's CPU kernel walks keys in steps of 512, so at these lengths a causal mask saves it little or nothing. Blocks
-# of queries that are given the keys up to their end take up to 22 % less time (one thread) or 15 % (two), forward and
-# backward; beyond these lengths they take more.
-CPU_BLOCKED, CPU_BLOCK = range(257, 769), 192
+__all__ = ["KeyRanges", "attention", "attention_reference", "attention_weights_reference", "range_attention"]
 
 
-def attention_reference(
+@overload
+def attention(
     q_BTHd: torch.Tensor,
     k_BSGd: torch.Tensor,
     v_BSGd: torch.Tensor,
     start_BT: torch.Tensor,
     end_BT: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    """Plain PyTorch. On a CPU, samples of a self-attention are sliced out and attended to one by one (or in groups of
-    similar length), so neither time nor memory is spent between samples; otherwise one masked SDPA."""
-    plan = sample_plan(start_BT, end_BT, k_BSGd.shape[1])
-    if plan is None:
-        return _masked_attention(q_BTHd, k_BSGd, v_BSGd, start_BT, end_BT, scale)
-    if plan.whole is not None:
-        return _sdpa(q_BTHd, k_BSGd, v_BSGd, None, plan.whole == "causal", scale)
-    q_RHd, k_RGd, v_RGd = q_BTHd.flatten(0, 1), k_BSGd.flatten(0, 1), v_BSGd.flatten(0, 1)
-    out_RHd = torch.zeros_like(q_RHd)
-    for group in plan.groups:
-        q, k, v = q_RHd[group.rows_NL], k_RGd[group.rows_NL], v_RGd[group.rows_NL]
-        out = _sdpa(q, k, v, group.mask_N1LL, group.kind == "causal", scale)
-        out_RHd = out_RHd.index_copy(0, group.real_rows, out.flatten(0, 1)[group.real])
-    return out_RHd.view_as(q_BTHd)
-
-
-def attention_weights_reference(
-    q_BTHd: torch.Tensor, k_BSGd: torch.Tensor, start_BT: torch.Tensor, end_BT: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities [B, H, T, S] and log-sum-exp [B, H, T], at least float32, by the definition. O(T·S) memory."""
-    groups = q_BTHd.shape[2] // k_BSGd.shape[2]
-    k_BSHd = k_BSGd.repeat_interleave(groups, dim=2)
-    wide = torch.promote_types(q_BTHd.dtype, torch.float32)
-    scores = torch.einsum("bthd,bshd->bhts", q_BTHd.to(wide), k_BSHd.to(wide)) * scale
-    mask = _mask(start_BT, end_BT, k_BSGd.shape[1])[:, None]
-    scores = scores.masked_fill(~mask, float("-inf"))
-    lse = torch.logsumexp(scores, dim=-1)
-    # An empty range has LSE −inf; its probabilities are zeros, not NaN.
-    return torch.exp(scores - lse.clamp(min=torch.finfo(lse.dtype).min)[..., None]), lse
-
-
-def _masked_attention(
+    *,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+) -> torch.Tensor: ...
+@overload
+def attention(
     q_BTHd: torch.Tensor,
     k_BSGd: torch.Tensor,
     v_BSGd: torch.Tensor,
     start_BT: torch.Tensor,
     end_BT: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    empty_BT = end_BT <= start_BT
-    # A row without keys would be 0/0 in the softmax, so it sees all of them and is zeroed afterwards.
-    mask = _mask(start_BT, end_BT, k_BSGd.shape[1]) | empty_BT[..., None]
-    out = _sdpa(q_BTHd, k_BSGd, v_BSGd, mask[:, None], False, scale)
-    return out.masked_fill(empty_BT[..., None, None], 0)
-
-
-def _mask(start_BT: torch.Tensor, end_BT: torch.Tensor, keys: int) -> torch.Tensor:
-    """[B, T, S] bool: which keys each query sees."""
-    key_S = torch.arange(keys, device=start_BT.device, dtype=start_BT.dtype)
-    return (key_S >= start_BT[..., None]) & (key_S < end_BT[..., None])
-
-
-def _sdpa(
+    *,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def attention(
     q_BTHd: torch.Tensor,
     k_BSGd: torch.Tensor,
     v_BSGd: torch.Tensor,
-    mask: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-) -> torch.Tensor:
-    tokens = q_BTHd.shape[1]
-    if causal and q_BTHd.device.type == "cpu" and not torch.compiler.is_compiling() and tokens in CPU_BLOCKED:
-        parts = []
-        for start in range(0, tokens, CPU_BLOCK):
-            stop = min(start + CPU_BLOCK, tokens)
-            seen = torch.ones(stop - start, stop, dtype=torch.bool).tril(start)
-            parts.append(_sdpa(q_BTHd[:, start:stop], k_BSGd[:, :stop], v_BSGd[:, :stop], seen, False, scale))
-        return torch.cat(parts, dim=1)
-    return F.scaled_dot_product_attention(
-        q_BTHd.transpose(1, 2),
-        k_BSGd.transpose(1, 2),
-        v_BSGd.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=causal,
-        scale=scale,
-        enable_gqa=q_BTHd.shape[2] != k_BSGd.shape[2],
-    ).transpose(1, 2)
+    start_BT: torch.Tensor,
+    end_BT: torch.Tensor,
+    *,
+    scale: float | None = ...,
+    return_lse: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
+def attention(
+    q_BTHd: torch.Tensor,
+    k_BSGd: torch.Tensor,
+    v_BSGd: torch.Tensor,
+    start_BT: torch.Tensor,
+    end_BT: torch.Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention with one range of visible keys per query. Several layers over the same ranges share what follows from
+    them when they call `range_attention` with one `KeyRanges`.
+
+    Args:
+        q_BTHd, k_BSGd, v_BSGd: one floating dtype; the last dimension contiguous, other strides free.
+        start_BT, end_BT: int32 [B, T]; query t sees keys start ≤ s < end of its batch row. Along T neither decreases.
+        scale: of the scores; 1/sqrt(d) by default.
+        return_lse: also return the log-sum-exp of each query's scores.
+
+    Returns:
+        [B, T, H, d]; with `return_lse` also float32 [B, H, T], −inf for an empty range.
+
+    Raises:
+        ValueError: for shapes that do not fit together, or a scale that is not positive.
+    """
+    return range_attention(q_BTHd, k_BSGd, v_BSGd, KeyRanges(start_BT, end_BT), scale=scale, return_lse=return_lse)
 
 
-def _tile(kernel: str, q: torch.Tensor) -> Tile:
-    """The shipped tile; float32 has its own, as its products run outside the tensor cores and fill more registers."""
-    return tile(kernel, f"{tile_key(q.shape[3])}{' fp32' if q.dtype == torch.float32 else ''}", q.device)
-
-
-def _forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    start: torch.Tensor,
-    end: torch.Tensor,
-    first: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [B, T, H, d] and LSE [B, H, T]."""
-    batch, tokens, heads = q.shape[:3]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
-    choice = _tile("attention_fwd", q)
-    if lse.numel():
-        launch(
-            _attention_fwd_kernel,
-            (-(-tokens // choice["BLOCK_M"]), heads, batch),
-            *(q, k, v, start, end, first, out, lse, tokens, heads // k.shape[2]),
-            *_strides(q, k, v),
-            scale * LOG2_E,
-            tile=choice,
-            **blocks(q, k, v),
+@overload
+def range_attention(
+    q_BTHd: torch.Tensor,
+    k_BSGd: torch.Tensor,
+    v_BSGd: torch.Tensor,
+    ranges: KeyRanges,
+    *,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+) -> torch.Tensor: ...
+@overload
+def range_attention(
+    q_BTHd: torch.Tensor,
+    k_BSGd: torch.Tensor,
+    v_BSGd: torch.Tensor,
+    ranges: KeyRanges,
+    *,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def range_attention(
+    q_BTHd: torch.Tensor,
+    k_BSGd: torch.Tensor,
+    v_BSGd: torch.Tensor,
+    ranges: KeyRanges,
+    *,
+    scale: float | None = ...,
+    return_lse: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
+def range_attention(
+    q_BTHd: torch.Tensor,
+    k_BSGd: torch.Tensor,
+    v_BSGd: torch.Tensor,
+    ranges: KeyRanges,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`attention` by ranges that several calls share: what follows from them is worked out once."""
+    batch, tokens, heads, dim = q_BTHd.shape
+    if k_BSGd.shape != v_BSGd.shape or k_BSGd.shape[0] != batch or k_BSGd.shape[3] != dim:
+        raise ValueError(
+            f"attention: q {tuple(q_BTHd.shape)}, k {tuple(k_BSGd.shape)} and v {tuple(v_BSGd.shape)} do not fit"
         )
-    return out, lse
-
-
-def _backward_dq(
-    dout: torch.Tensor,
-    dlse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    start: torch.Tensor,
-    end: torch.Tensor,
-    first: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """dq, and delta [B, H, T], which dK and dV are formed with."""
-    batch, tokens, heads = q.shape[:3]
-    dq, delta = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty_like(lse)
-    choice = _tile("attention_bwd_dq", q)
-    if lse.numel():
-        launch(
-            _attention_bwd_dq_kernel,
-            (-(-tokens // choice["BLOCK_M"]), heads, batch),
-            *(q, k, v, start, end, first, out, lse, dout, None if dlse is None else dlse.contiguous(), dq, delta),
-            *(tokens, heads // k.shape[2], *_strides(q, k, v, dout), scale * LOG2_E),
-            tile=choice,
-            **blocks(q, k, v, dout),
-        )
-    return dq, delta
-
-
-def _backward_dkdv(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    start: torch.Tensor,
-    end: torch.Tensor,
-    keys: torch.Tensor,
-    lse: torch.Tensor,
-    delta: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, tokens, heads = q.shape[:3]
-    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    choice = _tile("attention_bwd_dkdv", q)
-    if dk.numel():
-        launch(
-            _attention_bwd_dkdv_kernel,
-            (-(-k.shape[1] // choice["BLOCK_N"]), k.shape[2], batch),
-            *(q, k, v, start, end, keys, lse, dout, delta, dk, dv, tokens, k.shape[1], heads // k.shape[2]),
-            *(*_strides(q, k, v, dout), scale * LOG2_E),
-            tile=choice,
-            **blocks(q, k, v, dout),
-        )
-    return dk, dv
-
-
-def _strides(*tensors: torch.Tensor) -> tuple[int, ...]:
-    """Of batch, token and head."""
-    return tuple(stride for x in tensors for stride in x.stride()[:3])
+    if heads % k_BSGd.shape[2]:
+        raise ValueError(f"attention: {heads} query heads are not a multiple of {k_BSGd.shape[2]} key heads")
+    if ranges.shape != (batch, tokens):
+        raise ValueError(f"attention: key ranges {tuple(ranges.shape)}, expected {(batch, tokens)}")
+    scale = dim**-0.5 if scale is None else scale
+    if not scale > 0:
+        raise ValueError(f"attention: scale is {scale}; it must be positive")
+    if tokens == 0 or batch == 0:
+        # Keys and values stay in the graph: whoever waits for their gradients in every process gets zeros.
+        out = q_BTHd + (k_BSGd.sum() + v_BSGd.sum())
+        lse = q_BTHd.new_zeros(batch, heads, tokens, dtype=torch.float32)
+    else:
+        run = choose("attention", q_BTHd, k_BSGd, v_BSGd)
+        out, lse = run(q_BTHd, k_BSGd, v_BSGd, ranges, scale, return_lse)
+    return (out, lse) if return_lse else out
 
 
 @torch.library.custom_op("llava_fast::attention", mutates_args=())
@@ -247,7 +183,7 @@ def _attention_op(
     keys: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _forward(q, k, v, start, end, first, scale)
+    return launch_forward(q, k, v, start, end, first, scale)
 
 
 @torch.library.custom_op("llava_fast::attention_backward", mutates_args=())
@@ -267,8 +203,8 @@ def _attention_backward_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if dout.stride(3) != 1:  # the gradient of a sum is one number, expanded
         dout = dout.contiguous()
-    dq, delta = _backward_dq(dout, dlse, q, k, v, start, end, first, out, lse, scale)
-    return dq, *_backward_dkdv(dout, q, k, v, start, end, keys, lse, delta, scale)
+    dq, delta = launch_dq(dout, dlse, q, k, v, start, end, first, out, lse, scale)
+    return dq, *launch_dkdv(dout, q, k, v, start, end, keys, lse, delta, scale)
 
 
 @_attention_op.register_fake
@@ -299,18 +235,17 @@ def _autograd(ctx, dout, dlse):
 _attention_op.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _attention_triton(q, k, v, start, end, scale, return_lse):
-    start, end = start.contiguous(), end.contiguous()
+def _attention_triton(q, k, v, ranges, scale, return_lse):
     backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if not backward and takes_decode(q, k):
-        return decode_attention(q, k, v, start, end, scale)
-    course = walk(start, end, k.shape[1], backward)
-    return torch.ops.llava_fast.attention(q, k, v, start, end, course.first_BT, course.keys_3BS, scale)
+        return decode_attention(q, k, v, ranges, scale)
+    seen_by = ranges.seen_by(k.shape[1]) if backward else None
+    return torch.ops.llava_fast.attention(q, k, v, ranges.start, ranges.end, ranges.first_BT, seen_by, scale)
 
 
-def _attention_plain(q, k, v, start, end, scale, return_lse):
-    out = attention_reference(q, k, v, start, end, scale)
-    return out, attention_weights_reference(q, k, start, end, scale)[1] if return_lse else None
+def _attention_plain(q, k, v, ranges, scale, return_lse):
+    out = attention_reference(q, k, v, ranges, scale)
+    return out, attention_weights_reference(q, k, ranges, scale)[1] if return_lse else None
 
 
 def _supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool | str:
@@ -330,54 +265,6 @@ register("attention", "triton", _attention_triton, _supports)
 register_peers()
 
 
-def attention(
-    q_BTHd: torch.Tensor,
-    k_BSGd: torch.Tensor,
-    v_BSGd: torch.Tensor,
-    start_BT: torch.Tensor,
-    end_BT: torch.Tensor,
-    *,
-    scale: float | None = None,
-    return_lse: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention with one range of visible keys per query.
-
-    Args:
-        q_BTHd, k_BSGd, v_BSGd: one floating dtype; the last dimension contiguous, other strides free.
-        start_BT, end_BT: int32 [B, T]; query t sees keys start ≤ s < end of its batch row. Along T neither decreases.
-        scale: of the scores; 1/sqrt(d) by default.
-        return_lse: also return the log-sum-exp of each query's scores.
-
-    Returns:
-        [B, T, H, d]; with `return_lse` also float32 [B, H, T], −inf for an empty range.
-
-    Raises:
-        ValueError: for shapes that do not fit together, or a scale that is not positive.
-    """
-    batch, tokens, heads, dim = q_BTHd.shape
-    if k_BSGd.shape != v_BSGd.shape or k_BSGd.shape[0] != batch or k_BSGd.shape[3] != dim:
-        raise ValueError(
-            f"attention: q {tuple(q_BTHd.shape)}, k {tuple(k_BSGd.shape)} and v {tuple(v_BSGd.shape)} do not fit"
-        )
-    if heads % k_BSGd.shape[2]:
-        raise ValueError(f"attention: {heads} query heads are not a multiple of {k_BSGd.shape[2]} key heads")
-    if start_BT.shape != (batch, tokens) or end_BT.shape != (batch, tokens):
-        raise ValueError(
-            f"attention: key ranges {tuple(start_BT.shape)} and {tuple(end_BT.shape)}, expected {(batch, tokens)}"
-        )
-    scale = dim**-0.5 if scale is None else scale
-    if not scale > 0:
-        raise ValueError(f"attention: scale is {scale}; it must be positive")
-    if tokens == 0 or batch == 0:
-        # Keys and values stay in the graph: whoever waits for their gradients in every process gets zeros.
-        out = q_BTHd + (k_BSGd.sum() + v_BSGd.sum())
-        lse = q_BTHd.new_zeros(batch, heads, tokens, dtype=torch.float32)
-    else:
-        run = choose("attention", q_BTHd, k_BSGd, v_BSGd)
-        out, lse = run(q_BTHd, k_BSGd, v_BSGd, start_BT, end_BT, scale, return_lse)
-    return (out, lse) if return_lse else out
-
-
 def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
     """Calls that between them launch each kernel with every shipped tile, for the compile report.
 
@@ -387,9 +274,9 @@ def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
     for dim in () if dtype == torch.float16 else (72, *map(int, keys)):
         q = torch.empty(2, 832, 16, dim, dtype=dtype)
         k, ranges, lse = q[:, :, :8], torch.empty(2, 832, dtype=torch.int32), torch.empty(2, 16, 832)
-        yield partial(_forward, q, k, k, ranges, ranges, ranges, 0.1)
-        yield partial(_backward_dq, q, None, q, k, k, ranges, ranges, ranges, q, lse, 0.1)
-        yield partial(_backward_dkdv, q, q, k, k, ranges, ranges, ranges.expand(3, 2, 832), lse, lse, 0.1)
+        yield partial(launch_forward, q, k, k, ranges, ranges, ranges, 0.1)
+        yield partial(launch_dq, q, None, q, k, k, ranges, ranges, ranges, q, lse, 0.1)
+        yield partial(launch_dkdv, q, q, k, k, ranges, ranges, ranges.expand(3, 2, 832), lse, lse, 0.1)
     yield from decode.compile_examples(dtype)
 
 
@@ -406,8 +293,8 @@ def tune_examples(
         q, k, v, out, dout = torch.randn(5, 1, samples * tokens, heads, dim, device=device).to(dtype)
         # Of normal scores about log(number of keys) + ½; what is timed does not depend on it.
         lse = ((end - start).log() + 0.5).expand(1, heads, -1).contiguous()
-        course, scale = walk(start, end, samples * tokens, backward=True), dim**-0.5
-        ranges = q, k, v, start, end
+        ranges, scale = KeyRanges(start, end), dim**-0.5
+        tensors = q, k, v, start, end
         rows, columns = ((16, 32), (16, 32, 64)) if dtype == torch.float32 else ((64, 128), (32, 64, 128))
         tiles = [
             {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
@@ -420,9 +307,9 @@ def tune_examples(
         ]
         turned = [{**t, "BLOCK_M": t["BLOCK_N"], "BLOCK_N": t["BLOCK_M"]} for t in tiles]
         key = f"{dim} fp32" if dtype == torch.float32 else str(dim)
-        yield "attention_fwd", key, partial(_forward, *ranges, course.first_BT, scale), tiles
-        dq = partial(_backward_dq, dout, None, *ranges, course.first_BT, out, lse, scale)
+        yield "attention_fwd", key, partial(launch_forward, *tensors, ranges.first_BT, scale), tiles
+        dq = partial(launch_dq, dout, None, *tensors, ranges.first_BT, out, lse, scale)
         yield "attention_bwd_dq", key, dq, tiles
-        dkdv = partial(_backward_dkdv, dout, *ranges, course.keys_3BS, lse, lse, scale)
+        dkdv = partial(launch_dkdv, dout, *tensors, ranges.seen_by(samples * tokens), lse, lse, scale)
         yield "attention_bwd_dkdv", key, dkdv, turned
     yield from decode.tune_examples(device, dtype)

@@ -1,13 +1,13 @@
-"""Attention of a few new queries to a long cache: the keys are split over programs, and the parts merged by their LSE.
+"""Attention of a few new queries to a long cache: the keys are split over programs, and the splits merged by their LSE.
 
     out = Σ_i exp(lse_i − lse) · out_i,   lse = log Σ_i exp(lse_i)              Dao et al. 2023, "Flash-Decoding"
 
-One program takes all queries of one key head (so a key is read once for its whole group) and one part of the keys they
-see. The range is cut on the device, from `start` and `end`: every part has an equal share of the filled cache, while
+One program takes all queries of one key head (so a key is read once for its whole group) and one split of the keys they
+see. The range is cut on the device, from `start` and `end`: every split has an equal share of the filled cache, while
 the grid depends on shapes alone, so a CUDA graph replays it as the cache fills. Keys and values are read where they lie
 (transformers' caches are [B, G, S, d]); each byte once, which is the floor.
 
-The same kernel reads int8 caches, for `int8_attention.py`.
+The same kernel reads int8 caches, for `int8.py`.
 
 Forward only; `attention` calls it for up to `MAX_TOKENS` queries when nothing wants a gradient.
 
@@ -22,16 +22,15 @@ from typing import Any
 
 import torch
 
-from llava_fast.ops._launch import launch, multiprocessors, tile, tile_table
-from llava_fast.ops._triton import jit, tl
-from llava_fast.ops.attention.forward import _fwd_step
-from llava_fast.ops.attention.ranges import blocks, tile_key
-from llava_fast.ops.attention.tiles import _plane, _times, _zeros
+from llava_fast.ops._launch import launch, multiprocessors, tile_table
+from llava_fast.ops._triton import inlined, jit, tl
+from llava_fast.ops.attention.forward import LOG2_E, _fwd_step
+from llava_fast.ops.attention.ranges import KeyRanges
+from llava_fast.ops.attention.tiles import _plane, _times, _zeros, blocks, strides, tile_of
 
 MAX_TOKENS = 4
 MAX_ROWS = 64  # queries times heads of a group that one program holds
 MAX_SPLITS = 64
-LOG2_E = 1.4426950408889634
 COMBINE_TILE = {"num_warps": 4, "num_stages": 1}
 
 
@@ -43,14 +42,25 @@ def merge_by_lse(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> 
         lses: float32 [B, H, T] each, as `attention(..., return_lse=True)` gives them.
 
     Returns:
-        out [B, T, H, d] in the dtype of the first part, and its LSE [B, H, T]. Differentiable.
+        out [B, T, H, d] in the dtype of the first split, and its LSE [B, H, T]. Differentiable.
     """
     lse_NBHT = torch.stack(tuple(lses))
     lse_BHT = torch.logsumexp(lse_NBHT, 0)
-    # Where no part sees a key all are −inf, and so is the sum: weights are zeros, not NaN.
+    # Where no split sees a key all are −inf, and so is the sum: weights are zeros, not NaN.
     weight_NBHT = torch.exp(lse_NBHT - lse_BHT.clamp(min=torch.finfo(lse_BHT.dtype).min))
-    parts = (w.transpose(1, 2)[..., None] * out for w, out in zip(weight_NBHT, outs, strict=True))
-    return sum(parts).to(outs[0].dtype), lse_BHT
+    splits = (w.transpose(1, 2)[..., None] * out for w, out in zip(weight_NBHT, outs, strict=True))
+    return sum(splits).to(outs[0].dtype), lse_BHT
+
+
+@inlined
+def _load_queries(at, inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    block_d = tl.load(at + d[None, :], mask=inside[:, None] & (d < DIM)[None, :], other=0.0)
+    if BLOCK_E > 0:
+        e = BLOCK_D + tl.arange(0, BLOCK_E)
+        return (block_d, tl.load(at + e[None, :], mask=inside[:, None] & (e < DIM)[None, :], other=0.0))
+    else:
+        return (block_d,)
 
 
 @jit
@@ -62,28 +72,23 @@ def _decode_attention_kernel(
     DIM: tl.constexpr, ALIGNED: tl.constexpr, NARROW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    part, key_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    parts, heads = tl.num_programs(0), tl.num_programs(1) * group
+    split, key_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    splits, heads = tl.num_programs(0), tl.num_programs(1) * group
     r, d, e = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E if BLOCK_E > 0 else 1)
     t, head = r // group, key_head * group + r % group  # row r is query t of one head of the group
     inside = t < tokens
     start = tl.load(start_ptr + (batch * tokens + t), mask=inside, other=0)
     end = tl.minimum(tl.load(end_ptr + (batch * tokens + t), mask=inside, other=0), slots)  # a full cache has no more
-    low = tl.min(tl.where(end > start, start, 0x7FFFFFFF))
-    high = tl.maximum(tl.max(tl.where(end > start, end, 0)), 0)
-    share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), parts), BLOCK_N) * BLOCK_N
-    own_from = low + part * share
-    own_to = tl.minimum(own_from + share, high)
+    k_from = tl.min(tl.where(end > start, start, 0x7FFFFFFF))
+    k_to = tl.maximum(tl.max(tl.where(end > start, end, 0)), 0)
+    share = tl.cdiv(tl.cdiv(tl.maximum(k_to - k_from, 0), splits), BLOCK_N) * BLOCK_N
+    own_from = k_from + split * share
+    own_to = tl.minimum(own_from + share, k_to)
 
-    at = q_ptr + (batch.to(tl.int64) * q_batch + t.to(tl.int64) * q_stride + head.to(tl.int64) * q_head)[:, None]
-    low_part = tl.load(at + d[None, :], mask=inside[:, None] & (d < DIM)[None, :], other=0.0)
-    if BLOCK_E > 0:
-        q = (
-            low_part,
-            tl.load(at + BLOCK_D + e[None, :], mask=inside[:, None] & (e < DIM - BLOCK_D)[None, :], other=0.0),
-        )
-    else:
-        q = (low_part,)
+    q = _load_queries(
+        q_ptr + (batch.to(tl.int64) * q_batch + t.to(tl.int64) * q_stride + head.to(tl.int64) * q_head)[:, None],
+        inside, DIM, BLOCK_D, BLOCK_E,
+    )  # fmt: skip
     k_ptr = _plane(k_ptr, batch, k_batch, key_head, k_head, ALIGNED)
     v_ptr = _plane(v_ptr, batch, v_batch, key_head, v_head, ALIGNED)
     if k_scale_ptr is not None:
@@ -100,7 +105,7 @@ def _decode_attention_kernel(
     seen = total > 0
     acc = _times(acc, (1.0 / tl.where(seen, total, 1.0))[:, None], BLOCK_E)
     lse = tl.where(seen, (best + tl.log2(tl.where(seen, total, 1.0))) * 0.6931471805599453, float("-inf"))
-    plane = part * tl.num_programs(2) + batch
+    plane = split * tl.num_programs(2) + batch
     row = (plane * tokens + t).to(tl.int64) * heads + head
     at = out_ptr + (row * DIM)[:, None]
     tl.store(at + d[None, :], acc[0].to(out_ptr.dtype.element_ty), mask=inside[:, None] & (d < DIM)[None, :])
@@ -115,35 +120,35 @@ def _decode_attention_kernel(
 
 @jit
 def _decode_combine_kernel(
-    part_out_ptr, part_lse_ptr, out_ptr, lse_ptr, tokens, heads, parts,
+    split_out_ptr, split_lse_ptr, out_ptr, lse_ptr, tokens, heads, splits,
     DIM: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row, rows = tl.program_id(0), tl.num_programs(0)  # a query of one head: (b · T + t) · H + h
     line, head = row // heads, row % heads
     of_lse = ((line // tokens) * heads + head) * tokens + line % tokens
     p, d = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
-    lse = tl.load(part_lse_ptr + (p * rows + of_lse), mask=p < parts, other=float("-inf"))
+    lse = tl.load(split_lse_ptr + (p * rows + of_lse), mask=p < splits, other=float("-inf"))
     best = tl.max(lse)
     shift = tl.where(best == float("-inf"), 0.0, best)
     weight = tl.exp2((lse - shift) * 1.4426950408889634)
     total = tl.sum(weight)
     seen = total > 0
-    at = part_out_ptr + ((p.to(tl.int64) * rows + row) * DIM)[:, None] + d[None, :]
-    out = tl.load(at, mask=(p < parts)[:, None] & (d < DIM)[None, :], other=0.0)
+    at = split_out_ptr + ((p.to(tl.int64) * rows + row) * DIM)[:, None] + d[None, :]
+    out = tl.load(at, mask=(p < splits)[:, None] & (d < DIM)[None, :], other=0.0)
     out = tl.sum(out * weight[:, None], axis=0) / tl.where(seen, total, 1.0)
     tl.store(out_ptr + row.to(tl.int64) * DIM + d, out.to(out_ptr.dtype.element_ty), mask=d < DIM)
     merged = tl.where(seen, best + tl.log2(tl.where(seen, total, 1.0)) * 0.6931471805599453, float("-inf"))
     tl.store(lse_ptr + of_lse, merged)
 
 
-def _decode(
+def launch_decode(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     start: torch.Tensor,
     end: torch.Tensor,
     scale: float,
-    parts: int,
+    splits: int,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,36 +157,36 @@ def _decode(
     group = heads // k.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
-    part_out, part_lse = out, lse
-    if parts > 1:
-        part_out = torch.empty(parts, *q.shape, dtype=torch.float32, device=q.device)
-        part_lse = torch.empty(parts, *lse.shape, dtype=torch.float32, device=q.device)
+    split_out, split_lse = out, lse
+    if splits > 1:
+        split_out = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
+        split_lse = torch.empty(splits, *lse.shape, dtype=torch.float32, device=q.device)
     if not lse.numel():
         return out, lse
     launch(
         _decode_attention_kernel,
-        (parts, k.shape[2], batch),
-        *(q, k, v, k_scale, v_scale, start, end, part_out, part_lse, tokens, k.shape[1], group),
-        *(stride for x in (q, k, v) for stride in x.stride()[:3]),
+        (splits, k.shape[2], batch),
+        *(q, k, v, k_scale, v_scale, start, end, split_out, split_lse, tokens, k.shape[1], group),
+        *strides(q, k, v),
         scale * LOG2_E,
-        tile=tile("decode_attention", f"{tile_key(dim)}{' fp32' if q.dtype == torch.float32 else ''}", q.device),
+        tile=tile_of("decode_attention", q),
         **blocks(k, v),
         BLOCK_M=max(16, 1 << (group * tokens - 1).bit_length()),
     )
-    if parts > 1:
+    if splits > 1:
         launch(
             _decode_combine_kernel,
             (batch * tokens * heads,),
-            *(part_out, part_lse, out, lse, tokens, heads, parts),
+            *(split_out, split_lse, out, lse, tokens, heads, splits),
             tile=COMBINE_TILE,
             DIM=dim,
-            BLOCK_P=1 << (parts - 1).bit_length(),
+            BLOCK_P=1 << (splits - 1).bit_length(),
             BLOCK_D=1 << (dim - 1).bit_length(),
         )
     return out, lse
 
 
-def _parts(q: torch.Tensor, k: torch.Tensor) -> int:
+def splits_of(q: torch.Tensor, k: torch.Tensor) -> int:
     """Enough programs to fill the device twice, none with fewer than 128 keys of a full cache; shapes alone decide."""
     wanted = -(-2 * multiprocessors(q.device) // max(1, k.shape[0] * k.shape[2]))
     return max(1, min(wanted, k.shape[1] // 128, MAX_SPLITS))
@@ -191,7 +196,7 @@ def _parts(q: torch.Tensor, k: torch.Tensor) -> int:
 def _decode_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor, end: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _decode(q, k, v, start, end, scale, _parts(q, k))
+    return launch_decode(q, k, v, start, end, scale, splits_of(q, k))
 
 
 @_decode_op.register_fake
@@ -205,15 +210,10 @@ def takes_decode(q: torch.Tensor, k: torch.Tensor) -> bool:
 
 
 def decode_attention(
-    q_BTHd: torch.Tensor,
-    k_BSGd: torch.Tensor,
-    v_BSGd: torch.Tensor,
-    start_BT: torch.Tensor,
-    end_BT: torch.Tensor,
-    scale: float,
+    q_BTHd: torch.Tensor, k_BSGd: torch.Tensor, v_BSGd: torch.Tensor, ranges: KeyRanges, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [B, T, H, d] and LSE [B, H, T], for tensors that `attention` has checked and `takes_decode` accepts."""
-    return torch.ops.llava_fast.decode_attention(q_BTHd, k_BSGd, v_BSGd, start_BT, end_BT, scale)
+    return torch.ops.llava_fast.decode_attention(q_BTHd, k_BSGd, v_BSGd, ranges.start, ranges.end, scale)
 
 
 def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
@@ -225,9 +225,9 @@ def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
         ranges = torch.empty(2, 1, dtype=torch.int32)
         for key_heads in (32, 8):
             k = torch.empty(2, key_heads, 1024, dim, dtype=dtype).transpose(1, 2)
-            yield partial(_decode, q, k, k, ranges, ranges, 0.1, 8)
+            yield partial(launch_decode, q, k, k, ranges, ranges, 0.1, 8)
         k, scales = k.to(torch.int8), torch.empty(2, key_heads, 1024)
-        yield partial(_decode, q, k, k, ranges, ranges, 0.1, 8, scales, scales)
+        yield partial(launch_decode, q, k, k, ranges, ranges, 0.1, 8, scales, scales)
 
 
 def tune_examples(
@@ -249,4 +249,4 @@ def tune_examples(
             if 16 <= block * dim // (32 * warps) <= 64  # elements of a tile of keys per thread
         ]
         key = f"{dim} fp32" if dtype == torch.float32 else str(dim)
-        yield "decode_attention", key, partial(_decode, q, k, v, start, end, dim**-0.5, _parts(q, k)), tiles
+        yield "decode_attention", key, partial(launch_decode, q, k, v, start, end, dim**-0.5, splits_of(q, k)), tiles

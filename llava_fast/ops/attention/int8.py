@@ -2,7 +2,7 @@
 
     out = Σ_s p_s · v_scale_s · v_s,   p = softmax_s(scale · k_scale_s · q · k_s)        over each query's range of keys
 
-The kernel is that of `decode_attention.py`. Keys and values are turned into the queries' dtype in registers, which is
+The kernel is that of `decode.py`. Keys and values are turned into the queries' dtype in registers, which is
 exact, and the scales multiply scores and probabilities instead of them: nothing dequantised reaches memory, and a step
 reads d + 4 bytes a key and value where bf16 has 2 · d (132 for 256 at d = 128). For more queries than
 `decode_attention` takes, keys and values are dequantised once and `attention` is run on them.
@@ -16,8 +16,9 @@ import torch
 
 from llava_fast.backend import choose, register
 from llava_fast.ops._triton import takes
-from llava_fast.ops.attention import MAX_HEAD_DIM, attention, attention_reference
-from llava_fast.ops.attention.decode import _decode, _parts, takes_decode
+from llava_fast.ops.attention import KeyRanges, attention_reference, range_attention
+from llava_fast.ops.attention.decode import launch_decode, splits_of, takes_decode
+from llava_fast.ops.attention.tiles import MAX_HEAD_DIM
 from llava_fast.ops.cache_write import dequantise
 
 
@@ -27,12 +28,11 @@ def int8_attention_reference(
     v: torch.Tensor,
     k_scale: torch.Tensor,
     v_scale: torch.Tensor,
-    start: torch.Tensor,
-    end: torch.Tensor,
+    ranges: KeyRanges,
     scale: float,
 ) -> torch.Tensor:
     k, v = (dequantise(x, s.transpose(1, 2), q.dtype) for x, s in ((k, k_scale), (v, v_scale)))
-    return attention_reference(q, k, v, start, end, scale)
+    return attention_reference(q, k, v, ranges, scale)
 
 
 @torch.library.custom_op("llava_fast::int8_attention", mutates_args=())
@@ -46,7 +46,7 @@ def _int8_attention_op(
     end: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    return _decode(q, k, v, start, end, scale, _parts(q, k), k_scale, v_scale)[0]
+    return launch_decode(q, k, v, start, end, scale, splits_of(q, k), k_scale, v_scale)[0]
 
 
 @_int8_attention_op.register_fake
@@ -54,8 +54,8 @@ def _int8_attention_fake(q, k, v, k_scale, v_scale, start, end, scale):
     return q.new_empty(q.shape)
 
 
-def _int8_attention_triton(q, k, v, k_scale, v_scale, start, end, scale):
-    return torch.ops.llava_fast.int8_attention(q, k, v, k_scale, v_scale, start.contiguous(), end.contiguous(), scale)
+def _int8_attention_triton(q, k, v, k_scale, v_scale, ranges, scale):
+    return torch.ops.llava_fast.int8_attention(q, k, v, k_scale, v_scale, ranges.start, ranges.end, scale)
 
 
 def _supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_scale, v_scale) -> bool | str:
@@ -80,8 +80,7 @@ def int8_attention(
     v_BSGd: torch.Tensor,
     k_scale_BGS: torch.Tensor,
     v_scale_BGS: torch.Tensor,
-    start_BT: torch.Tensor,
-    end_BT: torch.Tensor,
+    ranges: KeyRanges,
     *,
     scale: float | None = None,
 ) -> torch.Tensor:
@@ -91,7 +90,7 @@ def int8_attention(
         q_BTHd: queries, of a floating dtype.
         k_BSGd, v_BSGd: int8; the last dimension contiguous, other strides free.
         k_scale_BGS, v_scale_BGS: float32.
-        start_BT, end_BT: int32 [B, T], the keys each query sees, as for `attention`.
+        ranges: [B, T], the keys each query sees.
         scale: of the scores; 1/sqrt(d) by default.
 
     Returns:
@@ -111,6 +110,6 @@ def int8_attention(
         k, v = (
             dequantise(x, s.transpose(1, 2), q_BTHd.dtype) for x, s in ((k_BSGd, k_scale_BGS), (v_BSGd, v_scale_BGS))
         )
-        return attention(q_BTHd, k, v, start_BT, end_BT, scale=scale)
+        return range_attention(q_BTHd, k, v, ranges, scale=scale)
     tensors = q_BTHd, k_BSGd, v_BSGd, k_scale_BGS, v_scale_BGS
-    return choose("int8_attention", *tensors)(*tensors, start_BT, end_BT, scale)
+    return choose("int8_attention", *tensors)(*tensors, ranges, scale)

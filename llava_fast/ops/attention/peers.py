@@ -19,8 +19,8 @@ A peer is imported when it is first asked for, runs only when it is asked for by
 Causal: the last query of a sample sees all its keys, and each one before sees one key less. Full: all see all. Only
 FlexAttention has a language for a causal sample with images that see themselves.
 
-These libraries want lengths on the host, so the first call with a pair of ranges waits for the device; what is found
-is kept for the same unchanged tensors (a model's layers), and later calls do not wait. Inside torch.compile a peer
+These libraries want lengths on the host, so the first call with a `KeyRanges` waits for the device; what is found is
+kept there, and later calls (a model's other layers) do not wait. Inside torch.compile a peer
 breaks the graph.
 
 Shapes: B batch, T queries, S keys, H query heads, G key heads, d head dimension; N samples, R rows of all batch rows.
@@ -41,9 +41,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llava_fast.backend import BackendUnavailable, register_peer
-from llava_fast.ops.attention.samples import Samples, once, samples_of
-
-MAX_HEAD_DIM = 256
+from llava_fast.ops.attention.ranges import KeyRanges, Samples
+from llava_fast.ops.attention.tiles import MAX_HEAD_DIM
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -52,17 +51,18 @@ def _refuse(name: str, reason: str) -> BackendUnavailable:
     return BackendUnavailable(f"backend {name!r} was asked for, but cannot run 'attention': {reason}")
 
 
-def _uniform(name: str, start: torch.Tensor, end: torch.Tensor, keys: int) -> Samples:
+def _uniform(name: str, ranges: KeyRanges, keys: int) -> Samples:
     """The samples, if all are causal or all are full; raises `BackendUnavailable` otherwise."""
-    samples = once(samples_of, start, end, keys)
+    samples = ranges.samples(keys)
     if not (samples.causal or samples.full):
         raise _refuse(name, "a sample is neither causal nor full (images that see themselves, a window), or kinds mix")
     return samples
 
 
-def _is_cache(samples: Samples, q: torch.Tensor, k: torch.Tensor) -> bool:
-    """Whether each batch row's queries follow keys of its own, which may be read where they lie."""
-    return samples.row_keys is not None and q.shape[1] < k.shape[1]
+def _first_keys(samples: Samples, q: torch.Tensor, k: torch.Tensor) -> list[int] | None:
+    """The first key of each batch row, where its queries follow keys of its own (a cache, read where it lies)."""
+    cached = samples.row_keys is not None and q.shape[1] < k.shape[1]
+    return [first for first, _ in samples.row_keys or ()] if cached else None
 
 
 def _wants_gradient(*tensors: torch.Tensor) -> bool:
@@ -94,7 +94,7 @@ def _nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, return_lse: bool
     return out, q.new_full((batch, heads, tokens), float("-inf"), dtype=torch.float32) if return_lse else None
 
 
-# ---- the peers: fn(q, k, v, start, end, scale, return_lse) -> out, LSE or None
+# ---- the peers: fn(q, k, v, ranges, scale, return_lse) -> out, LSE or None
 
 
 def _sdpa_flash(*call: Any) -> Result:
@@ -105,8 +105,8 @@ def _sdpa_cudnn(*call: Any) -> Result:
     return _sdpa("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION, *call)
 
 
-def _sdpa(name: str, kernel: SDPBackend, q, k, v, start, end, scale, return_lse) -> Result:
-    samples = _uniform(name, start, end, k.shape[1])
+def _sdpa(name: str, kernel: SDPBackend, q, k, v, ranges, scale, return_lse) -> Result:
+    samples = _uniform(name, ranges, k.shape[1])
     if return_lse:
         raise _refuse(name, "PyTorch's SDPA does not return its LSE")
     shape = q.shape
@@ -121,7 +121,9 @@ def _sdpa(name: str, kernel: SDPBackend, q, k, v, start, end, scale, return_lse)
         raise _refuse(name, f"causal with {q.shape[1]} queries and {k.shape[1]} keys")
     with sdpa_kernel(kernel):
         out = F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (q, k, v)),
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
             is_causal=not samples.full,
             scale=scale,
             enable_gqa=q.shape[2] != k.shape[2],
@@ -129,9 +131,9 @@ def _sdpa(name: str, kernel: SDPBackend, q, k, v, start, end, scale, return_lse)
     return out.transpose(1, 2).reshape(shape), None
 
 
-def _varlen(name: str, call: Callable[..., Any], q, k, v, start, end, scale, return_lse) -> Result:
+def _varlen(name: str, call: Callable[..., Any], q, k, v, ranges, scale, return_lse) -> Result:
     """What FlashAttention's interface for packs is given: rows of the samples, one after the other."""
-    samples = _uniform(name, start, end, k.shape[1])
+    samples = _uniform(name, ranges, k.shape[1])
     if return_lse and _wants_gradient(q, k, v):
         raise _refuse(name, "its LSE has no gradient")
     if not samples.queries_N:
@@ -150,7 +152,7 @@ def _varlen(name: str, call: Callable[..., Any], q, k, v, start, end, scale, ret
     return _put_back(out, lse_HR if return_lse else None, samples.query_rows, q)
 
 
-def _torch_varlen(q, k, v, start, end, scale, return_lse) -> Result:
+def _torch_varlen(q, k, v, ranges, scale, return_lse) -> Result:
     library = importlib.import_module("torch.nn.attention.varlen")
 
     def call(q, k, v, cu_queries, cu_keys, max_queries, max_keys, scale, causal):
@@ -162,7 +164,7 @@ def _torch_varlen(q, k, v, start, end, scale, return_lse) -> Result:
             enable_gqa=q.shape[1] != k.shape[1],
         )
 
-    return _varlen("varlen", call, q, k, v, start, end, scale, return_lse)
+    return _varlen("varlen", call, q, k, v, ranges, scale, return_lse)
 
 
 def _flash_attn_2(*call: Any) -> Result:
@@ -173,15 +175,16 @@ def _flash_attn_3(*call: Any) -> Result:
     return _flash_attn("flash_attn_3", "flash_attn_interface", *call)
 
 
-def _flash_attn(name: str, module: str, q, k, v, start, end, scale, return_lse) -> Result:
+def _flash_attn(name: str, module: str, q, k, v, ranges, scale, return_lse) -> Result:
     """FlashAttention-2 and -3: their interfaces agree in what is used here."""
     library = importlib.import_module(module)
-    samples = _uniform(name, start, end, k.shape[1])
-    if _is_cache(samples, q, k) and not _wants_gradient(q, k, v):
+    samples = _uniform(name, ranges, k.shape[1])
+    first_keys = _first_keys(samples, q, k)
+    if first_keys is not None and not _wants_gradient(q, k, v):
         out, lse = library.flash_attn_with_kvcache(
             *(q, k, v),
-            cache_seqlens=end[:, -1].contiguous(),
-            cache_leftpad=start[:, 0].contiguous() if any(first for first, _ in samples.row_keys) else None,
+            cache_seqlens=ranges.end[:, -1].contiguous(),
+            cache_leftpad=ranges.start[:, 0].contiguous() if any(first_keys) else None,
             softmax_scale=scale,
             causal=not samples.full,
             return_softmax_lse=True,
@@ -196,26 +199,27 @@ def _flash_attn(name: str, module: str, q, k, v, start, end, scale, return_lse) 
             return_attn_probs=True,  # FlashAttention-2 returns a third, empty without dropout
         )[:2]
 
-    return _varlen(name, call, q, k, v, start, end, scale, return_lse)
+    return _varlen(name, call, q, k, v, ranges, scale, return_lse)
 
 
-def _xformers(q, k, v, start, end, scale, return_lse) -> Result:
+def _xformers(q, k, v, ranges, scale, return_lse) -> Result:
     library = importlib.import_module("xformers.ops")
-    samples = _uniform("xformers", start, end, k.shape[1])
+    samples = _uniform("xformers", ranges, k.shape[1])
     if return_lse:
         raise _refuse("xformers", "memory_efficient_attention does not return its LSE")
     if not samples.queries_N:
         return _nothing(q, k, v, return_lse)
     backward, rows, group = _wants_gradient(q, k, v), None, q.shape[2] // k.shape[2]
+    first_keys = _first_keys(samples, q, k)
     x = q
     if samples.common_keys is not None:
         k, v = k[:, samples.common_keys], v[:, samples.common_keys]
         mask = None if samples.full else library.fmha.attn_bias.LowerTriangularFromBottomRightMask()
-    elif _is_cache(samples, q, k) and not backward and not any(first for first, _ in samples.row_keys):
-        mask = once(_padded_keys_mask, start, end, k.shape[1])
+    elif first_keys is not None and not backward and not any(first_keys):
+        mask = ranges.derived(_padded_keys_mask, k.shape[1])
         x, k, v = (_rows(t, None)[None] for t in (q, k, v))
     else:
-        rows, mask = samples.query_rows, once(_block_diagonal_mask, start, end, k.shape[1])
+        rows, mask = samples.query_rows, ranges.derived(_block_diagonal_mask, k.shape[1])
         x, k, v = _rows(q, rows)[None], *(_rows(t, samples.key_rows)[None] for t in (k, v))
     if group > 1 and backward:  # its backward knows no groups
         k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
@@ -226,24 +230,24 @@ def _xformers(q, k, v, start, end, scale, return_lse) -> Result:
     return _put_back(out.reshape(-1, *q.shape[2:]), None, rows, q)
 
 
-def _block_diagonal_mask(start: torch.Tensor, end: torch.Tensor, keys: int) -> Any:
+def _block_diagonal_mask(ranges: KeyRanges, keys: int) -> Any:
     masks = importlib.import_module("xformers.ops").fmha.attn_bias
-    samples = once(samples_of, start, end, keys)
-    mask = masks.BlockDiagonalMask.from_seqlens(samples.queries_N, samples.keys_N, device=start.device)
+    samples = ranges.samples(keys)
+    mask = masks.BlockDiagonalMask.from_seqlens(samples.queries_N, samples.keys_N, device=ranges.start.device)
     return mask if samples.full else mask.make_causal_from_bottomright()
 
 
-def _padded_keys_mask(start: torch.Tensor, end: torch.Tensor, keys: int) -> Any:
+def _padded_keys_mask(ranges: KeyRanges, keys: int) -> Any:
     masks = importlib.import_module("xformers.ops").fmha.attn_bias
-    samples = once(samples_of, start, end, keys)
+    samples = ranges.samples(keys)
     kind = masks.BlockDiagonalPaddedKeysMask if samples.full else masks.BlockDiagonalCausalWithOffsetPaddedKeysMask
-    return kind.from_seqlens(samples.queries_N, keys, samples.keys_N, device=start.device)
+    return kind.from_seqlens(samples.queries_N, keys, samples.keys_N, device=ranges.start.device)
 
 
-def _block_mask(start_BT: torch.Tensor, end_BT: torch.Tensor, keys: int) -> Any:
+def _block_mask(ranges: KeyRanges, keys: int) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    start, end = start_BT.clone(), end_BT.clone()  # what is kept may not hold on to the ranges themselves
+    start, end = ranges.start, ranges.end
 
     def sees(b, h, query, key):
         return (key >= start[b, query]) & (key < end[b, query])
@@ -257,7 +261,7 @@ def _compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(fn)
 
 
-def _flex(q, k, v, start, end, scale, return_lse) -> Result:
+def _flex(q, k, v, ranges, scale, return_lse) -> Result:
     library = importlib.import_module("torch.nn.attention.flex_attention")
     if not _on_gpu(q) and _wants_gradient(q, k, v):
         raise _refuse("flex", f"FlexAttention has no backward on {q.device.type}")
@@ -268,7 +272,7 @@ def _flex(q, k, v, start, end, scale, return_lse) -> Result:
         )
     found = (_compiled(library.flex_attention) if _on_gpu(q) else library.flex_attention)(
         *(x.transpose(1, 2) for x in (q, k, v)),
-        block_mask=once(_block_mask, start, end, k.shape[1]),
+        block_mask=ranges.derived(_block_mask, k.shape[1]),
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
         **wanted,

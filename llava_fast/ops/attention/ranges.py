@@ -1,21 +1,165 @@
-"""What attention works out once per batch from the key ranges: every layer attends by the same two vectors.
+"""`KeyRanges`: one range of visible keys per query, and everything that attention works out from the ranges.
 
-`sample_plan` is for the reference on a CPU: samples are sliced out and attended to one by one, or in groups of similar
-length, so that neither time nor memory is spent between samples. `walk` is for the kernels: where tiles begin, and
-which queries see a key. `blocks` says how kernels hold a head dimension.
+A forward pass makes one object and hands it to every layer, so what follows from the two vectors is worked out once, by
+whoever needs it first, and is gone with the object:
 
-Shapes: B batch, T queries, S keys; N samples of L tokens each in a group.
+    first_BT            for the kernels: the first query of each query's sample, where its tiles are anchored
+    seen_by(S)          for the backward kernels: which queries see each of S keys
+    groups(S)           for the reference on a CPU: samples to be sliced out and attended to together
+    samples(S)          for other libraries: the lengths of samples, on the host
+    derived(make, S)    whatever else one needs, such as a library's own mask
+
+A *sample* is a run of queries whose ranges have no key in common with those of the queries before or after it.
+
+Shapes: B batch, T queries, S keys; N samples of L tokens each in a group; R rows (b · T + t) of queries that see a key.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch.nn import functional as F
-from torch.utils.weak import WeakIdKeyDictionary
+
+T = TypeVar("T")
+Kind = Literal["causal", "full"]
+
+
+class KeyRanges:
+    """Query t of batch row b sees the keys start[b, t] ≤ s < end[b, t].
+
+    The vectors must not be changed while the object is in use.
+
+    Attributes:
+        start, end: int32 [B, T], contiguous. Along T neither decreases; an empty range has start = end.
+        kind: "causal" or "full" where the host knows that every batch row is one such sample of T queries and its first
+            T keys; None where it does not.
+
+    Raises:
+        ValueError: for vectors that are not two matrices of one shape.
+    """
+
+    def __init__(self, start_BT: torch.Tensor, end_BT: torch.Tensor, kind: Kind | None = None):
+        if start_BT.dim() != 2 or start_BT.shape != end_BT.shape:
+            raise ValueError(f"key ranges {tuple(start_BT.shape)} and {tuple(end_BT.shape)}; expected [B, T] twice")
+        self.start, self.end, self.kind = start_BT.contiguous(), end_BT.contiguous(), kind
+        self._derived: dict[Hashable, Any] = {}
+        self._made_in_capture = self._capturing()
+
+    @classmethod
+    def full(cls, batch: int, tokens: int, device: torch.device | str) -> KeyRanges:
+        """All T tokens of a batch row see each other, as in a vision tower."""
+        start_BT = torch.zeros(batch, tokens, dtype=torch.int32, device=device)
+        return cls(start_BT, torch.full_like(start_BT, tokens), "full")
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter((self.start, self.end))
+
+    @property
+    def shape(self) -> torch.Size:
+        """[B, T]."""
+        return self.start.shape
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> KeyRanges:
+        """The ranges on another device; the same object where they are there already."""
+        if self.start.device == torch.device(device):
+            return self
+        there = self._derived.get(device)
+        if there is None:
+            start_BT, end_BT = (x.to(device, non_blocking=non_blocking) for x in (self.start, self.end))
+            there = self._derived[device] = KeyRanges(start_BT, end_BT, self.kind)
+        return there
+
+    def shifted(self, keys: int) -> KeyRanges:
+        """For a cache that has dropped its first `keys` keys."""
+        return KeyRanges((self.start - keys).clamp(min=0), (self.end - keys).clamp(min=0)) if keys else self
+
+    def derived(self, make: Callable[[KeyRanges, int], T], keys: int) -> T:
+        """`make(self, keys)`, worked out once for every function and number of keys.
+
+        What is first needed while a CUDA graph is captured is only kept if the ranges were made in that capture too: it
+        has no values before the graph is replayed. A compiler finds repetitions by itself.
+        """
+        if torch.compiler.is_compiling():
+            return make(self, keys)
+        key = (make, keys)
+        if key not in self._derived:
+            # Outside of inference mode, or what is made could not be saved for a backward pass.
+            with torch.inference_mode(False), torch.no_grad():
+                made = make(self, keys)
+            if self._capturing() and not self._made_in_capture:
+                return made
+            self._derived[key] = made
+        return self._derived[key]
+
+    def _capturing(self) -> bool:
+        return self.start.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+
+    @property
+    def first_BT(self) -> torch.Tensor:
+        """int32: the first query of each query's sample; a run of empty rows counts as one.
+
+        A tile begins at a row whose distance from there is a multiple of its height, so a sample's tiles are the same
+        wherever it lies in a pack. Any partition gives right results.
+        """
+        return self.start if self.kind else self.derived(_first_of_sample, 0)
+
+    def seen_by(self, keys: int) -> torch.Tensor:
+        """int32 [3, B, S]: the first key of each key's sample; and of the queries that see a key, which are one run,
+        the first and one past the last."""
+        return self.derived(_seen_by, keys)
+
+    def groups(self, keys: int) -> Groups | None:
+        """The samples of a self-attention on a CPU, in groups; None where one masked call serves."""
+        if self.kind and keys == self.shape[1]:
+            return Groups(self.kind, ())
+        if self.start.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        return self.derived(_groups_of, keys)
+
+    def samples(self, keys: int) -> Samples:
+        """The lengths of samples. The first call waits for the device."""
+        return self.derived(_samples_of, keys)
+
+
+# What the kernels' tiles follow; computed on the device without waiting for it.
+
+
+def _opens_sample(start_BT: torch.Tensor, end_BT: torch.Tensor) -> torch.Tensor:
+    """[B, T] bool: whether a query is the first of its sample."""
+    empty_BT = end_BT <= start_BT
+    opens_BT = (start_BT[:, 1:] >= end_BT[:, :-1]) & ~(empty_BT[:, 1:] & empty_BT[:, :-1])
+    return F.pad(opens_BT, (1, 0), value=True)
+
+
+def _first_of_sample(ranges: KeyRanges, _: int) -> torch.Tensor:
+    start_BT = ranges.start
+    index_BT = torch.arange(start_BT.shape[1], device=start_BT.device, dtype=torch.int32).expand_as(start_BT)
+    return torch.where(_opens_sample(start_BT, ranges.end), index_BT, 0).cummax(1).values
+
+
+def _seen_by(ranges: KeyRanges, keys: int) -> torch.Tensor:
+    start_BT, end_BT = ranges.start, ranges.end
+    key_S = torch.arange(keys, device=start_BT.device, dtype=torch.int32)
+    # Keys are cut where a sample's keys begin and where they end; column S takes what is not a cut.
+    opens_BT = _opens_sample(start_BT, end_BT)
+    cuts = (
+        torch.where(opens_BT, start_BT, keys),
+        torch.where(opens_BT[:, 1:], end_BT[:, :-1], keys),
+        end_BT[:, -1:],
+    )
+    is_cut_BS = torch.zeros(start_BT.shape[0], keys + 1, device=start_BT.device, dtype=torch.bool)
+    is_cut_BS = is_cut_BS.scatter(1, torch.cat(cuts, 1).long(), True)[:, :keys]
+    key_BS = key_S.expand_as(is_cut_BS).contiguous()
+    first_key_BS = torch.where(is_cut_BS, key_BS, 0).cummax(1).values
+    from_BS = torch.searchsorted(end_BT, key_BS, right=True, out_int32=True)
+    to_BS = torch.searchsorted(start_BT, key_BS, right=True, out_int32=True)
+    return torch.stack((first_key_BS, from_BS, to_BS))
+
+
+# Samples in groups, for the reference on a CPU
 
 
 @dataclass(frozen=True)
@@ -35,86 +179,68 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How to cut a batch into samples. `whole` is set when each batch row is one sample that fills it.
+class Groups:
+    """A batch cut into samples. `whole` is their kind where each batch row is one sample that fills it; there are no
+    groups then."""
 
-    start, end: the values the plan was made for.
-    """
-
-    start: torch.Tensor
-    end: torch.Tensor
-    keys: int
-    whole: str | None
+    whole: Kind | None
     groups: tuple[Group, ...]
 
 
-# Keyed by the identity of `start`.
-_plans: WeakIdKeyDictionary = WeakIdKeyDictionary()
+class _Sample(NamedTuple):
+    kind: str
+    batch_row: int
+    first: int
+    length: int
+    ends_L: torch.Tensor  # counted from the sample's first key
 
 
-def sample_plan(start_BT: torch.Tensor, end_BT: torch.Tensor, keys: int) -> Plan | None:
-    """The plan of a self-attention on a CPU; None where one masked call serves."""
-    batch, tokens = start_BT.shape
-    if start_BT.device.type != "cpu" or torch.compiler.is_compiling():
-        return None
-    known = _plans.get(start_BT)
-    if (
-        known is not None
-        and known.keys == keys
-        and torch.equal(known.start, start_BT)
-        and torch.equal(known.end, end_BT)
-    ):
-        return known
-    ranges = start_BT.clone(), end_BT.clone()
+def _groups_of(ranges: KeyRanges, keys: int) -> Groups | None:
+    batch, tokens = ranges.shape
     if tokens == 1 or tokens != keys:
         # Decoding: nothing to mask when every query sees every key.
-        full = bool((start_BT == 0).all()) and bool((end_BT == keys).all())
-        plan = Plan(*ranges, keys, "full", ()) if full else None
-    else:
-        samples = list(_samples(start_BT, end_BT))
-        if not samples or any(sample is None for sample in samples):
-            plan = None
-        elif len(samples) == batch and {(kind, length) for kind, _, _, length, _ in samples} in (
-            {("causal", tokens)},
-            {("full", tokens)},
-        ):
-            plan = Plan(*ranges, keys, samples[0][0], ())
-        else:
-            plan = Plan(*ranges, keys, None, tuple(_groups(samples, tokens)))
-    if plan is not None:
-        _plans[start_BT] = plan
-    return plan
+        full = bool((ranges.start == 0).all()) and bool((ranges.end == keys).all())
+        return Groups("full", ()) if full else None
+    samples = _own_samples(ranges.start, ranges.end)
+    if not samples:
+        return None
+    if len(samples) == batch and all(sample.length == tokens for sample in samples):
+        for kind in ("causal", "full"):
+            if all(sample.kind == kind for sample in samples):
+                return Groups(kind, ())
+    return Groups(None, tuple(_similar(samples, tokens)))
 
 
-def _samples(start_BT: torch.Tensor, end_BT: torch.Tensor) -> Iterator[tuple[str, int, int, int, torch.Tensor] | None]:
-    """(kind, batch row, first token, length, ends) of each sample; None where a query sees keys before its run."""
-    for b, (start, end) in enumerate(zip(start_BT, end_BT, strict=True)):
-        real = (end > start).nonzero().flatten()
+def _own_samples(start_BT: torch.Tensor, end_BT: torch.Tensor) -> list[_Sample]:
+    """The samples, where none sees keys outside of its own tokens; else none at all."""
+    samples = []
+    for b, (start_T, end_T) in enumerate(zip(start_BT, end_BT, strict=True)):
+        real = (end_T > start_T).nonzero().flatten()
         if real.numel() == 0:
             continue
-        cuts = (start[real].diff() != 0).nonzero().flatten() + 1
+        cuts = (start_T[real].diff() != 0).nonzero().flatten() + 1
         for run in torch.tensor_split(real, cuts):
             first, length = int(run[0]), run.numel()
-            ends = end[run] - first
-            if int(start[run[0]]) != first or int(run[-1]) - first + 1 != length or int(ends.max()) > length:
-                yield None
-                return
-            if bool((ends == length).all()):
+            ends_L = end_T[run] - first
+            if int(start_T[run[0]]) != first or int(run[-1]) - first + 1 != length or int(ends_L.max()) > length:
+                return []
+            if bool((ends_L == length).all()):
                 kind = "full"
-            elif torch.equal(ends, torch.arange(1, length + 1, dtype=ends.dtype)):
+            elif torch.equal(ends_L, torch.arange(1, length + 1, dtype=ends_L.dtype)):
                 kind = "causal"
             else:
                 kind = "ranges"
-            yield kind, b, first, length, ends
+            samples.append(_Sample(kind, b, first, length, ends_L))
+    return samples
 
 
-def _groups(samples: list, tokens: int) -> Iterator[Group]:
-    """Put samples of one kind, and of lengths within a factor of 1.5, into one call."""
-    waiting: list = []
-    for sample in sorted(samples, key=lambda sample: (sample[0], -sample[3])):
-        kind, _, _, length, _ = sample
-        longest = waiting[0][3] if waiting else length
-        if waiting and (kind != waiting[0][0] or (length != longest if kind == "full" else 3 * length < 2 * longest)):
+def _similar(samples: list[_Sample], tokens: int) -> Iterator[Group]:
+    """Groups of one kind, and of lengths within a factor of 1.5."""
+    waiting: list[_Sample] = []
+    for sample in sorted(samples, key=lambda sample: (sample.kind, -sample.length)):
+        longest = waiting[0].length if waiting else sample.length
+        fits = sample.length == longest if sample.kind == "full" else 3 * sample.length >= 2 * longest
+        if waiting and (sample.kind != waiting[0].kind or not fits):
             yield _group(waiting, tokens)
             waiting = []
         waiting.append(sample)
@@ -122,107 +248,89 @@ def _groups(samples: list, tokens: int) -> Iterator[Group]:
         yield _group(waiting, tokens)
 
 
-def _group(samples: list, tokens: int) -> Group:
-    kind, longest = samples[0][0], samples[0][3]
-    length_N = torch.tensor([length for _, _, _, length, _ in samples])
-    first_N = torch.tensor([b * tokens + first for _, b, first, _, _ in samples])
+def _group(samples: list[_Sample], tokens: int) -> Group:
+    kind, longest = samples[0].kind, samples[0].length
+    length_N = torch.tensor([sample.length for sample in samples])
+    first_N = torch.tensor([sample.batch_row * tokens + sample.first for sample in samples])
     step_L = torch.arange(longest)
     rows_NL = first_N[:, None] + torch.minimum(step_L, length_N[:, None] - 1)
     real = (step_L < length_N[:, None]).flatten()
     mask = None
     if kind == "ranges":
-        end_NL = torch.stack([F.pad(ends, (0, longest - len(ends)), value=len(ends)) for *_, ends in samples])
-        mask = (step_L < end_NL[..., None])[:, None]
+        ends = [F.pad(s.ends_L, (0, longest - s.length), value=s.length) for s in samples]
+        mask = (step_L < torch.stack(ends)[..., None])[:, None]
     return Group(kind, rows_NL, mask, real, rows_NL.flatten()[real])
 
 
+# Samples by their lengths, for other libraries
+
+
 @dataclass(frozen=True)
-class Walk:
-    """What the kernels' tiles follow. A tile begins at a row whose distance from the first row of its sample is a
-    multiple of the tile's height, so a sample's tiles are the same wherever it lies in a pack.
+class Samples:
+    """Key ranges as samples: runs of queries of a batch row whose ranges begin at the same key.
 
-    first_BT: int32, the first query of each query's sample. Samples are the parts of the batch row whose ranges are
-        disjoint; a run of empty rows is one too.
-    keys_3BS: int32, for the backward pass only: the first key of each key's sample; then, of the queries that see key
-        s, which are one contiguous run, the first and one past the last.
+    causal, full: whether all samples are, and share no keys; a sample of one query is both.
+    queries_N, keys_N: how many each has; cu_queries, cu_keys: int32 [N + 1], their running sums, on the device.
+    query_rows, key_rows: the rows b · T + t and b · S + s of all samples in order; None where those are simply all.
+    row_keys: of each batch row that is one sample of all its T queries, its first key and one past the last; None where
+        another batch row is not.
     """
 
-    first_BT: torch.Tensor
-    keys_3BS: torch.Tensor | None
+    causal: bool
+    full: bool
+    queries_N: tuple[int, ...]
+    keys_N: tuple[int, ...]
+    cu_queries: torch.Tensor
+    cu_keys: torch.Tensor
+    query_rows: torch.Tensor | None
+    key_rows: torch.Tensor | None
+    row_keys: tuple[tuple[int, int], ...] | None
+
+    @property
+    def common_keys(self) -> slice | None:
+        """The keys that every batch row sees, where each is one sample and all see the same."""
+        return slice(*self.row_keys[0]) if self.row_keys and len(set(self.row_keys)) == 1 else None
+
+    @property
+    def equal(self) -> bool:
+        """Whether samples of equal lengths lie end to end, so that a pack is a batch of them without a copy."""
+        apart = self.query_rows is None and self.key_rows is None
+        return apart and len(set(self.queries_N)) == 1 and len(set(self.keys_N)) == 1
 
 
-_walks: WeakIdKeyDictionary = WeakIdKeyDictionary()
+def _samples_of(ranges: KeyRanges, keys: int) -> Samples:
+    device, (batch, tokens) = ranges.start.device, ranges.shape
+    start, end = torch.stack((ranges.start, ranges.end)).to("cpu", torch.int64)  # the one wait for the device
+    real = end > start
+    opens = real.clone()
+    opens[:, 1:] &= ~real[:, :-1] | (start[:, 1:] != start[:, :-1])
+    row_R = real.flatten().nonzero().flatten()
+    start_R, end_R, opens_R = (x.flatten()[row_R] for x in (start, end, opens))
+    begins_N = opens_R.nonzero().flatten()
+    queries_N = torch.diff(begins_N, append=torch.tensor([len(row_R)]))
+    last_N = begins_N + queries_N - 1
+    keys_N = end_R[last_N] - start_R[begins_N]
+    first_key_N = row_R[begins_N] // max(1, tokens) * keys + start_R[begins_N]
+    apart = bool((first_key_N[1:] >= (first_key_N + keys_N)[:-1]).all())
+    last_end_R, last_R = (x.repeat_interleave(queries_N) for x in (end_R[last_N], last_N))
+    key_rows = (first_key_N - (keys_N.cumsum(0) - keys_N)).repeat_interleave(keys_N) if apart else first_key_N[:0]
+    key_rows += torch.arange(len(key_rows))
+    one_per_row = len(queries_N) == batch and bool((queries_N == tokens).all())
 
+    def running_sum(lengths_N: torch.Tensor) -> torch.Tensor:
+        return F.pad(lengths_N.cumsum(0), (1, 0)).to(device, torch.int32)
 
-def walk(start_BT: torch.Tensor, end_BT: torch.Tensor, keys: int, backward: bool) -> Walk:
-    """The walk for these ranges, computed on their device without waiting for it, once for all layers.
+    def unless_all(rows: torch.Tensor, count: int) -> torch.Tensor | None:
+        return None if torch.equal(rows, torch.arange(count)) else rows.to(device)
 
-    Any partition gives right results, and queries that see a key only matter where ranges are differentiated through,
-    so what is kept from an earlier call is used only for the same unchanged tensors, outside of graph capture.
-    """
-    if torch.compiler.is_compiling() or (start_BT.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return _walk(start_BT, end_BT, keys, backward)  # compiled code finds the repetition itself
-    version = tuple(-1 if t.is_inference() else t._version for t in (start_BT, end_BT))
-    known = _walks.get(start_BT)
-    if known is not None:
-        end_of, identity, found = known
-        if end_of() is end_BT and identity == (version, keys) and (found.keys_3BS is not None or not backward):
-            return found
-    with torch.inference_mode(False), torch.no_grad():
-        found = _walk(start_BT, end_BT, keys, backward)
-    _walks[start_BT] = (weakref.ref(end_BT), (version, keys), found)
-    return found
-
-
-def _walk(start_BT: torch.Tensor, end_BT: torch.Tensor, keys: int, backward: bool) -> Walk:
-    index_BT = torch.arange(start_BT.shape[1], device=start_BT.device, dtype=torch.int32).expand_as(start_BT)
-    empty_BT = end_BT <= start_BT
-    opens_BT = (start_BT[:, 1:] >= end_BT[:, :-1]) & ~(empty_BT[:, 1:] & empty_BT[:, :-1])
-    opens_BT = F.pad(opens_BT, (1, 0), value=True)
-    first_BT = torch.where(opens_BT, index_BT, 0).cummax(1).values
-    if not backward:
-        return Walk(first_BT, None)
-    # Keys are cut where a sample's keys begin and where they end; slot S takes what is not a cut.
-    cuts = (
-        torch.where(opens_BT, start_BT, keys),
-        torch.where(opens_BT[:, 1:], end_BT[:, :-1], keys),
-        end_BT[:, -1:],
+    return Samples(
+        causal=apart and torch.equal(end_R, last_end_R - (last_R - torch.arange(len(row_R)))),
+        full=apart and torch.equal(end_R, last_end_R),
+        queries_N=tuple(queries_N.tolist()),
+        keys_N=tuple(keys_N.tolist()),
+        cu_queries=running_sum(queries_N),
+        cu_keys=running_sum(keys_N),
+        query_rows=unless_all(row_R, batch * tokens),
+        key_rows=unless_all(key_rows, batch * keys),
+        row_keys=tuple(zip(start[:, 0].tolist(), end[:, -1].tolist())) if one_per_row else None,
     )
-    is_cut_BS = torch.zeros(start_BT.shape[0], keys + 1, device=start_BT.device, dtype=torch.bool)
-    is_cut_BS = is_cut_BS.scatter(1, torch.cat(cuts, 1).long(), True)[:, :keys]
-    key_BS = torch.arange(keys, device=start_BT.device, dtype=torch.int32).expand_as(is_cut_BS)
-    key_first_BS = torch.where(is_cut_BS, key_BS, 0).cummax(1).values
-    sees_from_BS = torch.searchsorted(end_BT, key_BS.contiguous(), right=True, out_int32=True)
-    sees_to_BS = torch.searchsorted(start_BT, key_BS.contiguous(), right=True, out_int32=True)
-    return Walk(first_BT, torch.stack((key_first_BS, sees_from_BS, sees_to_BS)))
-
-
-def tile_key(dim: int) -> int:
-    """Columns a head is held in: the least of 16, 32, 64, 80, 96, 128, 160, 192, 256 that is enough."""
-    low, high = _blocks(dim)
-    return low + high
-
-
-def _blocks(dim: int) -> tuple[int, int]:
-    """Blocks are powers of two; from 64 on a dimension in between is held in two, 72 in 64 + 16 rather than 128."""
-    above = max(16, 1 << (dim - 1).bit_length())
-    for rest in (above // 8, above // 4):
-        if above >= 128 and dim <= above // 2 + rest:
-            return above // 2, rest
-    return above, 0
-
-
-def blocks(*tensors: torch.Tensor) -> dict[str, int | bool]:
-    """What kernels are told of the last dimension: it is held in blocks of BLOCK_D and, unless that is 0, BLOCK_E.
-
-    ALIGNED: whether every head of every row begins at a multiple of 16 bytes.
-    NARROW: the last few rows of a walk are taken in a tile of so many; 0 where wide heads leave no registers for it.
-    """
-    dim = tensors[0].shape[-1]
-    low, high = _blocks(dim)
-    aligned = all(
-        x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
-        for x in tensors
-    )
-    narrow = 16 if low + high <= 64 else 0
-    return {"DIM": dim, "ALIGNED": aligned, "NARROW": narrow, "BLOCK_D": low, "BLOCK_E": high}

@@ -1,14 +1,61 @@
-"""What the attention kernels are made of: tiles of rows, their products, and the walk over them.
+"""What the attention kernels are made of: tiles of rows, their products, the walk over them, and their block sizes.
 
 A tile is a tuple: [BLOCK_R, BLOCK_D], and where the head dimension is held in two blocks [BLOCK_R, BLOCK_E] as well.
 A line is a row counted through the batch, b · T + t.
 """
 
+from __future__ import annotations
+
+import torch
+
+from llava_fast.ops._launch import Tile, tile
 from llava_fast.ops._triton import inlined, tl
+
+MAX_HEAD_DIM = 256
+
+
+def tile_of(kernel: str, q: torch.Tensor) -> Tile:
+    """The shipped tile; float32 has its own, as its products run outside the tensor cores and fill more registers."""
+    return tile(kernel, f"{columns(q.shape[3])}{' fp32' if q.dtype == torch.float32 else ''}", q.device)
+
+
+def columns(dim: int) -> int:
+    """Columns a head is held in: the least of 16, 32, 64, 80, 96, 128, 160, 192, 256 that is enough."""
+    return sum(_two_blocks(dim))
+
+
+def _two_blocks(dim: int) -> tuple[int, int]:
+    """Blocks are powers of two; from 64 on a dimension in between is held in two, 72 in 64 + 16 rather than 128."""
+    above = max(16, 1 << (dim - 1).bit_length())
+    for rest in (above // 8, above // 4):
+        if above >= 128 and dim <= above // 2 + rest:
+            return above // 2, rest
+    return above, 0
+
+
+def blocks(*tensors: torch.Tensor) -> dict[str, int | bool]:
+    """What kernels are told of the last dimension: it is held in blocks of BLOCK_D and, unless that is 0, BLOCK_E.
+
+    ALIGNED: whether every head of every row begins at a multiple of 16 bytes.
+    NARROW: the last few rows of a walk are taken in a tile of so many; 0 where wide heads leave no registers for it.
+    """
+    dim = tensors[0].shape[-1]
+    block_d, block_e = _two_blocks(dim)
+    aligned = all(
+        x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+        for x in tensors
+    )
+    narrow = 16 if block_d + block_e <= 64 else 0
+    return {"DIM": dim, "ALIGNED": aligned, "NARROW": narrow, "BLOCK_D": block_d, "BLOCK_E": block_e}
+
+
+def strides(*tensors: torch.Tensor) -> tuple[int, ...]:
+    """Of batch, token and head."""
+    return tuple(stride for x in tensors for stride in x.stride()[:3])
 
 
 @inlined
-def _load_part(
+def _load_block(
     ptr, stride, rows, CHECK_ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr
 ):
     r, d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK)
@@ -30,12 +77,11 @@ def _load_tile(
     DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_R, BLOCK_D] and perhaps [BLOCK_R, BLOCK_E] from `ptr` on, zeros from row `rows` and column DIM on."""
-    low = _load_part(ptr, stride, rows, CHECK_ROWS, DIM, BLOCK_R, BLOCK_D)
+    block_d = _load_block(ptr, stride, rows, CHECK_ROWS, DIM, BLOCK_R, BLOCK_D)
     if BLOCK_E > 0:
-        parts = (low, _load_part(ptr + BLOCK_D, stride, rows, CHECK_ROWS, DIM - BLOCK_D, BLOCK_R, BLOCK_E))
+        return (block_d, _load_block(ptr + BLOCK_D, stride, rows, CHECK_ROWS, DIM - BLOCK_D, BLOCK_R, BLOCK_E))
     else:
-        parts = (low,)
-    return parts
+        return (block_d,)
 
 
 @inlined
@@ -53,13 +99,12 @@ def _load_rows(
 ):  # fmt: skip
     """DIM columns of the `count` rows from `row0` on."""
     at, inside = _rows_at(ptr, row0, stride, column, count, DIM, BLOCK_R, BLOCK_D)
-    low = tl.load(at, mask=inside, other=0.0)
+    block_d = tl.load(at, mask=inside, other=0.0)
     if BLOCK_E > 0:
         at, inside = _rows_at(ptr, row0, stride, column + BLOCK_D, count, DIM - BLOCK_D, BLOCK_R, BLOCK_E)
-        parts = (low, tl.load(at, mask=inside, other=0.0))
+        return (block_d, tl.load(at, mask=inside, other=0.0))
     else:
-        parts = (low,)
-    return parts
+        return (block_d,)
 
 
 @inlined
@@ -76,31 +121,28 @@ def _store_rows(
 
 @inlined
 def _zeros(BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr):
-    low = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    block_d = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     if BLOCK_E > 0:
-        parts = (low, tl.zeros([BLOCK_R, BLOCK_E], tl.float32))
+        return (block_d, tl.zeros([BLOCK_R, BLOCK_E], tl.float32))
     else:
-        parts = (low,)
-    return parts
+        return (block_d,)
 
 
 @inlined
 def _times(x, factor, BLOCK_E: tl.constexpr):
     """Each row of a tile times its factor."""
     if BLOCK_E > 0:
-        parts = (x[0] * factor, x[1] * factor)
+        return (x[0] * factor, x[1] * factor)
     else:
-        parts = (x[0] * factor,)
-    return parts
+        return (x[0] * factor,)
 
 
 @inlined
 def _cast(x, to: tl.constexpr, BLOCK_E: tl.constexpr):
     if BLOCK_E > 0:
-        parts = (x[0].to(to), x[1].to(to))
+        return (x[0].to(to), x[1].to(to))
     else:
-        parts = (x[0].to(to),)
-    return parts
+        return (x[0].to(to),)
 
 
 @inlined
@@ -122,19 +164,18 @@ def _weighted(p, x, acc, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr):
     """acc + p · x."""
     if BLOCK_R == 1:
         w = tl.trans(p.to(tl.float32))
-        low = acc[0] + tl.sum(w * x[0].to(tl.float32), axis=0)[None, :]
+        block_d = acc[0] + tl.sum(w * x[0].to(tl.float32), axis=0)[None, :]
         if BLOCK_E > 0:
-            parts = (low, acc[1] + tl.sum(w * x[1].to(tl.float32), axis=0)[None, :])
+            return (block_d, acc[1] + tl.sum(w * x[1].to(tl.float32), axis=0)[None, :])
         else:
-            parts = (low,)
+            return (block_d,)
     else:
         p = p.to(x[0].dtype)
-        low = tl.dot(p, x[0], acc[0], input_precision="ieee")
+        block_d = tl.dot(p, x[0], acc[0], input_precision="ieee")
         if BLOCK_E > 0:
-            parts = (low, tl.dot(p, x[1], acc[1], input_precision="ieee"))
+            return (block_d, tl.dot(p, x[1], acc[1], input_precision="ieee"))
         else:
-            parts = (low,)
-    return parts
+            return (block_d,)
 
 
 @inlined
@@ -189,11 +230,11 @@ def _key_walk(start_ptr, end_ptr, line, count, BLOCK_M: tl.constexpr, BLOCK_N: t
     whether a narrow one follows, and the run [whole, mixed) of those that every row sees all of."""
     start, end = _ranges(start_ptr, end_ptr, line, count, BLOCK_M)
     row, seeing = tl.arange(0, BLOCK_M), end > start
-    low = tl.min(tl.where(seeing, start, 0x7FFFFFFF))
-    high = tl.maximum(tl.max(tl.where(seeing, end, 0)), 0)
-    tiles, narrow = _cut(tl.maximum(high - low, 0), BLOCK_N, NARROW)
+    k_from = tl.min(tl.where(seeing, start, 0x7FFFFFFF))
+    k_to = tl.maximum(tl.max(tl.where(seeing, end, 0)), 0)
+    tiles, narrow = _cut(tl.maximum(k_to - k_from, 0), BLOCK_N, NARROW)
     from_all = tl.max(tl.where(row < count, start, 0))
     to_all = tl.min(tl.where(row < count, end, 0x7FFFFFFF))
-    whole = tl.cdiv(tl.maximum(from_all - low, 0), BLOCK_N)
-    mixed = tl.maximum(whole, tl.maximum(to_all - low, 0) // BLOCK_N)
-    return low, high, tiles, narrow, whole, mixed
+    whole = tl.cdiv(tl.maximum(from_all - k_from, 0), BLOCK_N)
+    mixed = tl.maximum(whole, tl.maximum(to_all - k_from, 0) // BLOCK_N)
+    return k_from, k_to, tiles, narrow, whole, mixed

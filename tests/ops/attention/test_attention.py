@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llava_fast.backend import use_backend
-from llava_fast.ops import attention as module
-from llava_fast.ops.attention import attention, attention_weights_reference
+from llava_fast.ops.attention import KeyRanges, attention, attention_weights_reference
+from llava_fast.ops.attention import reference as module
 from llava_fast.sequence import key_ranges, pack
 
 quick = settings(max_examples=120, deadline=None, derandomize=True)
@@ -23,6 +24,12 @@ def _reference() -> Iterator[None]:
     with use_backend("reference"):
         yield
     torch.set_num_threads(threads)
+
+
+def vectors(*arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`key_ranges` as start and end."""
+    start, end = key_ranges(*arguments, **options)
+    return start, end
 
 
 def dense_attention(
@@ -198,7 +205,7 @@ def test_causal_attention_in_blocks(tokens: int, key_heads: int) -> None:
     ours = [x.float().requires_grad_() for x in tensors]
     truth = [x.requires_grad_() for x in tensors]
     found = attention(*ours, *ranges)
-    weights, _ = attention_weights_reference(*truth[:2], *ranges, 8**-0.5)
+    weights, _ = attention_weights_reference(*truth[:2], ranges, 8**-0.5)
     values = truth[2].repeat_interleave(4 // key_heads, dim=2)
     expected = torch.einsum("bhts,bshd->bthd", weights, values)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
@@ -209,7 +216,7 @@ def test_causal_attention_in_blocks(tokens: int, key_heads: int) -> None:
 
 
 def test_each_path_is_taken() -> None:
-    causal = key_ranges(2, 7, torch.device("cpu"))
+    causal = vectors(2, 7, torch.device("cpu"))
     assert check(*causal, 7) == ["causal"]  # whole rows
     full = torch.zeros(2, 7).int(), torch.full((2, 7), 7).int()
     assert check(*full, 7) == ["full"]
@@ -220,8 +227,8 @@ def test_each_path_is_taken() -> None:
     two_images = torch.tensor([[0, 0, 0, 3, 3]]).int(), torch.tensor([[3, 3, 3, 5, 5]]).int()
     assert check(*two_images, 5) == ["full", "full"]
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
-    assert check(*key_ranges(2, 6, torch.device("cpu"), attention_mask=mask), 6) == ["causal"]
-    window = key_ranges(1, 9, torch.device("cpu"), sliding_window=3)
+    assert check(*vectors(2, 6, torch.device("cpu"), attention_mask=mask), 6) == ["causal"]
+    window = vectors(1, 9, torch.device("cpu"), sliding_window=3)
     assert check(*window, 9) == ["masked", "ranges"]
     step = torch.zeros(2, 1).int(), torch.full((2, 1), 5).int()
     assert check(*step, 5) == ["full"]  # decoding: every key is seen
@@ -232,15 +239,11 @@ def test_each_path_is_taken() -> None:
     assert check(nothing, nothing, 4) == ["masked", "ranges"]
 
 
-def test_a_plan_is_made_once_and_not_for_other_values() -> None:
+def test_vectors_that_changed_since_the_last_call() -> None:
     packed = pack([5, 4, 9])
     start, end = packed.key_start, packed.key_end
-    first = module.sample_plan(start, end, 18)
-    assert module.sample_plan(start, end, 18) is first
-    assert module.sample_plan(start, end.clone(), 18) is first
     assert check(start, end, 18) == ["causal", "causal"]
     end[0, :5] = 5  # the first sample becomes an image; the tensors are the same
-    assert module.sample_plan(start, end, 18) is not first
     assert sorted(check(start, end, 18)) == ["causal", "causal", "full"]
     start[0, :] = 0
     end[0, :] = torch.arange(1, 19)
@@ -303,13 +306,13 @@ def test_weights_by_the_definition() -> None:
     packed = pack([3, 4])
     empty = torch.arange(7)[None].int()
     q, k = torch.randn(1, 7, 4, 8), torch.randn(1, 7, 2, 8)
-    weights, lse = attention_weights_reference(q, k, packed.key_start, packed.key_end, 0.5)
+    weights, lse = attention_weights_reference(q, k, KeyRanges(packed.key_start, packed.key_end), 0.5)
     assert weights.shape == (1, 4, 7, 7)
     torch.testing.assert_close(weights.sum(-1), torch.ones(1, 4, 7))
     v = torch.randn(1, 7, 2, 8)
     out = torch.einsum("bhts,bshd->bthd", weights, v.repeat_interleave(2, 2))
     torch.testing.assert_close(out, attention(q, k, v, packed.key_start, packed.key_end, scale=0.5))
-    weights, lse = attention_weights_reference(q, k, empty, empty, 0.5)
+    weights, lse = attention_weights_reference(q, k, KeyRanges(empty, empty), 0.5)
     assert not weights.any()
     assert (lse == float("-inf")).all()
 

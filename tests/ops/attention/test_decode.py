@@ -34,7 +34,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_kernels(name: str, parts: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ranges, slots, heads, key_heads, dim = CASES[name]
-    monkeypatch.setattr(module, "_parts", lambda q, k: parts)
+    monkeypatch.setattr(module, "splits_of", lambda q, k: parts)
     start, end = torch.tensor(ranges, dtype=torch.int32, device=device).unbind(-1)
     q = torch.randn(*start.shape, heads, dim, device=device)
     k, v = (cache(len(ranges), key_heads, slots, dim, device) for _ in range(2))
@@ -53,7 +53,7 @@ def test_kernels(name: str, parts: int, device: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("parts", [1, 4])
 def test_empty_rows_and_a_cache_with_garbage(parts: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_parts", lambda q, k: parts)
+    monkeypatch.setattr(module, "splits_of", lambda q, k: parts)
     start = torch.tensor([[2, 2], [7, 7]], dtype=torch.int32, device=device)
     end = torch.tensor([[9, 10], [7, 7]], dtype=torch.int32, device=device)
     q = torch.randn(2, 2, 2, 16, device=device)
@@ -72,7 +72,7 @@ def test_empty_rows_and_a_cache_with_garbage(parts: int, device: str, monkeypatc
 @pytest.mark.parametrize("parts", [1, 3])
 def test_nothing_is_read_past_the_last_slot(parts: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A static cache that is full: more tokens have come than were written."""
-    monkeypatch.setattr(module, "_parts", lambda q, k: parts)
+    monkeypatch.setattr(module, "splits_of", lambda q, k: parts)
     start = torch.zeros(1, 2, dtype=torch.int32, device=device)
     end = torch.tensor([[42, 43]], dtype=torch.int32, device=device)
     q = torch.randn(1, 2, 2, 16, device=device)
@@ -139,7 +139,7 @@ def test_parts_fill_the_device_and_are_not_too_short(monkeypatch: pytest.MonkeyP
     q = torch.empty(1, 1, 32, 128)
     for batch, slots, expected in ((1, 2048, 7), (1, 512, 4), (1, 100, 1), (8, 2048, 1), (0, 2048, 16)):
         k = torch.empty(batch, slots, 32, 128, device="meta")
-        assert module._parts(q, k) == expected
+        assert module.splits_of(q, k) == expected
 
 
 def test_merge_by_lse() -> None:

@@ -6,8 +6,8 @@ from kit import DEVICES, check_kernel
 
 from llava_fast.backend import BackendUnavailable, use_backend
 from llava_fast.ops._launch import forced_tile, recorded
+from llava_fast.ops.attention import KeyRanges
 from llava_fast.ops.attention import int8 as module
-from llava_fast.ops.attention.int8 import int8_attention
 from tests.ops.attention.test_decode import CASES, SMALL
 
 CASES = {**CASES, "two blocks of columns": ([[(2, 20)]], 25, 2, 1, 72)}
@@ -27,6 +27,10 @@ def inputs(name: str, device: str, dtype: torch.dtype = torch.float32) -> dict[s
     }
 
 
+def int8_attention(start_BT: torch.Tensor, end_BT: torch.Tensor, **tensors: torch.Tensor) -> torch.Tensor:
+    return module.int8_attention(**tensors, ranges=KeyRanges(start_BT, end_BT))
+
+
 FROZEN = ("q_BTHd", "k_scale_BGS", "v_scale_BGS")
 
 
@@ -34,7 +38,7 @@ FROZEN = ("q_BTHd", "k_scale_BGS", "v_scale_BGS")
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("name", CASES)
 def test_kernels(name: str, parts: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_parts", lambda q, k: parts)
+    monkeypatch.setattr(module, "splits_of", lambda q, k: parts)
     kernels = ["decode_attention_kernel", *(["decode_combine_kernel"] if parts > 1 else [])]
     draws = [inputs(name, device) for _ in range(3)]
     with forced_tile("decode_attention", SMALL):

@@ -5,6 +5,7 @@ In the interpreter tiles are 16 × 16, so that short sequences have several; a G
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,8 @@ from benchmarks import tune
 from llava_fast.backend import BackendUnavailable, use_backend
 from llava_fast.ops import attention as module
 from llava_fast.ops._launch import forced_tile, recorded, tile
-from llava_fast.ops.attention import attention
+from llava_fast.ops.attention import KeyRanges, attention
 from llava_fast.ops.attention import forward as _attention_kernels
-from llava_fast.ops.attention.ranges import walk
 from llava_fast.sequence import key_ranges, pack
 
 FORWARD = ["attention_fwd_kernel"]
@@ -29,6 +29,12 @@ TALL = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
 # Keys in tiles wider than a head, as they ship for heads of 32.
 WIDE = {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
 CPU = torch.device("cpu")
+
+
+def vectors(*arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`key_ranges` as start and end."""
+    start, end = key_ranges(*arguments, **options)
+    return start, end
 
 
 @contextmanager
@@ -64,13 +70,13 @@ def whole(batch: int, tokens: int, keys: int) -> tuple[torch.Tensor, torch.Tenso
 
 # name: (start and end, keys, query heads, key heads, head dimension)
 CASES = {
-    "causal": (key_ranges(2, 37, CPU), 37, 2, 2, 16),
-    "window": (key_ranges(1, 50, CPU, sliding_window=19), 50, 2, 1, 16),
-    "padded": (key_ranges(3, 35, CPU, attention_mask=padded((13, 22, 0), (0, 18, 17), (0, 35, 0))), 35, 1, 1, 16),
+    "causal": (vectors(2, 37, CPU), 37, 2, 2, 16),
+    "window": (vectors(1, 50, CPU, sliding_window=19), 50, 2, 1, 16),
+    "padded": (vectors(3, 35, CPU, attention_mask=padded((13, 22, 0), (0, 18, 17), (0, 35, 0))), 35, 1, 1, 16),
     "packed": (of_pack([5, 33, 1, 1, 17]), 57, 2, 1, 16),
     "images": (of_pack([30, 24], [[(3, 20)], [(0, 4), (10, 14)]]), 54, 2, 1, 16),
     "gqa": (of_pack([20, 3]), 23, 6, 2, 16),
-    "cached": (key_ranges(2, 19, CPU, past=23), 42, 2, 1, 16),
+    "cached": (vectors(2, 19, CPU, past=23), 42, 2, 1, 16),
     "few keys": (whole(2, 33, 3), 3, 1, 1, 16),
     "single": (whole(3, 1, 1), 1, 2, 1, 16),
     "tower": (whole(1, 37, 37), 37, 2, 2, 24),
@@ -170,7 +176,7 @@ def test_kernels_in_half_precision(name: str, device: str) -> None:
 def test_kernels_at_the_sizes_of_models(dim: int, dtype: torch.dtype) -> None:
     """Packs of 832-token samples with images, padded batches and 577-token towers."""
     spans = [[(35, 576)], [(35, 576)], []]
-    for ranges in (of_pack([832, 640, 17], spans), key_ranges(2, 832, CPU), whole(2, 577, 577)):
+    for ranges in (of_pack([832, 640, 17], spans), vectors(2, 832, CPU), whole(2, 577, 577)):
         start, end = (x.cuda() for x in ranges)
         q, k, v = (torch.randn(*start.shape, heads, dim, device="cuda", dtype=dtype) for heads in (8, 4, 4))
         tensors = {"q": q, "k": k, "v": v, "start": start, "end": end}
@@ -323,35 +329,12 @@ def test_what_the_kernels_do_not_take() -> None:
         attention(q, q, q, start, end, scale=0)
 
 
-def test_a_walk_is_made_once_and_not_for_other_values() -> None:
-    start, end = of_pack([5, 4, 9])
-    first = walk(start, end, 18, backward=False)
-    assert first.first_BT.tolist() == [[0] * 5 + [5] * 4 + [9] * 9]
-    assert first.keys_3BS is None
-    full = walk(start, end, 18, backward=True)
-    assert full.keys_3BS[0].tolist() == first.first_BT.tolist()
-    assert walk(start, end, 18, backward=False) is full
-    assert walk(start, end.clone(), 18, backward=False) is not full
-    start[0, :9] = 0
-    assert walk(start, end, 18, backward=False).first_BT.tolist() == [[0] * 9 + [9] * 9]
-    with torch.inference_mode():
-        start, end = of_pack([3])
-        walk(start, end, 3, backward=False)
-    empty = torch.tensor([[0, 1, 2, 2, 5, 6]]).int(), torch.tensor([[0, 1, 4, 5, 5, 6]]).int()
-    assert walk(*empty, 6, backward=True).first_BT.tolist() == [[0, 0, 2, 2, 4, 4]]
-    assert walk(*empty, 6, backward=True).keys_3BS[:, 0].tolist() == [
-        [0, 1, 2, 2, 2, 5],
-        [1, 2, 2, 2, 3, 5],
-        [1, 2, 4, 4, 4, 5],
-    ]
-
-
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck(device: str) -> None:
     start, end = (x.to(device) for x in of_pack([2, 1]))  # opcheck runs the kernels dozens of times
     q, k, v = (torch.randn(1, 3, 1, 8, device=device, requires_grad=True) for _ in range(3))
-    course = walk(start, end, k.shape[1], backward=True)
-    arguments = (q, k, v, start, end, course.first_BT, course.keys_3BS, 0.25)
+    ranges = KeyRanges(start, end)
+    arguments = (q, k, v, start, end, ranges.first_BT, ranges.seen_by(k.shape[1]), 0.25)
     torch.library.opcheck(module._attention_op, arguments)
     with torch.no_grad():
         out, lse = torch.ops.llava_fast.attention(*arguments)

@@ -4,6 +4,7 @@ What a CPU can run is run. The others are given stand-ins with the libraries' ow
 definition from exactly the arguments they get; on a GPU (mark `gpu`) the real ones run.
 """
 
+import gc
 import importlib
 import subprocess
 import sys
@@ -20,13 +21,19 @@ from stand_ins import STAND_INS, Recorder
 
 from llava_fast import backend
 from llava_fast.backend import BackendUnavailable, use_backend
-from llava_fast.ops.attention import attention
+from llava_fast.ops.attention import attention, range_attention
 from llava_fast.ops.attention import peers as module
-from llava_fast.ops.attention import samples as kept
+from llava_fast.ops.attention import ranges as module_of_ranges
 from llava_fast.sequence import key_ranges, pack
 
 CPU = torch.device("cpu")
 Ranges = tuple[torch.Tensor, torch.Tensor]
+
+
+def vectors(*arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`key_ranges` as start and end."""
+    start, end = key_ranges(*arguments, **options)
+    return start, end
 
 
 def rows(*of_batch_row: list[tuple[int, int]]) -> Ranges:
@@ -41,12 +48,12 @@ def packed(*lengths: int, images: list | None = None) -> Ranges:
 
 
 def padded(*masks: list[int]) -> Ranges:
-    return key_ranges(len(masks), len(masks[0]), CPU, attention_mask=torch.tensor(masks))
+    return vectors(len(masks), len(masks[0]), CPU, attention_mask=torch.tensor(masks))
 
 
 # name -> ranges, keys
 DENSE = {
-    "causal": (key_ranges(2, 7, CPU), 7),
+    "causal": (vectors(2, 7, CPU), 7),
     "full": (rows([(0, 5)] * 5, [(0, 5)] * 5), 5),
     "the first keys alone": (rows(*[[(0, 3)] * 4] * 2), 6),
     "pack of one sample": (packed(6), 6),
@@ -56,7 +63,7 @@ DENSE = {
     "keys from the middle": (rows([(2, 3), (2, 4)], [(2, 3), (2, 4)]), 6),
     "one query, a cache filled alike": (rows([(1, 6)], [(1, 6)], [(1, 6)]), 9),
 }
-NOT_SQUARE = {"new queries of a longer text": (key_ranges(2, 3, CPU, past=4), 7)}
+NOT_SQUARE = {"new queries of a longer text": (vectors(2, 3, CPU, past=4), 7)}
 UNIFORM = {
     **DENSE,
     **NOT_SQUARE,
@@ -74,7 +81,7 @@ UNIFORM = {
 OTHER = {
     "an image that sees itself": (packed(8, 4, images=[[(2, 3)], []]), 12),
     "causal and full mixed": (rows([(0, 1), (0, 2), (2, 4), (2, 4)]), 4),
-    "a window": (key_ranges(1, 6, CPU, sliding_window=3), 6),
+    "a window": (vectors(1, 6, CPU, sliding_window=3), 6),
 }
 ALL = {**UNIFORM, **OTHER}
 HEADS = [(2, 2), (4, 2)]
@@ -231,7 +238,7 @@ def test_masks_of_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     call = given("xformers", rows([(0, 3)] * 3 + [(3, 5)] * 2), 5, monkeypatch)
     assert (call["mask"], call["queries"], call["causal"]) == ("BlockDiagonalMask", [3, 2], False)
-    assert given("xformers", key_ranges(2, 4, CPU), 4, monkeypatch)["mask"] == "LowerTriangularFromBottomRightMask"
+    assert given("xformers", vectors(2, 4, CPU), 4, monkeypatch)["mask"] == "LowerTriangularFromBottomRightMask"
     assert given("xformers", rows([(0, 2)] * 2, [(0, 2)] * 2), 2, monkeypatch)["mask"] == "NoneType"
     cache = rows([(0, 2), (0, 3)], [(0, 7), (0, 8)])
     call = given("xformers", cache, 9, monkeypatch, requires_grad=False)
@@ -247,7 +254,7 @@ def test_masks_of_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sdpa_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     """cuDNN's kernel does not run here, so its place is taken by the flash kernel."""
-    pinned, ranges = [], key_ranges(2, 7, CPU)
+    pinned, ranges = [], vectors(2, 7, CPU)
 
     def sdpa_kernel(kernel):
         pinned.append(kernel.name)
@@ -384,47 +391,46 @@ def test_tensors_that_no_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ranges_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
-    real = module.samples_of
+    real = module_of_ranges._samples_of
 
-    def spy(start, end, keys):
+    def spy(ranges, keys):
         read.append(keys)
-        return real(start, end, keys)
+        return real(ranges, keys)
 
-    monkeypatch.setattr(module, "samples_of", spy)
-    tensors = draw(key_ranges(1, 6, CPU), 6, 2, 2, dtype=torch.float32)
+    monkeypatch.setattr(module_of_ranges, "_samples_of", spy)
+    q, k, v = (torch.randn(1, 6, 2, 8) for _ in range(3))
+    ranges = key_ranges(1, 6, CPU)
 
     def call() -> None:
-        found = attention(**by_name(tensors))
+        found = range_attention(q, k, v, ranges)
         with use_backend("reference"):
-            torch.testing.assert_close(found, attention(**by_name(tensors)))
+            torch.testing.assert_close(found, range_attention(q, k, v, ranges))
 
     with use_backend("sdpa_flash", "attention"):
         call()
         call()
         assert len(read) == 1
-        tensors["end"].fill_(6)  # full from now on
-        call()
+        with torch.inference_mode():
+            ranges = key_ranges(1, 6, CPU)
+            call()
+            call()
         assert len(read) == 2
-        tensors["end"] = tensors["end"].clone()
-        call()
-        assert len(read) == 3
-        with torch.inference_mode():  # such tensors do not say that they have changed
-            tensors["start"], tensors["end"] = (x.clone() for x in key_ranges(1, 6, CPU))
-            call()
-            tensors["end"].fill_(6)
-            call()
+        start, end = (x.clone() for x in ranges)
+        end.fill_(6)  # full from now on; whoever brings vectors has them read at each call
+        torch.testing.assert_close(attention(q, k, v, start, end), attention(q, k, v, start, end))
+        assert len(read) == 4
 
 
 def test_what_is_kept_goes_with_the_ranges() -> None:
-    tensors = draw(key_ranges(1, 6, CPU), 6, 2, 2, dtype=torch.float32)
+    q, k, v = (torch.randn(1, 6, 2, 8) for _ in range(3))
+    ranges = key_ranges(1, 6, CPU)
     for name in ("sdpa_flash", "flex"):
         with use_backend(name, "attention"):
-            attention(**by_name(tensors))
-    (mask,) = (found for make, (_, _, found) in kept._kept[tensors["start"]].items() if make is module._block_mask)
-    gone = weakref.ref(mask)
-    count = len(kept._kept)
-    del tensors, mask
-    assert len(kept._kept) == count - 1
+            range_attention(q, k, v, ranges)
+    gone = weakref.ref(ranges.derived(module._block_mask, 6))
+    assert gone() is not None
+    del ranges
+    gc.collect()
     assert gone() is None
 
 
@@ -433,7 +439,8 @@ def test_compiled_code_breaks_its_graph_at_a_peer() -> None:
     ops = []
 
     def counting(graph, _):
-        ops.append(sum(node.op == "call_function" for node in graph.graph.nodes))
+        count = sum(node.op == "call_function" for node in graph.graph.nodes)
+        ops.extend([count] if count else [])  # the ranges' object may make a graph of nothing
         return graph.forward
 
     compiled = torch.compile(lambda *tensors: attention(*tensors) * 2, backend=counting)
