@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import (
     causal_mask_function,
@@ -23,7 +22,7 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
-from llava_fast.ops.attention import attention
+from llava_fast.ops.attention import KeyRanges, range_attention
 from llava_fast.sequence import key_ranges, require
 
 NAME = "llava_fast"
@@ -60,7 +59,7 @@ def range_mask(
     """
     window = _window(mask_function)
     if (mask_function is causal_mask_function or window is not None) and kv_offset == 0:
-        start_BT, end_BT = key_ranges(
+        ranges = key_ranges(
             batch_size,
             q_length,
             torch.device(device),
@@ -68,8 +67,7 @@ def range_mask(
             attention_mask=attention_mask,
             sliding_window=window,
         )
-        causal = torch.full_like(end_BT, attention_mask is None)
-        return torch.stack((start_BT, end_BT, causal), -1)[:, None]
+        return _packed(ranges, torch.full_like(ranges.end, attention_mask is None))
     slices = [
         _ranges_of_mask(
             sdpa_mask(
@@ -87,10 +85,14 @@ def range_mask(
         )
         for first in range(0, q_length, SLICE)
     ]
-    start_BT, end_BT = (torch.cat(part, 1) for part in zip(*slices, strict=True))
+    start_BT, end_BT = (torch.cat(of_slices, 1) for of_slices in zip(*slices, strict=True))
     index_T = torch.arange(q_length, device=device) + q_offset - kv_offset
     causal = (end_BT == index_T + 1).all() & (attention_mask is None)
-    return torch.stack((*_canonical(start_BT, end_BT), causal.to(torch.int32).expand_as(end_BT)), -1)[:, None]
+    return _packed(_canonical(start_BT, end_BT), causal.to(torch.int32).expand_as(end_BT))
+
+
+def _packed(ranges: KeyRanges, causal_BT: torch.Tensor) -> torch.Tensor:
+    return torch.stack((*ranges, causal_BT), -1)[:, None]
 
 
 def _window(mask_function: Callable) -> int | None:
@@ -133,32 +135,32 @@ def attention_forward(
     tokens, keys = query.shape[2], key.shape[2]
     if attention_mask is None:
         causal = tokens > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        index_T = torch.arange(tokens, device=query.device, dtype=torch.int32)
-        start_BT = torch.zeros_like(index_T).expand(query.shape[0], tokens)
-        end_BT = (index_T + 1 if causal else torch.full_like(index_T, keys)).expand_as(start_BT)
+        if causal:
+            ranges = key_ranges(query.shape[0], tokens, query.device)
+        else:
+            ranges = KeyRanges.full(query.shape[0], tokens, query.device, keys)
     else:
         # Positions cut a pack only where nothing came before; with a cache transformers itself does not look at them.
         packed = position_ids if tokens == keys > 1 and position_ids is not None and position_ids.dim() == 2 else None
-        start_BT, end_BT = _ranges(attention_mask, packed)
+        ranges = _ranges(attention_mask, packed)
     q_BTHd, k_BSGd, v_BSGd = (x.transpose(1, 2) for x in (query, key, value))
-    out_BTHd = attention(q_BTHd, k_BSGd, v_BSGd, start_BT, end_BT, scale=scaling)
-    return out_BTHd, None
+    return range_attention(q_BTHd, k_BSGd, v_BSGd, ranges, scale=scaling), None
 
 
-# All layers get the same mask, so its two vectors are taken out of it once; what else they lead to is kept with them.
-_taken: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def _ranges(mask: torch.Tensor, position_ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    if torch.compiler.is_compiling() or mask.is_inference():
+def _ranges(mask: torch.Tensor, position_ids: torch.Tensor | None) -> KeyRanges:
+    """The ranges that a mask says. All layers of a forward pass get the same mask: it carries what the first found."""
+    made_here = mask.dtype == torch.int32  # and not changed by anybody
+    if torch.compiler.is_compiling() or (mask.is_inference() and not made_here):
         return _unpacked(mask, position_ids)
-    known = _taken.get(mask)
-    if known is None or known[0] != mask._version or known[1] is not position_ids:
-        known = _taken[mask] = (mask._version, position_ids, _unpacked(mask, position_ids))
-    return known[2]
+    version = None if mask.is_inference() else mask._version
+    found = getattr(mask, "key_ranges", None)
+    if found is None or found[0] is not position_ids or found[1] != version:
+        found = position_ids, version, _unpacked(mask, position_ids)
+        mask.key_ranges = found  # type: ignore[attr-defined]  # a tensor takes attributes
+    return found[2]
 
 
-def _unpacked(mask: torch.Tensor, position_ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _unpacked(mask: torch.Tensor, position_ids: torch.Tensor | None) -> KeyRanges:
     if mask.dtype == torch.bool:
         return _canonical(*_ranges_of_mask(mask))
     if mask.dtype != torch.int32 or mask.dim() != 4 or mask.shape[-1] != 3:
@@ -166,12 +168,12 @@ def _unpacked(mask: torch.Tensor, position_ids: torch.Tensor | None) -> tuple[to
             f"{NAME} attention takes [batch, tokens] attention masks or boolean [batch, 1, tokens, keys] ones, "
             f"not {mask.dtype} {tuple(mask.shape)}"
         )
-    start_BT, end_BT, causal_BT = (part.contiguous() for part in mask[:, 0].unbind(-1))
+    start_BT, end_BT, causal_BT = mask[:, 0].unbind(-1)
     if position_ids is not None:
         batch, tokens = start_BT.shape
-        sample_BT, _ = key_ranges(batch, tokens, mask.device, position_ids=position_ids.expand(batch, -1))
-        start_BT = torch.where(causal_BT == 1, torch.maximum(start_BT, sample_BT), start_BT)
-    return start_BT, end_BT
+        samples = key_ranges(batch, tokens, mask.device, position_ids=position_ids.expand(batch, -1))
+        start_BT = torch.where(causal_BT == 1, torch.maximum(start_BT, samples.start), start_BT)
+    return KeyRanges(start_BT, end_BT)
 
 
 def _ranges_of_mask(mask_B1TS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,11 +191,11 @@ def _ranges_of_mask(mask_B1TS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return torch.where(end_BT < 0, -1, start_BT), end_BT
 
 
-def _canonical(start_BT: torch.Tensor, end_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _canonical(start_BT: torch.Tensor, end_BT: torch.Tensor) -> KeyRanges:
     """Ranges that never decrease: an empty one lies where the ranges before it end."""
     until_BT = end_BT.clamp(min=0).cummax(1).values
     start_BT = torch.where(end_BT < 0, until_BT, start_BT)
     end_BT = torch.where(end_BT < 0, until_BT, end_BT)
-    for part in (start_BT, end_BT):
-        require((part.diff(dim=1) >= 0).all(), f"{NAME} attention needs masks whose runs of keys never go backwards")
-    return start_BT.to(torch.int32), end_BT.to(torch.int32)
+    for x_BT in (start_BT, end_BT):
+        require((x_BT.diff(dim=1) >= 0).all(), f"{NAME} attention needs masks whose runs of keys never go backwards")
+    return KeyRanges(start_BT.to(torch.int32), end_BT.to(torch.int32))

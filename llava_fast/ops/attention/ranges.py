@@ -49,10 +49,11 @@ class KeyRanges:
         self._made_in_capture = self._capturing()
 
     @classmethod
-    def full(cls, batch: int, tokens: int, device: torch.device | str) -> KeyRanges:
-        """All T tokens of a batch row see each other, as in a vision tower."""
+    def full(cls, batch: int, tokens: int, device: torch.device | str, keys: int | None = None) -> KeyRanges:
+        """All T queries of a batch row see all its keys, T by default, as in a vision tower."""
         start_BT = torch.zeros(batch, tokens, dtype=torch.int32, device=device)
-        return cls(start_BT, torch.full_like(start_BT, tokens), "full")
+        end_BT = torch.full_like(start_BT, tokens if keys is None else keys)
+        return cls(start_BT, end_BT, "full" if keys in (None, tokens) else None)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return iter((self.start, self.end))
