@@ -12,9 +12,9 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from benchmarks.harness import Tensors, function
+from benchmarks.harness import Tensors
 from llava_fast import backend
-from llava_fast.ops.attention import attention
+from llava_fast.ops.attention import KeyRanges, range_attention
 
 Provider = Callable[[Tensors], Callable]
 
@@ -29,13 +29,18 @@ def names() -> list[str]:
 
 def providers(dense: bool = True) -> dict[str, Provider]:
     """`dense`: whether SDPA needs a mask to say what the ranges do; it is made beforehand, like the ranges."""
-    return {"torch": partial(_sdpa, dense), **{name: function(partial(by_range, name)) for name in names()}}
+    return {"torch": partial(_sdpa, dense), **{name: partial(_made_beforehand, name) for name in names()}}
 
 
-def by_range(name: str, q, k, v, start, end) -> tuple[torch.Tensor]:
+def by_range(name: str, q, k, v, ranges: KeyRanges) -> tuple[torch.Tensor]:
     """Attention by the backend or peer of this name."""
     with backend.use_backend(name, "attention"):
-        return (attention(q, k, v, start, end),)
+        return (range_attention(q, k, v, ranges),)
+
+
+def _made_beforehand(name: str, inputs: Tensors) -> Callable:
+    q, k, v, start, end = (inputs[key] for key in ("q", "k", "v", "start", "end"))
+    return partial(by_range, name, q, k, v, KeyRanges(start, end))
 
 
 def masked(q, k, v, mask_BTS) -> tuple[torch.Tensor]:

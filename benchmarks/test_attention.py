@@ -20,7 +20,7 @@ import torch
 from benchmarks.attention_providers import by_range, mask_of, masked, names, providers
 from benchmarks.harness import Case, Tensors, benchmark_of, function, report
 from benchmarks.records import DEVICE
-from llava_fast.ops.attention import attention_reference
+from llava_fast.ops.attention import KeyRanges, attention_reference
 from llava_fast.sequence import Pack, key_ranges, pack
 
 # Tokens of an image, where it begins in its sample, and packs; on a CPU scaled down to what it does in time.
@@ -62,7 +62,7 @@ def tower_case(batch: int, tokens: int, heads: int, dim: int, dtype: torch.dtype
         dtype=dtype,
         backward=backward,
         inputs=inputs,
-        reference=lambda q, k, v, start, end: (attention_reference(q, k, v, start, end, dim**-0.5),),
+        reference=lambda q, k, v, start, end: (attention_reference(q, k, v, KeyRanges(start, end), dim**-0.5),),
         providers=providers(dense=False),
         bytes_moved=_bytes(batch * tokens, heads, heads, dim, dtype, backward),
         flops=_flops(batch * tokens**2, heads, dim, backward),
@@ -129,8 +129,8 @@ def _sample_by_sample(packed: Pack, lengths: tuple[int, ...], q, k, v, *_, **__)
     outs, at = [], 0
     for n in lengths:
         part = slice(at, at + n)
-        ranges = (r[:, part].to(q.device) - at for r in (packed.key_start, packed.key_end))
-        outs.append(attention_reference(q[:, part], k[:, part], v[:, part], *ranges, q.shape[-1] ** -0.5))
+        ranges = KeyRanges(*(r[:, part].to(q.device) - at for r in (packed.key_start, packed.key_end)))
+        outs.append(attention_reference(q[:, part], k[:, part], v[:, part], ranges, q.shape[-1] ** -0.5))
         at += n
     return (torch.cat(outs, 1),)
 
@@ -148,7 +148,7 @@ def _building(image_tokens: int) -> dict:
         return masked(q, k, v, mask_of(*ranges(q, position_ids, is_image), k.shape[1]))
 
     def provider(name, q, k, v, position_ids, is_image):
-        return by_range(name, q, k, v, *ranges(q, position_ids, is_image))
+        return by_range(name, q, k, v, ranges(q, position_ids, is_image))
 
     return {"torch": function(torch_sdpa), **{name: function(partial(provider, name)) for name in names()}}
 

@@ -12,7 +12,7 @@ import torch
 from benchmarks.attention_providers import providers
 from benchmarks.harness import Case, Tensors, benchmark_of, report
 from benchmarks.records import DEVICE
-from llava_fast.ops.attention import attention_reference
+from llava_fast.ops.attention import KeyRanges, attention_reference
 
 
 def cases(gpu: bool) -> list[Case]:
@@ -41,7 +41,7 @@ def decode_case(batch: int, slots: int, filled: int, heads: int, key_heads: int,
         dtype=dtype,
         backward=False,
         inputs=inputs,
-        reference=lambda q, k, v, start, end: (attention_reference(q, k, v, start, end, dim**-0.5),),
+        reference=lambda q, k, v, start, end: (attention_reference(q, k, v, KeyRanges(start, end), dim**-0.5),),
         providers=providers(),
         # Keys and values of the filled part, the query and the output.
         bytes_moved=2 * batch * dim * (filled * key_heads + heads) * dtype.itemsize,

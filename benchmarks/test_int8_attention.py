@@ -12,6 +12,7 @@ import torch
 from benchmarks.harness import Case, Tensors, benchmark_of, report
 from benchmarks.records import DEVICE
 from llava_fast import backend
+from llava_fast.ops.attention import KeyRanges
 from llava_fast.ops.attention.int8 import int8_attention, int8_attention_reference
 
 
@@ -47,7 +48,9 @@ def int8_case(batch: int, slots: int, filled: int, heads: int, key_heads: int, d
         dtype=dtype,
         backward=False,
         inputs=inputs,
-        reference=lambda **inputs: (int8_attention_reference(**inputs, scale=dim**-0.5),),
+        reference=lambda q, k, v, k_scale, v_scale, start, end: (
+            int8_attention_reference(q, k, v, k_scale, v_scale, KeyRanges(start, end), dim**-0.5),
+        ),
         providers=providers(),
         # Keys, values and their scales of the filled part, the query and the output.
         bytes_moved=2 * batch * (filled * key_heads * (dim + 4) + heads * dim * dtype.itemsize),
@@ -63,9 +66,12 @@ def providers() -> dict[str, Callable[[Tensors], Callable]]:
 
 
 def _with(name: str, inputs: Tensors) -> Callable:
+    *tensors, start, end = inputs.values()
+    ranges = KeyRanges(start, end)
+
     def call() -> tuple[torch.Tensor]:
         with backend.use_backend(name, "int8_attention"):
-            return (int8_attention(*inputs.values()),)
+            return (int8_attention(*tensors, ranges),)
 
     return call
 

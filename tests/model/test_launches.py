@@ -1,4 +1,4 @@
-"""How many kernels a pass launches, counted dry and so without a GPU. The tower has LLaVA-1.5's depth and small widths."""
+"""How many kernels a pass launches, counted dry and so without a GPU. The tower is as deep as LLaVA-1.5's, not as wide."""
 
 from collections.abc import Iterator
 
