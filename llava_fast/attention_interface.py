@@ -12,6 +12,7 @@ which a query's keys are not one run is an error.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -68,23 +69,22 @@ def range_mask(
             sliding_window=window,
         )
         return _packed(ranges, torch.full_like(ranges.end, attention_mask is None))
-    slices = [
-        _ranges_of_mask(
-            sdpa_mask(
-                batch_size,
-                min(SLICE, q_length - first),
-                kv_length,
-                q_offset + first,
-                kv_offset,
-                mask_function,
-                attention_mask,
-                allow_is_causal_skip=False,
-                use_vmap=use_vmap,
-                device=device,
-            )
+    slices = []
+    for first in range(0, q_length, SLICE):
+        mask_B1TS = sdpa_mask(
+            batch_size,
+            min(SLICE, q_length - first),
+            kv_length,
+            cast(int, q_offset + first),  # a tensor will do
+            kv_offset,
+            mask_function,
+            attention_mask,
+            allow_is_causal_skip=False,
+            use_vmap=use_vmap,
+            device=device,
         )
-        for first in range(0, q_length, SLICE)
-    ]
+        assert mask_B1TS is not None  # since it may not be skipped
+        slices.append(_ranges_of_mask(mask_B1TS))
     start_BT, end_BT = (torch.cat(of_slices, 1) for of_slices in zip(*slices, strict=True))
     index_T = torch.arange(q_length, device=device) + q_offset - kv_offset
     causal = (end_BT == index_T + 1).all() & (attention_mask is None)
@@ -103,7 +103,7 @@ def _window(mask_function: Callable) -> int | None:
     plain = sliding_window_causal_mask_function(1)
     if getattr(mask_function, "__code__", None) is not plain.__code__:
         return None
-    ((overlay, *others),) = (cell.cell_contents for cell in mask_function.__closure__)
+    ((overlay, *others),) = (cell.cell_contents for cell in mask_function.__closure__ or ())
     if others != [causal_mask_function] or overlay.__code__ is not sliding_window_overlay(1).__code__:
         return None
     (size,) = (cell.cell_contents for cell in overlay.__closure__)

@@ -5,6 +5,8 @@ Shapes: B batch rows, T tokens, D width of the language model, M image tokens in
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 from transformers import GenerationMixin, LlavaConfig
@@ -14,14 +16,16 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from llava_fast.checkpoint.load import CheckpointMixin
+from llava_fast.model.language import text_config
 from llava_fast.model.llava import LlavaModel
 from llava_fast.model.pretrained import LlavaPreTrainedModel
+from llava_fast.model.rows import Rows
 from llava_fast.ops.loss import linear_cross_entropy
 
 IGNORE_INDEX = -100
 
 
-class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, GenerationMixin):
+class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """LLaVA with its language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
@@ -29,7 +33,8 @@ class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, Gener
     def __init__(self, config: LlavaConfig):
         super().__init__(config)
         self.model = LlavaModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        text = text_config(config)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -42,7 +47,7 @@ class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, Gener
         return self.lm_head
 
     def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value
+        self.lm_head = cast(nn.Linear, value)
 
     def get_image_features(
         self,
@@ -114,10 +119,10 @@ class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, Gener
         if return_logits is None:
             # The fused loss reads the head's weight itself, so a head that PEFT or a quantiser has wrapped is called.
             return_logits = labels is None or not self.training or type(self.lm_head) is not nn.Linear
-        rows = None
-        if not return_logits:
+        rows: Rows | None = None
+        targets = None
+        if labels is not None and not return_logits:
             rows, targets = _labelled(labels, label_rows)
-            num_labelled = None if rows is None else rows.numel()
         elif labels is None and isinstance(logits_to_keep, int) and logits_to_keep:
             rows = logits_to_keep
         outputs = self.model(
@@ -142,13 +147,13 @@ class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, Gener
         )
         hidden = outputs.last_hidden_state
         logits = loss = None
-        if return_logits:
+        if targets is None:
             logits = self.lm_head(_rows_to_keep(hidden, logits_to_keep) if rows is None else hidden)
             if labels is not None:
-                vocab_size = self.config.text_config.vocab_size
+                vocab_size = text_config(self.config).vocab_size
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         else:
-            num_items = kwargs.get("num_items_in_batch")
+            num_items, num_labelled = kwargs.get("num_items_in_batch"), None if rows is None else targets.numel()
             loss = linear_cross_entropy(
                 hidden.flatten(0, 1), self.lm_head.weight, targets, num_items=num_items, num_labelled=num_labelled
             )
@@ -170,7 +175,7 @@ class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, Gener
                 f"generate needs left-padded prompts, but attention_mask row {row} ends in padding; "
                 "set processor.tokenizer.padding_side = 'left'"
             )
-        return super().generate(*args, **kwargs)
+        return super().generate(*args, **kwargs)  # type: ignore[misc]  # its self is a protocol of transformers' own
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **_) -> torch.Tensor | None:

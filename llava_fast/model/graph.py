@@ -71,13 +71,15 @@ class VisionGraphs:
                     self._replays.popitem(last=False)
                 return function(pixels)
             self._replays.move_to_end(key)
-            if self._replays[key] is None:
+            replay = self._replays[key]
+            if replay is None:
                 try:
-                    self._replays[key] = self._capture(function, pixels)
+                    replay = self._capture(function, pixels)
                 except RuntimeError as error:
                     logger.warning("the vision tower runs without a CUDA graph: %s", str(error).split("\n")[0])
-                    self._replays[key] = function
-            return self._replays[key](pixels)
+                    replay = function
+                self._replays[key] = replay
+            return replay(pixels)
 
     def _unchanged(self, roots: Sequence[nn.Module]) -> bool:
         """Whether the graphs there are may be used, and new ones be made: else there are none any more."""

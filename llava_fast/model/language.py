@@ -79,7 +79,8 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         bias = getattr(config, "attention_bias", False)
-        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        key_heads = config.num_key_value_heads or config.num_attention_heads
+        queries, keys = config.num_attention_heads * self.head_dim, key_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=bias)
@@ -127,7 +128,8 @@ class MLP(nn.Module):
     def forward(self, x: torch.Tensor, again: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
         with recomputed(x, again):
             gate, up = self.gate_proj(x), self.up_proj(x)
-        product = partial(swiglu, gate, up) if self.act is None else lambda: self.act(gate) * up
+        act = self.act
+        product = partial(swiglu, gate, up) if act is None else lambda: act(gate) * up
         y = product()
         with recomputed(y, product):
             return self.down_proj(y)
@@ -171,7 +173,7 @@ class LanguageModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.rotary_emb = LlamaRotaryEmbedding(cast(LlamaConfig, config))  # it reads what both have
 
     def forward(
         self,

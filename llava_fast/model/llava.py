@@ -61,7 +61,7 @@ class LlavaModel(LlavaPreTrainedModel):
         return self.language_model.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.embed_tokens = value
+        self.language_model.embed_tokens = cast(nn.Embedding, value)
 
     @can_return_tuple
     def forward(
@@ -253,7 +253,7 @@ class LlavaModel(LlavaPreTrainedModel):
         vision = tower_config(self.config)
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed and torch.distributed.get_world_size() > 1:
-            side = vision.image_size
+            side = cast(int, vision.image_size)
             black = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=embeds_BTD.device)
             feature = self.get_image_features(black).pooler_output[0][:1]
         elif any(parameter.requires_grad for parameter in self.multi_modal_projector.parameters()):
@@ -282,7 +282,7 @@ class LlavaModel(LlavaPreTrainedModel):
         images: Images | None,
     ) -> KeyRanges:
         """The keys each token sees, counted from the first that the cache still has."""
-        window = getattr(self.language_model.config, "sliding_window", None)
+        window: int | None = getattr(self.language_model.config, "sliding_window", None)
         batch, tokens, _ = embeds_BTD.shape
         ranges = key_ranges(
             batch,
@@ -295,7 +295,7 @@ class LlavaModel(LlavaPreTrainedModel):
             image_tokens=1 if images is None else images.per_image,
             sliding_window=window,
         )
-        if cache is None or not any(cache.is_sliding):
+        if cache is None or window is None or not any(cache.is_sliding):
             return ranges
         if isinstance(past, torch.Tensor):
             raise ValueError("a static cache cannot be combined with sliding_window; use the dynamic cache")
@@ -305,8 +305,8 @@ class LlavaModel(LlavaPreTrainedModel):
         """What the decoder shall return besides its last hidden state: as asked for, or as the config says."""
         config = self.config
         return {
-            "output_hidden_states": config.output_hidden_states if hidden_states is None else hidden_states,
-            "output_attentions": config.output_attentions if attentions is None else attentions,
+            "output_hidden_states": bool(config.output_hidden_states if hidden_states is None else hidden_states),
+            "output_attentions": bool(config.output_attentions if attentions is None else attentions),
         }
 
 

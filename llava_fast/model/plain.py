@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import nn
 
@@ -20,7 +22,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return all(p is None or type(p) in (nn.Parameter, torch.Tensor) for p in module._parameters.values())
 
 
-def is_plain_lookup(module: nn.Module) -> bool:
+def is_plain_lookup(module: nn.Module) -> TypeGuard[nn.Embedding]:
     """Whether `module` is an embedding that only looks rows up."""
     return is_plain(module, nn.Embedding) and not (
         module.max_norm is not None or module.scale_grad_by_freq or module.sparse

@@ -7,17 +7,18 @@ from torch import nn
 from transformers import LlavaConfig, PreTrainedModel
 from transformers import initialization as init
 
-from llava_fast.model.vision import VisionAttention, VisionEmbeddings, VisionMLP
+from llava_fast.model.vision import VisionAttention, VisionEmbeddings, VisionMLP, tower_config
 
 
 class LlavaPreTrainedModel(PreTrainedModel):
+    config: LlavaConfig
     config_class = LlavaConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012  (the base class wants lists)
     supports_gradient_checkpointing = True
     # The tower reads the weights of its embeddings itself, so it is one unit for FSDP and for device maps.
-    _no_split_modules = ("DecoderLayer", "VisionTower")
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ["DecoderLayer", "VisionTower"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     # Attention goes by key ranges whatever transformers' setting says; these let any setting through.
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -33,7 +34,7 @@ class LlavaPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """CLIP's own scheme for the tower, a normal distribution with the text config's range elsewhere."""
         super()._init_weights(module)
-        vision = self.config.vision_config
+        vision = tower_config(self.config)
         width, factor = vision.hidden_size, vision.initializer_factor
         narrow = width**-0.5 * (2 * vision.num_hidden_layers) ** -0.5 * factor
         if isinstance(module, VisionEmbeddings):

@@ -7,8 +7,9 @@ from torch import nn
 from transformers import LlavaConfig
 from transformers.activations import ACT2FN
 
+from llava_fast.model.language import text_config
 from llava_fast.model.plain import is_plain
-from llava_fast.model.vision import feature_layers
+from llava_fast.model.vision import feature_layers, tower_config
 from llava_fast.ops.projector import projector
 
 
@@ -32,8 +33,8 @@ class Projector(nn.Module):
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
-        vision_width = config.vision_config.hidden_size * len(feature_layers(config))
-        width = config.text_config.hidden_size
+        vision_width = tower_config(config).hidden_size * len(feature_layers(config))
+        width = text_config(config).hidden_size
         count = projector_layers(config)
         if count == 0 and vision_width != width:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Activations that backward makes again instead of keeping: the normalised input of a layer, the product of SwiGLU.
 
 Each is point-wise work on tensors that autograd keeps anyway, and each is saved by the linear layers that read it (for
-dW, or by LoRA). Saved as a recipe they cost nothing: per token and layer 2 D + I of 6 D + 3 I numbers (D width, I that
+dW, or by LoRA). Made again they cost nothing: per token and layer 2 D + I of 6 D + 3 I numbers (D width, I that
 of the MLP), 41 % at LLaVA-1.5-7B's sizes when everything is trained.
 """
 
@@ -22,25 +22,26 @@ def recomputed(tensor: torch.Tensor, make: Callable[[], torch.Tensor] | None) ->
         make: computes it again, bit for bit, from tensors that are saved anyway. With None nothing changes.
 
     Nothing changes either where a compiler decides what is kept, or where somebody else does (activation checkpointing
-    and offloading work through the same hooks, and a recipe would keep alive what they want to let go).
+    and offloading work through the same hooks, and `make` would keep alive what they want to let go).
     """
     if make is None or not torch.is_grad_enabled() or torch.compiler.is_compiling() or not tensor.is_contiguous():
         return nullcontext()
     if type(tensor) is not torch.Tensor:  # a DTensor has no address to know it by
         return nullcontext()
     outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    if outer is not None and not isinstance(getattr(outer[0], "__self__", None), _Recipe):
+    if outer is not None and not isinstance(getattr(outer[0], "__self__", None), _Remake):
         return nullcontext()
-    recipe = _Recipe(tensor, make)
-    return torch.autograd.graph.saved_tensors_hooks(recipe.pack, recipe.unpack)
+    remake = _Remake(tensor, make)
+    return torch.autograd.graph.saved_tensors_hooks(remake.pack, remake.unpack)
 
 
-class _Recipe:
+class _Remake:
     """Hooks that replace views of one tensor; what was made is kept until the last reader has had it."""
 
     def __init__(self, tensor: torch.Tensor, make: Callable[[], torch.Tensor]):
         self.pointer, self.numel, self.dtype = tensor.data_ptr(), tensor.numel(), tensor.dtype
-        self.make, self.readers, self.waiting, self.made = make, 0, 0, None
+        self.make, self.readers, self.waiting = make, 0, 0
+        self.made: torch.Tensor | None = None
         device = tensor.device.type
         # Backward runs outside of autocast, which would round elsewhere.
         self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
@@ -55,12 +56,11 @@ class _Recipe:
     def unpack(self, packed: torch.Tensor | tuple[torch.Size, tuple[int, ...]]) -> torch.Tensor:
         if isinstance(packed, torch.Tensor):
             return packed
-        if self.made is None:
+        made = self.made
+        if made is None:
             device, dtype, enabled = self.autocast
             with torch.autocast(device, dtype=dtype, enabled=enabled):
-                self.made, self.waiting = self.make(), self.readers
-        made = self.made
+                made, self.waiting = self.make(), self.readers
         self.waiting -= 1
-        if self.waiting == 0:
-            self.made = None
+        self.made = made if self.waiting else None
         return made.as_strided(*packed)

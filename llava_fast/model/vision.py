@@ -43,7 +43,7 @@ def tower_config(config: LlavaConfig) -> CLIPVisionConfig:
 
 def feature_layers(config: LlavaConfig, override: int | Sequence[int] | None = None) -> list[int]:
     """The hidden states of the tower that make up an image's features."""
-    layers = cast(int | list[int], config.vision_feature_layer) if override is None else override
+    layers = config.vision_feature_layer if override is None else override
     return [layers] if isinstance(layers, int) else list(layers)
 
 
@@ -52,15 +52,10 @@ class VisionEmbeddings(nn.Module):
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
-        self.class_embedding = nn.Parameter(torch.randn(config.hidden_size))
-        self.patch_embedding = nn.Conv2d(
-            config.num_channels,
-            config.hidden_size,
-            kernel_size=config.patch_size,
-            stride=config.patch_size,
-            bias=False,
-        )
-        self.position_embedding = nn.Embedding((config.image_size // config.patch_size) ** 2 + 1, config.hidden_size)
+        width, patch, side = config.hidden_size, cast(int, config.patch_size), cast(int, config.image_size)
+        self.class_embedding = nn.Parameter(torch.randn(width))
+        self.patch_embedding = nn.Conv2d(config.num_channels, width, kernel_size=patch, stride=patch, bias=False)
+        self.position_embedding = nn.Embedding((side // patch) ** 2 + 1, width)
 
     def position(self, height: int, width: int) -> torch.Tensor:
         """[1 + rows · columns, D] position embeddings for an image of `height` × `width` pixels, bicubically
@@ -222,15 +217,16 @@ class VisionTower(nn.Module):
             mean=mean,
             std=std,
         )
-        ranges = KeyRanges.full(*x_BND.shape[:2], x_BND.device)
+        ranges = KeyRanges.full(x_BND.shape[0], x_BND.shape[1], x_BND.device)
         states: list[torch.Tensor | None] = []
-        attentions: list[torch.Tensor | None] = []
+        attentions: list[torch.Tensor] = []
         added_BND: torch.Tensor | None = None
         for layer in self.encoder.layers[:last_layer]:
             if added_BND is not None and layer.gradient_checkpointing and self.training:
                 x_BND, added_BND = x_BND + added_BND, None  # what a checkpoint keeps is one tensor, not two
             state, x_BND, added_BND, weights = layer(x_BND, added_BND, ranges, output_attentions)
             states.append(state if keep is None or len(states) in keep else None)
-            attentions.append(weights)
+            if weights is not None:
+                attentions.append(weights)
         states.append(x_BND if added_BND is None else x_BND + added_BND)
-        return states, attentions if output_attentions else []
+        return states, attentions
