@@ -5,6 +5,7 @@ In the interpreter tiles are 16 × 16, so that short sequences have several; a G
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,8 +18,7 @@ from benchmarks import tune
 from llava_fast.backend import BackendUnavailable, use_backend
 from llava_fast.ops import attention as module
 from llava_fast.ops._launch import forced_tile, recorded, tile
-from llava_fast.ops.attention import KeyRanges, attention
-from llava_fast.ops.attention import forward as _attention_kernels
+from llava_fast.ops.attention import KeyRanges, attention, backward, forward
 from llava_fast.sequence import key_ranges, pack
 
 FORWARD = ["attention_fwd_kernel"]
@@ -110,9 +110,9 @@ def rename(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", CASES)
 def test_kernels(name: str, device: str) -> None:
-    tensors = inputs(name, torch.float32, device)
-    empty = (tensors["end"] <= tensors["start"]).any()
-    check_kernel(without_lse if empty else with_lse, tensors, op="attention", kernels=KERNELS)
+    draws = [inputs(name, torch.float32, device) for _ in range(3)]  # largest errors of small tensors are luck
+    empty = (draws[0]["end"] <= draws[0]["start"]).any()
+    check_kernel(without_lse if empty else with_lse, *draws, op="attention", kernels=KERNELS)
 
 
 TAILS = {
@@ -144,18 +144,18 @@ def test_the_last_rows_of_a_walk_take_a_narrow_tile(
 ) -> None:
     widths: dict[str, list[int]] = {}
 
-    def spy_on(name: str, place: int) -> None:
-        step = getattr(_attention_kernels, name)
+    def spy_on(file: ModuleType, name: str, place: int) -> None:
+        step = getattr(file, name)
 
         def spy(*arguments):
             widths.setdefault(name, []).append(arguments[place])
             return step(*arguments)
 
-        monkeypatch.setattr(_attention_kernels, name, spy)  # the interpreter calls steps as they are
+        monkeypatch.setattr(file, name, spy)  # the interpreter calls steps as they are
 
     # The walk is in tiles of BLOCK_N keys, that of dK and dV in tiles of BLOCK_M queries.
-    for name, place in (("_fwd_step", -3), ("_dq_step", -3), ("_dkdv_step", -4)):
-        spy_on(name, place)
+    for file, name, place in ((forward, "_fwd_step", -3), (backward, "_dq_step", -3), (backward, "_dkdv_step", -4)):
+        spy_on(file, name, place)
     tensors = inputs((whole(1, 32 + rest, 32 + rest), 32 + rest, 1, 1, dim), torch.float32, "cpu")
     with all_tiles(TALL), use_backend("triton"):
         run(without_lse, tensors, [torch.ones_like(tensors["q"])])
