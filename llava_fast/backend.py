@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs here, and why.
+"""Which implementation of an operation runs here, and why; `is_plain`: whether it may do the work of a module.
 
 Every operation registers its implementations by name ("reference", "triton", "cuda") and asks `choose`
 for one at each call. What is asked for comes from `use_backend(...)`, else from the environment variable
@@ -26,7 +26,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -268,6 +271,24 @@ def _no_gpu() -> str:
     import torch
 
     return "" if torch.cuda.is_available() else "PyTorch sees no CUDA device"
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling `module` does what `kind` does with its parameters, and nothing more: then a fused operation may
+    read the parameters and do its work.
+
+    False for what PEFT or a quantiser has put in its place (another class, or parameters that are no plain tensors),
+    for a module with hooks (ZeRO-3 gathers parameters in one, accelerate moves them, PEFT marks embeddings), and for
+    one with a `forward` of its own.
+    """
+    from torch import Tensor
+    from torch.nn import Parameter
+
+    if type(module) is not kind or "forward" in module.__dict__:
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    return all(p is None or type(p) in (Parameter, Tensor) for p in module._parameters.values())
 
 
 def _load_extension() -> tuple[ModuleType | None, bool, str]:

@@ -38,8 +38,7 @@ from llava_fast.checkpoint.source import PROJECTOR, TOWER, Source, hf_config, lo
 from llava_fast.checkpoint.weights import find_weights, open_weights, read_json, write_bytes, write_text
 from llava_fast.errors import blaming
 from llava_fast.model.language import SUPPORTED
-from llava_fast.model.projector import projector_layers
-from llava_fast.model.vision import feature_layers
+from llava_fast.model.vision import feature_layers, projector_layers
 
 logger = logging.getLogger(__name__)
 

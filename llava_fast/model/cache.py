@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, StaticLayer
 
-from llava_fast.ops.attention import KeyRanges, range_attention
+from llava_fast.ops.attention import KeyRanges
 from llava_fast.ops.attention.int8 import int8_attention
 from llava_fast.ops.cache_write import dequantise, quantise_reference, write_cache
 from llava_fast.ops.rotary import rotary
@@ -113,7 +113,7 @@ class Int8Cache(Cache):
 
 
 def rotate_and_cache(
-    cache: Cache | None,
+    cache: Cache,
     layer: int,
     q_BTHd: torch.Tensor,
     k_BTGd: torch.Tensor,
@@ -121,13 +121,11 @@ def rotate_and_cache(
     cos_BTd: torch.Tensor,
     sin_BTd: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor | Int8, torch.Tensor | Int8]:
-    """Rotated queries, and all keys and values that the cache then has, [B, S, G, d]; `attend` takes them.
+    """Rotated queries, and all keys and values that the cache then has, [B, S, G, d].
 
     Of a static cache keys and values are its own memory. What fills an empty int8 cache sees keys and values as they
     were before they were quantised.
     """
-    if cache is None:
-        return *rotary(q_BTHd, k_BTGd, cos_BTd, sin_BTd), v_BTGd
     own = cache.layers[layer] if layer < len(cache.layers) else None
     is_static = type(own) in (StaticLayer, Int8Layer)  # neither sliding nor anybody else's
     if not is_static or not isinstance(own, StaticLayer) or cache.offloading or _wanted(q_BTHd, k_BTGd, v_BTGd):
@@ -151,18 +149,8 @@ def rotate_and_cache(
     return q, Int8(own.keys.transpose(1, 2), own.key_scales), Int8(own.values.transpose(1, 2), own.value_scales)
 
 
-def attend(
-    q_BTHd: torch.Tensor, k_BSGd: torch.Tensor | Int8, v_BSGd: torch.Tensor | Int8, ranges: KeyRanges
-) -> torch.Tensor:
-    """`range_attention`, or `int8_attention` to quantised keys and values."""
-    if isinstance(k_BSGd, Int8) and isinstance(v_BSGd, Int8):
-        scales = k_BSGd.scale_BGS, v_BSGd.scale_BGS
-        return int8_attention(q_BTHd, k_BSGd.data_BSGd, v_BSGd.data_BSGd, *scales, ranges)
-    return range_attention(q_BTHd, dense(k_BSGd, q_BTHd.dtype), dense(v_BSGd, q_BTHd.dtype), ranges)
-
-
-def dense(x_BSGd: torch.Tensor | Int8, dtype: torch.dtype) -> torch.Tensor:
-    return x_BSGd.dequantised(dtype) if isinstance(x_BSGd, Int8) else x_BSGd
+def attend_int8(q_BTHd: torch.Tensor, k: Int8, v: Int8, ranges: KeyRanges) -> torch.Tensor:
+    return int8_attention(q_BTHd, k.data_BSGd, v.data_BSGd, k.scale_BGS, v.scale_BGS, ranges)
 
 
 def _wanted(*tensors: torch.Tensor) -> bool:

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava_fast.backend import requested
-from llava_fast.model.plain import is_plain
+from llava_fast.backend import is_plain, requested
 
 logger = logging.getLogger(__name__)
 

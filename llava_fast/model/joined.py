@@ -2,7 +2,7 @@
 
 From `eval()` until `train()` or `state_dict()` their weights lie one behind the other in one storage, and so do their
 biases; each layer keeps its parameters, which are views of it. Where somebody else has a say in where they lie (a
-wrapper, hooks, a sharded optimiser, a compiler), or a gradient is wanted, the layers are called one by one.
+wrapper, hooks, a sharded optimiser, a compiler) the layers are called one by one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from llava_fast.model.plain import is_plain
+from llava_fast.backend import is_plain
 
 
 def _adjoining(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
@@ -61,9 +61,8 @@ class JoinedLinears(nn.Module):
         return self
 
     def project(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        """The outputs of the layers, in the order of `joins`."""
-        # A graph of gradients, or of torch.compile, has the layers in it.
-        joined = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else self._joined()
+        """The outputs of the layers, in the order of `joins`. Their weights get no gradient."""
+        joined = None if torch.compiler.is_compiling() else self._joined()
         if joined is None:
             return [layer(x) for layer in self._layers()]
         return F.linear(x, *joined).split([layer.out_features for layer in self._layers()], dim=-1)

@@ -9,9 +9,10 @@ Shapes: B batch, T tokens, S keys, D width, H query heads, G key heads, d head d
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -21,16 +22,16 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llava_fast.model.cache import attend, dense, rotate_and_cache
-from llava_fast.model.recompute import recomputed
-from llava_fast.model.rows import Rows, angles_of_rows, keys_of_rows, take_rows
+from llava_fast.model.cache import Int8, attend_int8, rotate_and_cache
 from llava_fast.ops.activation import swiglu
-from llava_fast.ops.attention import KeyRanges, attention_weights_reference
+from llava_fast.ops.attention import KeyRanges, attention_weights_reference, range_attention
 from llava_fast.ops.norm import rms_norm
 from llava_fast.ops.rotary import rotary
 
 SUPPORTED = ("llama", "mistral")
 TextConfig = LlamaConfig | MistralConfig
+# Rows of the last layer's output: so many last tokens of each batch row, or flat places b · T + t.
+Rows = int | torch.Tensor
 
 
 def text_config(config: LlavaConfig) -> TextConfig:
@@ -73,6 +74,12 @@ class RMSNorm(nn.Module):
         return rms_norm(total, self.weight, eps=self.eps)[0]
 
 
+def _rotate(
+    q_BTHd: torch.Tensor, k_BTGd: torch.Tensor, v_BTGd: torch.Tensor, cos_BTd: torch.Tensor, sin_BTd: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return *rotary(q_BTHd, k_BTGd, cos_BTd, sin_BTd), v_BTGd
+
+
 class Attention(nn.Module):
     def __init__(self, config: TextConfig, layer: int):
         super().__init__()
@@ -97,19 +104,24 @@ class Attention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """With `rows`: queries for those alone, keys and values for all. `again()` computes `x_BTD` once more."""
         angles, ranges = (positions.cos, positions.sin), positions.ranges
+        rotate = _rotate if cache is None else partial(rotate_and_cache, cache, self.layer)
         with recomputed(x_BTD, again):
             q = self._heads(self.q_proj, x_BTD if rows is None else take_rows(x_BTD, rows))
             new_k, new_v = (self._heads(proj, x_BTD) for proj in (self.k_proj, self.v_proj))
         if rows is None:
-            q, k, v = rotate_and_cache(cache, self.layer, q, new_k, new_v, *angles)
+            q, k, v = rotate(q, new_k, new_v, *angles)
         else:
             q, _ = rotary(q, q[:, :, :0], *angles_of_rows(*angles, x_BTD.shape[0], rows))
-            _, k, v = rotate_and_cache(cache, self.layer, new_k[:, :, :0], new_k, new_v, *angles)
+            _, k, v = rotate(new_k[:, :, :0], new_k, new_v, *angles)
             k, v, ranges = keys_of_rows(k, v, ranges, rows, q.dtype)
-        out = attend(q, k, v, ranges)
+        if isinstance(k, Int8):
+            out = attend_int8(q, k, cast(Int8, v), ranges)
+        else:
+            out = range_attention(q, k, cast(torch.Tensor, v), ranges)
         weights = None
         if want_weights:
-            weights = attention_weights_reference(q, dense(k, q.dtype), ranges, self.head_dim**-0.5)[0].to(q.dtype)
+            k = k.dequantised(q.dtype) if isinstance(k, Int8) else k
+            weights = attention_weights_reference(q, k, ranges, self.head_dim**-0.5)[0].to(q.dtype)
         return self.o_proj(out.flatten(2)), weights
 
     def _heads(self, projection: nn.Module, x_BTD: torch.Tensor) -> torch.Tensor:
@@ -232,3 +244,89 @@ class LanguageModel(nn.Module):
             tuple(states) if output_hidden_states else None,
             tuple(attentions) if output_attentions else None,
         )
+
+
+# Rows of the last layer's output that somebody reads: the last tokens of a prompt, or those that predict a label
+
+
+def take_rows(x_BT: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """[B, T, …] -> [B, rows, …] for the last tokens, or [1, len(rows), …] for flat places."""
+    return x_BT[:, -rows:] if isinstance(rows, int) else x_BT.flatten(0, 1)[rows][None]
+
+
+def angles_of_rows(cos_BTd: torch.Tensor, sin_BTd: torch.Tensor, batch: int, rows: Rows) -> list[torch.Tensor]:
+    """Rotary angles of the rows; those given may be of one batch row for all."""
+    return [take_rows(angle.expand(batch, -1, -1), rows) for angle in (cos_BTd, sin_BTd)]
+
+
+def keys_of_rows(
+    k_BSGd: torch.Tensor | Int8, v_BSGd: torch.Tensor | Int8, ranges: KeyRanges, rows: Rows, dtype: torch.dtype
+) -> tuple[torch.Tensor | Int8, torch.Tensor | Int8, KeyRanges]:
+    """Keys, values and ranges for the queries of the rows. Flat places come from any batch row, so for them the keys of
+    all lie end to end as those of one, in `dtype`."""
+    start, end = ranges
+    if not isinstance(rows, int):
+        k_BSGd, v_BSGd = (x.dequantised(dtype) if isinstance(x, Int8) else x for x in (k_BSGd, v_BSGd))
+        batch, keys = k_BSGd.shape[:2]
+        offset_B1 = keys * torch.arange(batch, device=start.device, dtype=start.dtype)[:, None]
+        start, end = start + offset_B1, end + offset_B1
+        k_BSGd, v_BSGd = k_BSGd.flatten(0, 1)[None], v_BSGd.flatten(0, 1)[None]
+    return k_BSGd, v_BSGd, KeyRanges(take_rows(start, rows), take_rows(end, rows))
+
+
+# What backward makes again instead of keeping: the normalised input of a layer, the product of SwiGLU. Each is
+# point-wise work on tensors that autograd keeps anyway, and each is saved by the linear layers that read it (for dW, or
+# by LoRA). Made again they take no memory: per token and layer 2 D + I of 6 D + 3 I numbers (D width, I that of the
+# MLP), 41 % at LLaVA-1.5-7B's sizes when everything is trained.
+
+
+def recomputed(tensor: torch.Tensor, make: Callable[[], torch.Tensor] | None) -> AbstractContextManager[Any]:
+    """A context for linear layers that read `tensor`: what they would save of it, backward gets from `make()`.
+
+    Args:
+        tensor: contiguous.
+        make: computes it again, bit for bit, from tensors that are saved anyway. With None nothing changes.
+
+    Nothing changes either where a compiler decides what is kept, or where somebody else does (activation checkpointing
+    and offloading work through the same hooks, and `make` would keep alive what they want to let go).
+    """
+    if make is None or not torch.is_grad_enabled() or torch.compiler.is_compiling() or not tensor.is_contiguous():
+        return nullcontext()
+    if type(tensor) is not torch.Tensor:  # a DTensor has no address to know it by
+        return nullcontext()
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if outer is not None and not isinstance(getattr(outer[0], "__self__", None), _Remake):
+        return nullcontext()
+    remake = _Remake(tensor, make)
+    return torch.autograd.graph.saved_tensors_hooks(remake.pack, remake.unpack)
+
+
+class _Remake:
+    """Hooks that replace views of one tensor; what was made is kept until the last reader has had it."""
+
+    def __init__(self, tensor: torch.Tensor, make: Callable[[], torch.Tensor]):
+        self.pointer, self.numel, self.dtype = tensor.data_ptr(), tensor.numel(), tensor.dtype
+        self.make, self.readers, self.waiting = make, 0, 0
+        self.made: torch.Tensor | None = None
+        device = tensor.device.type
+        # Backward runs outside of autocast, which would round elsewhere.
+        self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+
+    def pack(self, saved: torch.Tensor) -> torch.Tensor | tuple[torch.Size, tuple[int, ...]]:
+        same = (saved.data_ptr(), saved.numel(), saved.dtype) == (self.pointer, self.numel, self.dtype)
+        if not same or self.numel == 0:
+            return saved
+        self.readers += 1
+        return saved.shape, saved.stride()
+
+    def unpack(self, packed: torch.Tensor | tuple[torch.Size, tuple[int, ...]]) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        made = self.made
+        if made is None:
+            device, dtype, enabled = self.autocast
+            with torch.autocast(device, dtype=dtype, enabled=enabled):
+                made, self.waiting = self.make(), self.readers
+        self.waiting -= 1
+        self.made = made if self.waiting else None
+        return made.as_strided(*packed)

@@ -10,7 +10,7 @@ Shapes: B batch rows, T tokens, D width of the language model, N images, M image
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeGuard, cast
 
 import torch
 from torch import nn
@@ -20,13 +20,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from llava_fast.backend import is_plain
 from llava_fast.model.graph import VisionGraphs
-from llava_fast.model.language import LanguageModel, text_config
-from llava_fast.model.plain import is_plain_lookup
+from llava_fast.model.language import LanguageModel, Rows, text_config
 from llava_fast.model.pretrained import LlavaPreTrainedModel
-from llava_fast.model.projector import Projector
-from llava_fast.model.rows import Rows
-from llava_fast.model.vision import VisionTower, feature_layers, pixel_normalisation, tower_config
+from llava_fast.model.vision import Projector, VisionTower, feature_layers, pixel_normalisation, tower_config
 from llava_fast.ops.attention import KeyRanges
 from llava_fast.ops.merge import embed_merge, merge
 from llava_fast.sequence import key_ranges
@@ -193,6 +191,9 @@ class LlavaModel(LlavaPreTrainedModel):
         def rows(pixels: torch.Tensor) -> torch.Tensor:
             return self._encode(pixels, layer, strategy, interpolate)[0]
 
+        if torch.is_grad_enabled():
+            features_NMD = rows(pixels)
+            return Images(features_NMD.flatten(0, 1), features_NMD.shape[1])
         settings = (
             tuple(feature_layers(self.config, layer)),
             strategy or self.config.vision_feature_select_strategy,
@@ -314,3 +315,10 @@ def _given_ranges(key_start: torch.Tensor | None, key_end: torch.Tensor | None) 
     if (key_start is None) != (key_end is None):
         raise ValueError("pass both of key_start and key_end, or neither")
     return None if key_start is None or key_end is None else KeyRanges(key_start, key_end)
+
+
+def is_plain_lookup(module: nn.Module) -> TypeGuard[nn.Embedding]:
+    """Whether `module` is an embedding that only looks rows up."""
+    if not is_plain(module, nn.Embedding):
+        return False
+    return not (module.max_norm is not None or module.scale_grad_by_freq or module.sparse)

@@ -1,4 +1,4 @@
-"""The CLIP vision tower, computing only the layers whose output is asked for.
+"""From pixels to rows of the language model: the CLIP vision tower, as far as its output is read, and the projector.
 
 Parameter names are those of transformers' CLIPVisionModel (≥ 5.6), so its weights load as they are. LLaVA-1.5 reads
 hidden state −2: the last layer and the final LayerNorm are never run; they keep their parameters, frozen.
@@ -21,11 +21,14 @@ from transformers import CLIPVisionConfig, LlavaConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from llava_fast.backend import is_plain
 from llava_fast.model.joined import JoinedLinears
+from llava_fast.model.language import text_config
 from llava_fast.ops.activation import gelu, quick_gelu
 from llava_fast.ops.attention import KeyRanges, attention_weights_reference, range_attention
 from llava_fast.ops.norm import layer_norm
 from llava_fast.ops.patch_embed import patch_embed
+from llava_fast.ops.projector import projector
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -86,7 +89,11 @@ class VisionAttention(JoinedLinears):
     def forward(
         self, x_BND: torch.Tensor, ranges: KeyRanges, want_weights: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        q, k, v = (projected.unflatten(-1, (-1, self.head_dim)) for projected in self.project(x_BND))
+        if torch.is_grad_enabled():  # a graph of gradients has the three projections in it
+            qkv: Sequence[torch.Tensor] = self.q_proj(x_BND), self.k_proj(x_BND), self.v_proj(x_BND)
+        else:
+            qkv = self.project(x_BND)
+        q, k, v = (projected.unflatten(-1, (-1, self.head_dim)) for projected in qkv)
         out = range_attention(q, k, v, ranges)
         weights = None
         if want_weights:
@@ -230,3 +237,47 @@ class VisionTower(nn.Module):
                 attentions.append(weights)
         states.append(x_BND if added_BND is None else x_BND + added_BND)
         return states, attentions
+
+
+def projector_layers(config: LlavaConfig) -> int:
+    """Number of linear layers in the projector, from `config.mm_projector_type` (LLaVA-1.5: mlp2x_gelu).
+
+    Raises:
+        ValueError: for a type that is none of linear, mlpNx_gelu, identity.
+    """
+    kind = getattr(config, "mm_projector_type", "mlp2x_gelu")
+    if kind in ("linear", "identity"):
+        return int(kind == "linear")
+    count = kind.removeprefix("mlp").removesuffix("x_gelu")
+    if kind != f"mlp{count}x_gelu" or not count.isdecimal() or int(count) < 1:
+        raise ValueError(f"mm_projector_type is {kind!r}; expected 'linear', 'mlpNx_gelu' or 'identity'")
+    return int(count)
+
+
+class Projector(nn.Module):
+    """linear_1 … linear_N with GELU between them."""
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__()
+        vision_width = tower_config(config).hidden_size * len(feature_layers(config))
+        width = text_config(config).hidden_size
+        count = projector_layers(config)
+        if count == 0 and vision_width != width:
+            raise ValueError(
+                f"an identity projector needs equal widths, but the tower has {vision_width}, the text {width}"
+            )
+        self.layers = [f"linear_{i + 1}" for i in range(count)]
+        for i, name in enumerate(self.layers):
+            setattr(self, name, nn.Linear(width if i else vision_width, width, config.multimodal_projector_bias))
+        self.input_width = vision_width
+        self.act = None if config.projector_hidden_act == "gelu" else ACT2FN[config.projector_hidden_act]
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        layers = [getattr(self, name) for name in self.layers]
+        # The fused operation reads the weights itself, so a child that somebody has wrapped or hooked is called.
+        if self.act is None and all(is_plain(layer, nn.Linear) for layer in layers):
+            return projector(features, [layer.weight for layer in layers], [layer.bias for layer in layers])
+        act = self.act or nn.functional.gelu
+        for i, layer in enumerate(layers):
+            features = layer(act(features) if i else features)
+        return features

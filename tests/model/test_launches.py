@@ -1,4 +1,4 @@
-"""How many kernels a pass launches, counted dry and so without a GPU. The tower is as deep as LLaVA-1.5's, not as wide."""
+"""How many kernels a pass launches, counted dry and so without a GPU; the tower is as deep as LLaVA-1.5's."""
 
 from collections.abc import Iterator
 

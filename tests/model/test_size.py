@@ -6,7 +6,7 @@ from pathlib import Path
 import llava_fast
 
 MODEL = Path(llava_fast.__file__).parent / "model"
-NETWORK = ("llava", "vision", "language", "projector")
+NETWORK = ("llava", "vision", "language")  # the projector is in vision.py
 
 
 def functions() -> list[tuple[str, int]]:

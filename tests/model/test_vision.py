@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from llava_fast.backend import use_backend
+from llava_fast.backend import is_plain, use_backend
 from llava_fast.drop_in import LlavaForConditionalGeneration
 from llava_fast.model import graph as vision_graph
 from llava_fast.model.graph import SHAPES, VisionGraphs, capturable, wanted
-from llava_fast.model.plain import is_plain, is_plain_lookup
+from llava_fast.model.llava import is_plain_lookup
 from llava_fast.model.vision import CLIP_MEAN, CLIP_STD
 from llava_fast.ops._launch import recorded
 

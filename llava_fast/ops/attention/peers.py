@@ -33,6 +33,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial, wraps
 from typing import Any
 
@@ -41,10 +42,81 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llava_fast.backend import BackendUnavailable, register_peer
-from llava_fast.ops.attention.ranges import KeyRanges, Samples
+from llava_fast.ops.attention.ranges import KeyRanges
 from llava_fast.ops.attention.tiles import MAX_HEAD_DIM
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Key ranges as samples: runs of queries of a batch row whose ranges begin at the same key.
+
+    causal, full: whether all samples are, and share no keys; a sample of one query is both.
+    queries_N, keys_N: how many each has; cu_queries, cu_keys: int32 [N + 1], their running sums, on the device.
+    query_rows, key_rows: the rows b · T + t and b · S + s of all samples in order; None where those are simply all.
+    row_keys: of each batch row that is one sample of all its T queries, its first key and one past the last; None where
+        another batch row is not.
+    """
+
+    causal: bool
+    full: bool
+    queries_N: tuple[int, ...]
+    keys_N: tuple[int, ...]
+    cu_queries: torch.Tensor
+    cu_keys: torch.Tensor
+    query_rows: torch.Tensor | None
+    key_rows: torch.Tensor | None
+    row_keys: tuple[tuple[int, int], ...] | None
+
+    @property
+    def common_keys(self) -> slice | None:
+        """The keys that every batch row sees, where each is one sample and all see the same."""
+        return slice(*self.row_keys[0]) if self.row_keys and len(set(self.row_keys)) == 1 else None
+
+    @property
+    def equal(self) -> bool:
+        """Whether samples of equal lengths lie end to end, so that a pack is a batch of them without a copy."""
+        apart = self.query_rows is None and self.key_rows is None
+        return apart and len(set(self.queries_N)) == 1 and len(set(self.keys_N)) == 1
+
+
+def samples_of(ranges: KeyRanges, keys: int) -> Samples:
+    device, (batch, tokens) = ranges.start.device, ranges.shape
+    start, end = torch.stack((ranges.start, ranges.end)).to("cpu", torch.int64)  # the one wait for the device
+    real = end > start
+    opens = real.clone()
+    opens[:, 1:] &= ~real[:, :-1] | (start[:, 1:] != start[:, :-1])
+    row_R = real.flatten().nonzero().flatten()
+    start_R, end_R, opens_R = (x.flatten()[row_R] for x in (start, end, opens))
+    begins_N = opens_R.nonzero().flatten()
+    queries_N = torch.diff(begins_N, append=torch.tensor([len(row_R)]))
+    last_N = begins_N + queries_N - 1
+    keys_N = end_R[last_N] - start_R[begins_N]
+    first_key_N = row_R[begins_N] // max(1, tokens) * keys + start_R[begins_N]
+    apart = bool((first_key_N[1:] >= (first_key_N + keys_N)[:-1]).all())
+    last_end_R, last_R = (x.repeat_interleave(queries_N) for x in (end_R[last_N], last_N))
+    key_rows = (first_key_N - (keys_N.cumsum(0) - keys_N)).repeat_interleave(keys_N) if apart else first_key_N[:0]
+    key_rows += torch.arange(len(key_rows))
+    one_per_row = len(queries_N) == batch and bool((queries_N == tokens).all())
+
+    def running_sum(lengths_N: torch.Tensor) -> torch.Tensor:
+        return F.pad(lengths_N.cumsum(0), (1, 0)).to(device, torch.int32)
+
+    def unless_all(rows: torch.Tensor, count: int) -> torch.Tensor | None:
+        return None if torch.equal(rows, torch.arange(count)) else rows.to(device)
+
+    return Samples(
+        causal=apart and torch.equal(end_R, last_end_R - (last_R - torch.arange(len(row_R)))),
+        full=apart and torch.equal(end_R, last_end_R),
+        queries_N=tuple(queries_N.tolist()),
+        keys_N=tuple(keys_N.tolist()),
+        cu_queries=running_sum(queries_N),
+        cu_keys=running_sum(keys_N),
+        query_rows=unless_all(row_R, batch * tokens),
+        key_rows=unless_all(key_rows, batch * keys),
+        row_keys=tuple(zip(start[:, 0].tolist(), end[:, -1].tolist())) if one_per_row else None,
+    )
 
 
 def _refuse(name: str, reason: str) -> BackendUnavailable:
@@ -53,7 +125,7 @@ def _refuse(name: str, reason: str) -> BackendUnavailable:
 
 def _uniform(name: str, ranges: KeyRanges, keys: int) -> Samples:
     """The samples, if all are causal or all are full; raises `BackendUnavailable` otherwise."""
-    samples = ranges.samples(keys)
+    samples = ranges.derived(samples_of, keys)
     if not (samples.causal or samples.full):
         raise _refuse(name, "a sample is neither causal nor full (images that see themselves, a window), or kinds mix")
     return samples
@@ -232,14 +304,14 @@ def _xformers(q, k, v, ranges, scale, return_lse) -> Result:
 
 def _block_diagonal_mask(ranges: KeyRanges, keys: int) -> Any:
     masks = importlib.import_module("xformers.ops").fmha.attn_bias
-    samples = ranges.samples(keys)
+    samples = ranges.derived(samples_of, keys)
     mask = masks.BlockDiagonalMask.from_seqlens(samples.queries_N, samples.keys_N, device=ranges.start.device)
     return mask if samples.full else mask.make_causal_from_bottomright()
 
 
 def _padded_keys_mask(ranges: KeyRanges, keys: int) -> Any:
     masks = importlib.import_module("xformers.ops").fmha.attn_bias
-    samples = ranges.samples(keys)
+    samples = ranges.derived(samples_of, keys)
     kind = masks.BlockDiagonalPaddedKeysMask if samples.full else masks.BlockDiagonalCausalWithOffsetPaddedKeysMask
     return kind.from_seqlens(samples.queries_N, keys, samples.keys_N, device=ranges.start.device)
 

@@ -6,12 +6,11 @@ whoever needs it first, and is gone with the object:
     first_BT            for the kernels: the first query of each query's sample, where its tiles are anchored
     seen_by(S)          for the backward kernels: which queries see each of S keys
     groups(S)           for the reference on a CPU: samples to be sliced out and attended to together
-    samples(S)          for other libraries: the lengths of samples, on the host
-    derived(make, S)    whatever else one needs, such as a library's own mask
+    derived(make, S)    whatever else one needs, such as the lengths of samples, or a library's own mask
 
 A *sample* is a run of queries whose ranges have no key in common with those of the queries before or after it.
 
-Shapes: B batch, T queries, S keys; N samples of L tokens each in a group; R rows (b · T + t) of queries that see a key.
+Shapes: B batch, T queries, S keys; N samples of L tokens each in a group.
 """
 
 from __future__ import annotations
@@ -119,10 +118,6 @@ class KeyRanges:
         if self.start.device.type != "cpu" or torch.compiler.is_compiling():
             return None
         return self.derived(_groups_of, keys)
-
-    def samples(self, keys: int) -> Samples:
-        """The lengths of samples. The first call waits for the device."""
-        return self.derived(_samples_of, keys)
 
 
 # What the kernels' tiles follow; computed on the device without waiting for it.
@@ -263,75 +258,97 @@ def _group(samples: list[_Sample], tokens: int) -> Group:
     return Group(kind, rows_NL, mask, real, rows_NL.flatten()[real])
 
 
-# Samples by their lengths, for other libraries
+# Ranges from tensors that are already on the device
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Key ranges as samples: runs of queries of a batch row whose ranges begin at the same key.
+def key_ranges(
+    batch: int,
+    tokens: int,
+    device: torch.device,
+    *,
+    past: int | torch.Tensor = 0,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    image_mask: torch.Tensor | None = None,
+    image_tokens: int = 1,
+    sliding_window: int | None = None,
+) -> KeyRanges:
+    """Key ranges of a batch whose tensors are already on the device; no synchronisation.
 
-    causal, full: whether all samples are, and share no keys; a sample of one query is both.
-    queries_N, keys_N: how many each has; cu_queries, cu_keys: int32 [N + 1], their running sums, on the device.
-    query_rows, key_rows: the rows b · T + t and b · S + s of all samples in order; None where those are simply all.
-    row_keys: of each batch row that is one sample of all its T queries, its first key and one past the last; None where
-        another batch row is not.
+    Args:
+        batch, tokens: B and T of the queries.
+        past: keys already in the cache (an int, or a 0-d tensor for a static cache); query t has index `past + t`.
+        attention_mask: [B, S'] with non-zero for real tokens, left- or right-padded, counted from the first key.
+            At least `past + T` long.
+        position_ids: [B, T]; without an `attention_mask` and with nothing cached, a position that does not follow
+            its predecessor starts a new document (packed samples).
+        image_mask: [B, T] bool; given, the tokens of one image see each other.
+        image_tokens: tokens per image, used with `image_mask`.
+        sliding_window: each token sees at most this many of the latest keys, itself included.
+
+    Returns:
+        canonical ranges [B, T]. Their kind is known where nothing but causality decides them.
+
+    Raises:
+        ValueError: when an `attention_mask` has real tokens that are not contiguous (on a CPU; on other devices the
+            same condition is asserted asynchronously), or has the wrong shape.
     """
+    step = torch.arange(tokens, device=device)
+    index_BT = (step + past).expand(batch, tokens)
+    end_BT = index_BT + 1
+    if image_mask is not None:
+        end_BT = _end_of_image(image_mask, image_tokens, past)
+    start_BT = torch.zeros_like(index_BT)
 
-    causal: bool
-    full: bool
-    queries_N: tuple[int, ...]
-    keys_N: tuple[int, ...]
-    cu_queries: torch.Tensor
-    cu_keys: torch.Tensor
-    query_rows: torch.Tensor | None
-    key_rows: torch.Tensor | None
-    row_keys: tuple[tuple[int, int], ...] | None
+    if attention_mask is not None:
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; expected [{batch}, tokens] with 1 for real "
+                "tokens (4-D masks are not accepted: key ranges replace them)"
+            )
+        if not isinstance(past, torch.Tensor) and attention_mask.shape[1] < past + tokens:
+            raise ValueError(
+                f"attention_mask covers {attention_mask.shape[1]} tokens, but {past} cached + {tokens} new were given"
+            )
+        real_BS = attention_mask != 0
+        slot = torch.arange(real_BS.shape[1], device=device)
+        count_B = real_BS.sum(1, keepdim=True)
+        first_B = torch.where(real_BS, slot, real_BS.shape[1]).amin(1, keepdim=True)
+        last_B = torch.where(real_BS, slot, -1).amax(1, keepdim=True)
+        require(
+            ((last_B - first_B + 1 == count_B) | (count_B == 0)).all(),
+            "attention_mask has padding between real tokens; pad on one side only "
+            "(batched generation: processor.tokenizer.padding_side = 'left')",
+        )
+        real_BT = (index_BT >= first_B) & (index_BT <= last_B)
+        start_BT = torch.where(real_BT, first_B, index_BT)
+        end_BT = torch.where(real_BT, torch.minimum(end_BT, last_B + 1), index_BT)
+    elif position_ids is not None and tokens > 1 and isinstance(past, int) and past == 0:
+        follows = position_ids[:, 1:] == position_ids[:, :-1] + 1
+        opens = torch.nn.functional.pad(~follows, (1, 0), value=True)
+        start_BT = torch.where(opens, index_BT, 0).cummax(1).values.expand(batch, tokens)
 
-    @property
-    def common_keys(self) -> slice | None:
-        """The keys that every batch row sees, where each is one sample and all see the same."""
-        return slice(*self.row_keys[0]) if self.row_keys and len(set(self.row_keys)) == 1 else None
-
-    @property
-    def equal(self) -> bool:
-        """Whether samples of equal lengths lie end to end, so that a pack is a batch of them without a copy."""
-        apart = self.query_rows is None and self.key_rows is None
-        return apart and len(set(self.queries_N)) == 1 and len(set(self.keys_N)) == 1
+    if sliding_window is not None:
+        start_BT = torch.maximum(start_BT, torch.minimum(index_BT + 1 - sliding_window, end_BT))
+    plain = attention_mask is None and image_mask is None and position_ids is None and sliding_window is None
+    kind: Kind | None = "causal" if plain and isinstance(past, int) and past == 0 else None
+    return KeyRanges(start_BT.to(torch.int32), end_BT.to(torch.int32), kind)
 
 
-def _samples_of(ranges: KeyRanges, keys: int) -> Samples:
-    device, (batch, tokens) = ranges.start.device, ranges.shape
-    start, end = torch.stack((ranges.start, ranges.end)).to("cpu", torch.int64)  # the one wait for the device
-    real = end > start
-    opens = real.clone()
-    opens[:, 1:] &= ~real[:, :-1] | (start[:, 1:] != start[:, :-1])
-    row_R = real.flatten().nonzero().flatten()
-    start_R, end_R, opens_R = (x.flatten()[row_R] for x in (start, end, opens))
-    begins_N = opens_R.nonzero().flatten()
-    queries_N = torch.diff(begins_N, append=torch.tensor([len(row_R)]))
-    last_N = begins_N + queries_N - 1
-    keys_N = end_R[last_N] - start_R[begins_N]
-    first_key_N = row_R[begins_N] // max(1, tokens) * keys + start_R[begins_N]
-    apart = bool((first_key_N[1:] >= (first_key_N + keys_N)[:-1]).all())
-    last_end_R, last_R = (x.repeat_interleave(queries_N) for x in (end_R[last_N], last_N))
-    key_rows = (first_key_N - (keys_N.cumsum(0) - keys_N)).repeat_interleave(keys_N) if apart else first_key_N[:0]
-    key_rows += torch.arange(len(key_rows))
-    one_per_row = len(queries_N) == batch and bool((queries_N == tokens).all())
+def _end_of_image(image_mask_BT: torch.Tensor, image_tokens: int, past: int | torch.Tensor) -> torch.Tensor:
+    """End (exclusive) of the image each token lies in; its own index + 1 outside of one."""
+    step = torch.arange(image_mask_BT.shape[1], device=image_mask_BT.device)
+    opens = image_mask_BT & ~torch.nn.functional.pad(image_mask_BT[:, :-1], (1, 0))
+    run_BT = torch.where(opens, step, 0).cummax(1).values
+    # Images may stand side by side, so a run of image tokens is cut every `image_tokens`.
+    stop_BT = run_BT + ((step - run_BT) // image_tokens + 1) * image_tokens
+    return torch.where(image_mask_BT, stop_BT, step + 1).clamp(max=image_mask_BT.shape[1]) + past
 
-    def running_sum(lengths_N: torch.Tensor) -> torch.Tensor:
-        return F.pad(lengths_N.cumsum(0), (1, 0)).to(device, torch.int32)
 
-    def unless_all(rows: torch.Tensor, count: int) -> torch.Tensor | None:
-        return None if torch.equal(rows, torch.arange(count)) else rows.to(device)
-
-    return Samples(
-        causal=apart and torch.equal(end_R, last_end_R - (last_R - torch.arange(len(row_R)))),
-        full=apart and torch.equal(end_R, last_end_R),
-        queries_N=tuple(queries_N.tolist()),
-        keys_N=tuple(keys_N.tolist()),
-        cu_queries=running_sum(queries_N),
-        cu_keys=running_sum(keys_N),
-        query_rows=unless_all(row_R, batch * tokens),
-        key_rows=unless_all(key_rows, batch * keys),
-        row_keys=tuple(zip(start[:, 0].tolist(), end[:, -1].tolist())) if one_per_row else None,
-    )
+def require(condition: torch.Tensor, message: str) -> None:
+    """Raise at once on a CPU; elsewhere assert on the device without waiting for it."""
+    if condition.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not condition:
+            raise ValueError(message)
+    else:
+        torch._assert_async(condition, message)

@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llava_fast.backend import use_backend
+from llava_fast.ops import attention as module
 from llava_fast.ops.attention import KeyRanges, attention, attention_weights_reference
-from llava_fast.ops.attention import reference as module
 from llava_fast.sequence import key_ranges, pack
 
 quick = settings(max_examples=120, deadline=None, derandomize=True)

@@ -23,7 +23,6 @@ from llava_fast import backend
 from llava_fast.backend import BackendUnavailable, use_backend
 from llava_fast.ops.attention import attention, range_attention
 from llava_fast.ops.attention import peers as module
-from llava_fast.ops.attention import ranges as module_of_ranges
 from llava_fast.sequence import key_ranges, pack
 
 CPU = torch.device("cpu")
@@ -391,13 +390,13 @@ def test_tensors_that_no_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ranges_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
-    real = module_of_ranges._samples_of
+    real = module.samples_of
 
     def spy(ranges, keys):
         read.append(keys)
         return real(ranges, keys)
 
-    monkeypatch.setattr(module_of_ranges, "_samples_of", spy)
+    monkeypatch.setattr(module, "samples_of", spy)
     q, k, v = (torch.randn(1, 6, 2, 8) for _ in range(3))
     ranges = key_ranges(1, 6, CPU)
 

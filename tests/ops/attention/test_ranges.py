@@ -45,7 +45,7 @@ def test_only_plain_ranges_are_known_to_be() -> None:
 
 def test_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    for name in ("_first_of_sample", "_seen_by", "_groups_of", "_samples_of"):
+    for name in ("_first_of_sample", "_seen_by", "_groups_of"):
         real = getattr(module, name)
 
         def spy(ranges, keys, name=name, real=real):
@@ -57,10 +57,8 @@ def test_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3):
         with torch.inference_mode():
             _ = ranges.first_BT
-        ranges.seen_by(7), ranges.groups(7), ranges.samples(7), ranges.seen_by(9)
-    assert sorted(made) == sorted(
-        [("_first_of_sample", 0), ("_seen_by", 7), ("_groups_of", 7), ("_samples_of", 7), ("_seen_by", 9)]
-    )
+        ranges.seen_by(7), ranges.groups(7), ranges.seen_by(9)
+    assert sorted(made) == sorted([("_first_of_sample", 0), ("_seen_by", 7), ("_groups_of", 7), ("_seen_by", 9)])
     assert not ranges.first_BT.is_inference()  # a backward pass may save it
 
 
