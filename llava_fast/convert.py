@@ -42,6 +42,7 @@ from llava_fast.checkpoint.weights import (
 )
 from llava_fast.drop_in import LlavaForConditionalGeneration
 from llava_fast.errors import blaming
+from llava_fast.model.pixels import pixel_normalisation
 from llava_fast.processor.processor import LlavaProcessor
 from llava_fast.processor.templates import get_template
 
@@ -204,10 +205,13 @@ def _processor(opened: Source) -> LlavaProcessor | None:
     config.pad_token_id = tokenizer.pad_token_id
     vision = config.vision_config
     side = vision.image_size
+    mean, std = pixel_normalisation(config)
     image_processor = LlavaImageProcessorPil(
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},
         do_pad=getattr(config, "image_aspect_ratio", None) == "pad",
+        image_mean=list(mean),
+        image_std=list(std),
     )
     return LlavaProcessor(
         image_processor,

@@ -38,10 +38,13 @@ from llava_fast.checkpoint.source import PROJECTOR, TOWER, Source, hf_config, lo
 from llava_fast.checkpoint.weights import find_weights, open_weights, read_json, write_bytes, write_text
 from llava_fast.errors import blaming
 from llava_fast.model.language import SUPPORTED
+from llava_fast.model.pixels import keep_normalisation, read_normalisation
 from llava_fast.model.projector import projector_layers
 from llava_fast.model.vision import feature_layers
 
 logger = logging.getLogger(__name__)
+
+_HUB = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only")
 
 
 class CheckpointMixin:
@@ -91,7 +94,13 @@ class CheckpointMixin:
                 return _from_source(cls, open_checkpoint(folder, **pieces), *args, **kwargs)
         elif given := [name for name, piece in pieces.items() if piece is not None]:
             raise ValueError(f"{given[0]} goes with a checkpoint directory alone")
-        return cls._from_files("state_dict" if path is None else path, path, *args, **kwargs)
+        if path is None:
+            return cls._from_files("state_dict", None, *args, **kwargs)
+        hub = {key: kwargs[key] for key in (*_HUB, "subfolder") if key in kwargs}
+        found = read_normalisation(path, **hub)
+        model = cls._from_files(path, path, *args, **kwargs)
+        keep_normalisation((model[0] if isinstance(model, tuple) else model).config, found)
+        return model
 
     @classmethod
     def _from_files(cls, label: str | os.PathLike, path: str | os.PathLike | None, *args, **kwargs) -> Any:
@@ -233,6 +242,7 @@ class CheckpointMixin:
             image_seq_length=patches + full,
             **{"tie_word_embeddings": text_config.tie_word_embeddings, **llava_config},
         )
+        keep_normalisation(config, read_normalisation(vision_tower))
         tower = _pretrained(CLIPVisionModel, vision_tower, dtype)
         text = _pretrained(AutoModelForCausalLM, language_model, dtype)
         with init.no_init_weights():
@@ -296,8 +306,7 @@ def _original_on_hub(name: str | os.PathLike, kwargs: dict[str, Any]) -> Path | 
     """The local copy of a hub's checkpoint in the original layout; None for a directory, and for HF's layout."""
     if Path(name).is_dir():
         return None
-    keys = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only")
-    config, _ = LlavaConfig.get_config_dict(name, **{key: kwargs[key] for key in keys if key in kwargs})
+    config, _ = LlavaConfig.get_config_dict(name, **{key: kwargs[key] for key in _HUB if key in kwargs})
     if not is_original(config):
         return None
     folder = local_folder(name)
@@ -348,6 +357,7 @@ def _load_adapter(cls: type, folder: Path, base_model: str | os.PathLike | None,
         model = _from_source(cls, open_original_base(folder, base_model, **pieces), *args, **kwargs)
     else:
         model = cls.from_pretrained(base_of(folder, base_model), *args, **kwargs)
+    keep_normalisation(model.config, read_normalisation(folder))
     wrapped = apply_adapter(model, folder, require_complete)
     if not merge:
         return wrapped

@@ -30,6 +30,7 @@ from llava_fast.checkpoint.layouts import (
 from llava_fast.checkpoint.weights import Stored, open_weights, read_json
 from llava_fast.errors import blaming
 from llava_fast.model.language import SUPPORTED
+from llava_fast.model.pixels import keep_normalisation, read_normalisation
 
 PROJECTOR, TOWER = "model.multi_modal_projector.", "model.vision_tower."
 _TOWER_PARTS = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
@@ -77,7 +78,7 @@ def open_checkpoint(
     hf = own.get("model_type") == "llava" and not is_original(own)
     if hf:
         config = hf_config(own, file)
-        folder = _tower_folder(vision_tower)
+        folder = clip = _tower_folder(vision_tower)
         if mm_projector is not None or trained:
             config.mm_projector_type = projector_type(weights)
     else:
@@ -86,6 +87,8 @@ def open_checkpoint(
         folder = _tower_folder(vision_tower)
         if folder is None and not inside:
             folder = _named_tower(flat, settings or file)
+        # The original code takes its image processor from the CLIP directory, also where the tower is inside.
+        clip = folder or _named_folder(flat, settings or file)
         vision = clip_config(folder) if folder is not None else _config_of_tower_inside(flat, settings or file)
         config = llava_config(flat, vision, settings or file)
         _fit_vocabulary(path, weights, flat["vocab_size"], config.text_config.vocab_size)
@@ -95,6 +98,9 @@ def open_checkpoint(
         if not torch.equal(weights[HEAD].read(), weights[EMBEDDINGS].read()):
             raise ValueError(f"{file}: tie_word_embeddings is true, but lm_head and embed_tokens differ")
         del weights[HEAD]
+    for place in (path, clip):
+        if place is not None:
+            keep_normalisation(config, read_normalisation(place))
     return Source(path, "hf" if hf else "original", config, weights)
 
 
@@ -200,13 +206,17 @@ def _tower_folder(vision_tower: str | os.PathLike | None) -> Path | None:
     return folder
 
 
-def _named_tower(flat: dict[str, Any], file: Path) -> Path:
+def _named_folder(flat: dict[str, Any], file: Path) -> Path | None:
     name = flat.get("mm_vision_tower")
-    folder = None if not isinstance(name, str) else local_folder(name, file.parent)
+    return local_folder(name, file.parent) if isinstance(name, str) else None
+
+
+def _named_tower(flat: dict[str, Any], file: Path) -> Path:
+    folder = _named_folder(flat, file)
     if folder is None:
         raise FileNotFoundError(
-            f"{file}: the weights have no vision tower, and mm_vision_tower {name!r} is no directory here: "
-            "pass vision_tower=DIRECTORY of that CLIP model"
+            f"{file}: the weights have no vision tower, and mm_vision_tower {flat.get('mm_vision_tower')!r} is no "
+            "directory here: pass vision_tower=DIRECTORY of that CLIP model"
         )
     return folder
 

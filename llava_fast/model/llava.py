@@ -19,15 +19,13 @@ from transformers.utils.generic import can_return_tuple
 
 from llava_fast.model.graph import VisionGraphs
 from llava_fast.model.language import LanguageModel, Rows
+from llava_fast.model.pixels import CLIP_MEAN, CLIP_STD, Normalisation, noted_normalisation, pixel_normalisation
 from llava_fast.model.plain import is_plain_lookup
 from llava_fast.model.pretrained import LlavaPreTrainedModel
 from llava_fast.model.projector import Projector
 from llava_fast.model.vision import VisionTower, feature_layers
 from llava_fast.ops.merge import embed_merge, merge
 from llava_fast.sequence import key_ranges
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class LlavaModel(LlavaPreTrainedModel):
@@ -104,7 +102,7 @@ class LlavaModel(LlavaPreTrainedModel):
         if strategy not in ("default", "full"):
             raise ValueError(f"vision_feature_select_strategy is {strategy!r}; expected 'default' or 'full'")
         layers = [self.vision_tower.resolve(i) for i in feature_layers(self.config, vision_feature_layer)]
-        mean, std = self._normalisation()
+        mean, std = self._normalisation(pixel_values)
         states, attentions = self.vision_tower(
             pixel_values,
             max(layers),
@@ -129,14 +127,15 @@ class LlavaModel(LlavaPreTrainedModel):
 
         layers = tuple(feature_layers(self.config, layer))
         strategy = strategy or self.config.vision_feature_select_strategy
-        normalisation = self._normalisation()
+        normalisation = self._normalisation(pixel_values)
         modules = (self.vision_tower, self.multi_modal_projector)
         return self._vision_graphs(rows, pixel_values, modules, layers, strategy, interpolate, normalisation)
 
-    def _normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and deviation of uint8 pixels, by channel."""
-        config = self.config
-        return tuple(getattr(config, "image_mean", CLIP_MEAN)), tuple(getattr(config, "image_std", CLIP_STD))
+    def _normalisation(self, pixels: torch.Tensor) -> Normalisation:
+        """Mean and deviation of uint8 pixels; a ValueError where a processor has noted others on them."""
+        if (noted := noted_normalisation(pixels)) is not None:
+            noted.check_same(self.config, "the processor")
+        return pixel_normalisation(self.config)
 
     @can_return_tuple
     def forward(

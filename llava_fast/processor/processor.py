@@ -20,10 +20,11 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoConfig, AutoTokenizer, BatchFeature, LlavaImageProcessorPil
+from transformers import AutoConfig, AutoTokenizer, BatchFeature, LlavaConfig, LlavaImageProcessorPil
 from transformers.processing_utils import ImagesKwargs, TextKwargs
 
 from llava_fast.errors import blaming, one_line
+from llava_fast.model.pixels import Normalisation, folded, note_normalisation, noted_normalisation, read_normalisation
 from llava_fast.ops.resize import preprocess
 from llava_fast.processor.images import check_area, expand_to_square, read_rgb
 from llava_fast.processor.templates import get_template
@@ -41,6 +42,21 @@ _IMAGE_SETTINGS = (
 def _size(setting: Any) -> dict[str, int]:
     """An image processor's `size` or `crop_size` as a plain dict, whatever class a version of transformers uses."""
     return {key: value for key, value in dict(setting or {}).items() if value is not None}
+
+
+class _Batch(BatchFeature):
+    """A batch whose tensor of uint8 pixels says what it wants to be normalised with, on every device."""
+
+    def note(self, normalisation: Normalisation | None) -> None:
+        pixels = self.data.get("pixel_values")
+        if normalisation is not None and isinstance(pixels, torch.Tensor):
+            note_normalisation(pixels, normalisation)
+
+    def to(self, *args: Any, **kwargs: Any) -> BatchFeature:
+        noted = noted_normalisation(self.data.get("pixel_values"))
+        moved = super().to(*args, **kwargs)
+        self.note(noted)
+        return moved
 
 
 class LlavaProcessor(transformers.LlavaProcessor):
@@ -132,8 +148,14 @@ class LlavaProcessor(transformers.LlavaProcessor):
             config = AutoConfig.from_pretrained(vision_tower, trust_remote_code=False)
         config = getattr(config, "vision_config", config)
         side = config.image_size
+        found = read_normalisation(vision_tower)
+        mean, std = Normalisation() if found is None else found[0]
         image_processor = LlavaImageProcessorPil(
-            size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_pad=pad_to_square
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
+            do_pad=pad_to_square,
+            image_mean=list(mean),
+            image_std=list(std),
         )
         return cls(
             image_processor,
@@ -149,7 +171,20 @@ class LlavaProcessor(transformers.LlavaProcessor):
             self.tokenizer.init_kwargs["legacy"] = self.tokenizer.legacy
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
+    def check(self, config: LlavaConfig) -> None:
+        """ValueError, in one line, when a model with this config normalises pixels otherwise than this processor.
+
+        Where both are of one directory they agree. This is for pairs of a model and a processor from two places.
+        """
+        self.normalisation.check_same(config, "the processor")
+
     # Images
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """What the image processor's settings (mean, deviation, factor, switches) do to uint8 pixels."""
+        settings = {key: getattr(self.image_processor, key, None) for key in _IMAGE_SETTINGS}
+        return folded(settings | {key: bool(settings[key]) for key in ("do_rescale", "do_normalize")})
 
     @property
     def pad_to_square(self) -> bool:
@@ -335,7 +370,9 @@ class LlavaProcessor(transformers.LlavaProcessor):
         elif flat:
             pixels_NHWC = np.stack([self.image_pixels(image) for image in flat])
             data["pixel_values"] = pixels_NHWC if pixels == "uint8" else self.normalize(pixels_NHWC)
-        batch = BatchFeature(data, tensor_type=return_tensors)
+        batch = _Batch(data, tensor_type=return_tensors)
+        if flat and pixels == "uint8":
+            batch.note(self.normalisation)
         if texts is not None and wants_spans:
             batch["text_replacement_offsets"] = spans
         return batch
