@@ -19,7 +19,9 @@ from transformers.utils.generic import can_return_tuple
 
 from llava_fast.model.graph import VisionGraphs
 from llava_fast.model.language import LanguageModel, Rows
-from llava_fast.model.pixels import CLIP_MEAN, CLIP_STD, Normalisation, noted_normalisation, pixel_normalisation
+from llava_fast.model.pixels import CLIP_MEAN as CLIP_MEAN  # also imported from here
+from llava_fast.model.pixels import CLIP_STD as CLIP_STD
+from llava_fast.model.pixels import Normalisation, noted_normalisation, pixel_normalisation
 from llava_fast.model.plain import is_plain_lookup
 from llava_fast.model.pretrained import LlavaPreTrainedModel
 from llava_fast.model.projector import Projector
