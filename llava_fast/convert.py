@@ -29,7 +29,7 @@ from llava_fast.checkpoint.layouts import (
     readable_by_transformers_4,
 )
 from llava_fast.checkpoint.load import check_source
-from llava_fast.checkpoint.source import TOWER, Source, open_checkpoint
+from llava_fast.checkpoint.reader import TOWER, Source, open_checkpoint
 from llava_fast.checkpoint.weights import (
     Stored,
     in_memory,

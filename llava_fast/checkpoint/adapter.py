@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from llava_fast.checkpoint.layouts import classic_name, is_original, original_name, our_name
-from llava_fast.checkpoint.source import Source, local_folder, open_checkpoint
+from llava_fast.checkpoint.reader import Source, local_folder, open_checkpoint
 from llava_fast.checkpoint.weights import Stored, open_weights, read_json
 from llava_fast.errors import blaming
 

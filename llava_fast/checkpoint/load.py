@@ -1,7 +1,7 @@
 """Every checkpoint layout, in and out: `from_pretrained`, `save_pretrained`, and putting a new model together.
 
 Names and configs of the layouts are in `layouts.py`, weight files in `weights.py`, checkpoints in pieces in
-`source.py`, adapters in `adapter.py`; `convert.py` goes from layout to layout without a model.
+`reader.py`, adapters in `adapter.py`; `convert.py` goes from layout to layout without a model.
 
 Loading is strict: a missing, unexpected or mis-shaped key is an error that names it. Weights are safetensors, or `.bin`
 read without running code.
@@ -34,7 +34,7 @@ from llava_fast.checkpoint.layouts import (
     original_name,
     readable_by_transformers_4,
 )
-from llava_fast.checkpoint.source import PROJECTOR, TOWER, Source, hf_config, local_folder, open_checkpoint
+from llava_fast.checkpoint.reader import PROJECTOR, TOWER, Source, hf_config, local_folder, open_checkpoint
 from llava_fast.checkpoint.weights import find_weights, open_weights, read_json, write_bytes, write_text
 from llava_fast.errors import blaming
 from llava_fast.model.language import SUPPORTED
