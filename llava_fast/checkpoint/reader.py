@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from transformers import CLIPVisionConfig, LlavaConfig
@@ -21,29 +21,37 @@ from llava_fast.checkpoint.layouts import (
     EMBEDDINGS,
     HEAD,
     KNOWN_TOWERS,
+    PROJECTOR,
+    TOWER,
+    TOWER_MODULES,
     dtype_of,
     is_original,
     llava_config,
     our_name,
     projector_type,
+    text_config,
 )
 from llava_fast.checkpoint.weights import Stored, open_weights, read_json
 from llava_fast.errors import blaming
 from llava_fast.model.language import SUPPORTED
 from llava_fast.model.pixels import keep_normalisation, read_normalisation
 
-PROJECTOR, TOWER = "model.multi_modal_projector.", "model.vision_tower."
-_TOWER_PARTS = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
-
 
 @dataclass(frozen=True)
-class Source:
-    """A checkpoint: where it is, its layout ("hf" or "original"), its config, and its tensors by our names."""
+class OpenCheckpoint:
+    """A checkpoint whose tensors are not read yet; they go by our names."""
 
     path: Path
-    layout: str
+    layout: str  # "hf" or "original"
     config: LlavaConfig
     weights: dict[str, Stored]
+
+
+class Pieces(TypedDict):
+    """What may lie elsewhere: the arguments of `from_pretrained` of these names."""
+
+    vision_tower: str | os.PathLike | None
+    mm_projector: str | os.PathLike | None
 
 
 def open_checkpoint(
@@ -53,7 +61,7 @@ def open_checkpoint(
     mm_projector: str | os.PathLike | None = None,
     settings: Path | None = None,
     trained: dict[str, Stored] | None = None,
-) -> Source:
+) -> OpenCheckpoint:
     """Open a checkpoint folder of either layout, or a bare language model that `mm_projector` makes a LLaVA of.
 
     Args:
@@ -68,10 +76,9 @@ def open_checkpoint(
     """
     file = path / "config.json"
     own = read_json(file)
-    weights = {**_by_our_names(open_weights(path)), **(trained or {})}
+    weights = _by_our_names(open_weights(path)) | (trained or {})
     if mm_projector is not None:
-        projector = open_projector(Path(mm_projector))
-        weights = {name: stored for name, stored in weights.items() if not name.startswith(PROJECTOR)} | projector
+        weights = _instead(weights, PROJECTOR, open_projector(Path(mm_projector)))
         beside = Path(mm_projector).parent / "config.json"
         if settings is None and not _has_vision(own) and beside.is_file() and is_original(read_json(beside)):
             settings = beside
@@ -91,9 +98,9 @@ def open_checkpoint(
         clip = folder or _named_folder(flat, settings or file)
         vision = clip_config(folder) if folder is not None else _config_of_tower_inside(flat, settings or file)
         config = llava_config(flat, vision, settings or file)
-        _fit_vocabulary(path, weights, flat["vocab_size"], config.text_config.vocab_size)
+        _fit_vocabulary(path, weights, flat["vocab_size"], text_config(config).vocab_size)
     if folder is not None:
-        weights = {name: stored for name, stored in weights.items() if not name.startswith(TOWER)} | open_tower(folder)
+        weights = _instead(weights, TOWER, open_tower(folder))
     if config.tie_word_embeddings and HEAD in weights and EMBEDDINGS in weights:
         if not torch.equal(weights[HEAD].read(), weights[EMBEDDINGS].read()):
             raise ValueError(f"{file}: tie_word_embeddings is true, but lm_head and embed_tokens differ")
@@ -101,7 +108,7 @@ def open_checkpoint(
     for place in (path, clip):
         if place is not None:
             keep_normalisation(config, read_normalisation(place))
-    return Source(path, "hf" if hf else "original", config, weights)
+    return OpenCheckpoint(path, "hf" if hf else "original", config, weights)
 
 
 def hf_config(own: dict[str, Any], file: Path) -> LlavaConfig:
@@ -145,6 +152,11 @@ def _flat_config(own: dict[str, Any], file: Path, settings: Path | None, weights
     return {**own, "model_type": f"llava_{kind}", "mm_projector_type": projector_type(weights)}
 
 
+def _instead(weights: dict[str, Stored], beginning: str, others: dict[str, Stored]) -> dict[str, Stored]:
+    """`weights`, with `others` in place of all whose names begin so."""
+    return {name: stored for name, stored in weights.items() if not name.startswith(beginning)} | others
+
+
 def _fit_vocabulary(path: Path, weights: dict[str, Stored], said: int, wanted: int) -> None:
     """Check that embeddings and head have as many rows as the config says, and grow them to those that are wanted."""
     for name in (EMBEDDINGS, HEAD):
@@ -174,13 +186,12 @@ def open_projector(file: Path) -> dict[str, Stored]:
 
 
 def open_tower(folder: Path) -> dict[str, Stored]:
-    """The vision tower in a CLIP directory (of the whole model or of the vision part)."""
-    tower = {}
-    for key, stored in open_weights(folder).items():
-        name = key.removeprefix("vision_model.")
-        if name.startswith(_TOWER_PARTS) and not DERIVED.search(name):
-            tower[TOWER + name] = stored
-    return tower
+    """The vision tower in a CLIP directory (of the whole model or of its vision model)."""
+    # Both `vision_model.encoder…` and `encoder…` are names after `vision_tower.`
+    tower = {our_name(f"vision_tower.{key}"): stored for key, stored in open_weights(folder).items()}
+    return {
+        name: stored for name, stored in tower.items() if name.startswith(TOWER_MODULES) and not DERIVED.search(name)
+    }
 
 
 def clip_config(folder: Path) -> CLIPVisionConfig:
@@ -228,7 +239,7 @@ def _config_of_tower_inside(flat: dict[str, Any], file: Path) -> CLIPVisionConfi
         with blaming(file):
             return CLIPVisionConfig.from_dict(flat["mm_vision_config"])
     if isinstance(name, str) and name in KNOWN_TOWERS:
-        return CLIPVisionConfig(**KNOWN_TOWERS[name])
+        return CLIPVisionConfig.from_dict(KNOWN_TOWERS[name])
     return clip_config(_named_tower(flat, file))
 
 

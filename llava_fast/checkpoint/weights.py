@@ -194,11 +194,11 @@ def _open_safetensors(file: Path) -> dict[str, Stored]:
     weights = {}
     with _opened(file) as opened:
         for key in opened.keys():
-            part = opened.get_slice(key)
-            kind = part.get_dtype()
+            entry = opened.get_slice(key)
+            kind = entry.get_dtype()
             if kind not in DTYPES:
                 raise ValueError(f"{file}: {key} has dtype {kind}, which is not one of {', '.join(DTYPES)}")
-            weights[key] = Stored(tuple(part.get_shape()), DTYPES[kind], reader(key), f"{file}: {key}")
+            weights[key] = Stored(tuple(entry.get_shape()), DTYPES[kind], reader(key), f"{file}: {key}")
     return weights
 
 
@@ -316,11 +316,11 @@ def tensor_bytes(stored: Stored) -> memoryview:
         raise ValueError(
             f"{stored.origin} is {list(tensor.shape)} {tensor.dtype}, expected {list(stored.shape)} {stored.dtype}"
         )
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def sync_entry(path: Path) -> None:
-    """Have the disk confirm a file, or a directory's own entries."""
+    """fsync a file, or a directory: then what was renamed or made in it is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -329,7 +329,7 @@ def sync_entry(path: Path) -> None:
 
 
 def write_bytes(file: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write a file and have the disk confirm it; an error names the file."""
+    """Write a file and fsync it; an error names the file."""
     try:
         with open(file, "wb") as opened:
             for chunk in chunks:

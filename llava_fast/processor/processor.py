@@ -14,13 +14,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoConfig, AutoTokenizer, BatchFeature, LlavaConfig, LlavaImageProcessorPil
+from transformers import AutoConfig, AutoTokenizer, BatchFeature, CLIPVisionConfig, LlavaConfig, LlavaImageProcessorPil
 from transformers.processing_utils import ImagesKwargs, TextKwargs
 
 from llava_fast.errors import blaming, one_line
@@ -121,10 +121,14 @@ class LlavaProcessor(transformers.LlavaProcessor):
         self.image_size  # noqa: B018  an image processor we cannot follow is an error now, not at the first image
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> LlavaProcessor:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike, *args: Any, **kwargs: Any
+    ) -> LlavaProcessor:
         # Left out, transformers asks on the terminal whether to run code of the checkpoint, and a pipe may answer.
         with blaming(pretrained_model_name_or_path):
-            return super().from_pretrained(pretrained_model_name_or_path, **{"trust_remote_code": False, **kwargs})
+            return super().from_pretrained(
+                pretrained_model_name_or_path, *args, **{"trust_remote_code": False, **kwargs}
+            )
 
     @classmethod
     def assemble(
@@ -146,21 +150,40 @@ class LlavaProcessor(transformers.LlavaProcessor):
             tokenizer.add_tokens(["<image>"], special_tokens=True)
         with blaming(vision_tower):
             config = AutoConfig.from_pretrained(vision_tower, trust_remote_code=False)
-        config = getattr(config, "vision_config", config)
-        side = config.image_size
         found = read_normalisation(vision_tower)
-        mean, std = Normalisation() if found is None else found[0]
+        return cls.for_tower(
+            getattr(config, "vision_config", config),
+            tokenizer,
+            Normalisation() if found is None else found[0],
+            template=template,
+            pad_to_square=pad_to_square,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+        )
+
+    @classmethod
+    def for_tower(
+        cls,
+        vision: CLIPVisionConfig,
+        tokenizer: Any,
+        normalisation: Normalisation,
+        *,
+        template: str = "v1",
+        pad_to_square: bool,
+        vision_feature_select_strategy: str,
+    ) -> LlavaProcessor:
+        """The processor that makes square images of a tower's size, and so many tokens of each."""
+        side = vision.image_size
         image_processor = LlavaImageProcessorPil(
             size={"shortest_edge": side},
             crop_size={"height": side, "width": side},
             do_pad=pad_to_square,
-            image_mean=list(mean),
-            image_std=list(std),
+            image_mean=list(normalisation.mean),
+            image_std=list(normalisation.std),
         )
         return cls(
             image_processor,
             tokenizer,
-            patch_size=config.patch_size,
+            patch_size=cast(int, vision.patch_size),
             vision_feature_select_strategy=vision_feature_select_strategy,
             chat_template=get_template(template).chat_template,
         )
@@ -282,8 +305,9 @@ class LlavaProcessor(transformers.LlavaProcessor):
             raise ValueError(f"cannot resize image {name}: {error}") from None
         return rgb
 
-    def _padding(self) -> tuple[int, ...]:
-        return tuple(int(mean * 255) for mean in self.image_processor.image_mean)
+    def _padding(self) -> tuple[int, int, int]:
+        red, green, blue = (int(mean * 255) for mean in self.image_processor.image_mean)
+        return red, green, blue
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         size = _size(self.image_processor.size)

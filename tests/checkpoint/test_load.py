@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from llava_fast.checkpoint.load import classic_name
+from llava_fast.checkpoint.layouts import classic_name
 from llava_fast.drop_in import LlavaForConditionalGeneration
 
 ROWS = [[4, "image", 6], [9], [2, "image", 3, "image", 7]]
