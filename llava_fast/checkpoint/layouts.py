@@ -21,52 +21,33 @@ LAYOUTS = ("hf", "original")
 
 
 class Names(NamedTuple):
-    """How the names of one group of parameters begin in each layout; what follows is the same in all."""
+    """How the names of some parameters begin in each layout; what follows is the same in all but the projector's."""
 
     ours: str  # and HF's in memory since 5.6
-    on_disk: str  # HF's in all versions, written by us
+    on_disk: str  # HF's in all versions
     in_memory_4: str  # HF's in memory, transformers 4.57
     original: str
-    modules: tuple[str, ...] = ("",)  # what may follow in the original, whose language model begins like all the rest
+    modules: tuple[str, ...] = ("",)  # what follows in the original, where the language model begins like all the rest
 
     def hf(self) -> list[str]:
         """Every beginning that an HF file may have, the longest first: `vision_model.` may be missing."""
         names = {self.ours, self.on_disk, self.in_memory_4}
-        return sorted(names | {name.replace(_OPTIONAL, "") for name in names}, key=len, reverse=True)
+        return sorted(names | {name.replace("vision_model.", "") for name in names}, key=len, reverse=True)
 
 
-_OPTIONAL = "vision_model."
 LANGUAGE, PROJECTOR, TOWER = "model.language_model.", "model.multi_modal_projector.", "model.vision_tower."
+_TEXT, _CLIP = ("embed_tokens.", "layers.", "norm."), ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
+# fmt: off
 NAMES = (
-    Names(
-        ours=LANGUAGE,
-        on_disk="language_model.model.",
-        in_memory_4="model.language_model.",
-        original="model.",
-        modules=("embed_tokens.", "layers.", "norm."),
-    ),
-    Names(
-        ours="lm_head.",
-        on_disk="language_model.lm_head.",
-        in_memory_4="lm_head.",
-        original="lm_head.",
-    ),
-    Names(
-        ours=PROJECTOR,
-        on_disk="multi_modal_projector.",
-        in_memory_4="model.multi_modal_projector.",
-        original="model.mm_projector.",  # and other numbers after it: see `our_name` and `original_name`
-        modules=(),
-    ),
-    Names(
-        ours=TOWER,
-        on_disk="vision_tower.vision_model.",
-        in_memory_4="model.vision_tower.vision_model.",
-        original="model.vision_tower.vision_tower.vision_model.",  # only in some: released files have no tower
-        modules=("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm."),
-    ),
+    #     ours       HF on disk                    HF in memory, 4.57                  the original
+    Names(LANGUAGE,  "language_model.model.",      "model.language_model.",            "model.", _TEXT),
+    Names("lm_head.", "language_model.lm_head.",   "lm_head.",                         "lm_head."),
+    Names(PROJECTOR, "multi_modal_projector.",     "model.multi_modal_projector.",     "model.mm_projector.", ()),
+    Names(TOWER,     "vision_tower.vision_model.", "model.vision_tower.vision_model.",
+                                                   "model.vision_tower.vision_tower.vision_model.", _CLIP),
 )
-TOWER_MODULES = tuple(TOWER + module for module in NAMES[-1].modules)
+# fmt: on
+TOWER_MODULES = tuple(TOWER + module for module in _CLIP)
 EMBEDDINGS, HEAD = f"{LANGUAGE}embed_tokens.weight", "lm_head.weight"
 # From HF's names to ours, as transformers' `key_mapping`: applied in turn to each key.
 KEY_MAPPING = {f"^{re.escape(theirs)}": names.ours for names in NAMES for theirs in names.hf() if theirs != names.ours}
@@ -76,7 +57,7 @@ _KNOWN = sorted(
     | {
         (beginning + module, names.ours + module)
         for names in NAMES
-        for beginning in (names.original, names.original.replace(_OPTIONAL, ""))
+        for beginning in (names.original, names.original.replace("vision_model.", ""))
         for module in names.modules
     },
     key=lambda pair: -len(pair[0]),

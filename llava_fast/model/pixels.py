@@ -22,9 +22,8 @@ from llava_fast.errors import blaming
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Where transformers keeps an image processor's settings; the first file that has them counts, as in transformers.
-FILES = ("processor_config.json", "preprocessor_config.json")
 _NOTE = "normalisation"  # attribute of a tensor of pixels
+_HUB = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
 
 
 class Normalisation(NamedTuple):
@@ -33,13 +32,17 @@ class Normalisation(NamedTuple):
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
 
+    def __str__(self) -> str:
+        return " and ".join(f"({', '.join(f'{x:.4g}' for x in values)})" for values in self)
+
     def check_same(self, config: LlavaConfig, whose: object) -> None:
         """ValueError, in one line, when the model of `config` normalises otherwise; `whose` these numbers are."""
         model = pixel_normalisation(config)
-        if not all(math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-6) for a, b in zip(sum(self, ()), sum(model, ()))):
+        pairs = zip(self.mean + self.std, model.mean + model.std)
+        if not all(math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-6) for a, b in pairs):
             raise ValueError(
-                f"{whose} normalises pixels with mean {_short(self.mean)} and deviation {_short(self.std)}, but the "
-                f"model's config (image_mean, image_std) with {_short(model.mean)} and {_short(model.std)}"
+                f"{whose} normalises pixels with mean and deviation {self}, but the model's config (image_mean, "
+                f"image_std) with {model}"
             )
 
 
@@ -57,14 +60,26 @@ def folded(settings: Mapping[str, Any]) -> Normalisation:
     Raises:
         ValueError: naming the key, for values that no pixel can be normalised with.
     """
-    given = {key: value for key, value in settings.items() if value is not None}
-    rescale, normalise = (_switch(given, key) for key in ("do_rescale", "do_normalize"))
-    scale = 255 * _numbers(given, "rescale_factor", (1 / 255,))[0] if rescale else 255.0
-    mean = _numbers(given, "image_mean", CLIP_MEAN) if normalise else (0.0,) * 3
-    std = _numbers(given, "image_std", CLIP_STD) if normalise else (1.0,) * 3
-    for key, values in (("rescale_factor", (scale,)), ("image_std", std)):
-        if 0 in values:
-            raise ValueError(f"{key} is {given[key]!r}, which cannot be 0")
+
+    def value(key: str, default: Any) -> Any:
+        return default if settings.get(key) is None else settings[key]
+
+    def numbers(key: str, default: tuple[float, ...]) -> tuple[float, ...]:
+        given = value(key, default)
+        found = given if isinstance(given, (list, tuple)) else [given] * len(default)
+        if len(found) != len(default) or not all(type(x) in (int, float) and math.isfinite(x) for x in found):
+            raise ValueError(f"{key} is {given!r}, expected {'a number' if len(default) == 1 else 'three numbers'}")
+        if 0 in found and key != "image_mean":
+            raise ValueError(f"{key} is {given!r}, which cannot be 0")
+        return tuple(map(float, found))
+
+    for key in ("do_rescale", "do_normalize"):
+        if not isinstance(value(key, True), bool):
+            raise ValueError(f"{key} is {settings[key]!r}, expected true or false")
+    scale = 255 * numbers("rescale_factor", (1 / 255,))[0] if value("do_rescale", True) else 255.0
+    mean, std = numbers("image_mean", CLIP_MEAN), numbers("image_std", CLIP_STD)
+    if not value("do_normalize", True):
+        mean, std = (0.0,) * 3, (1.0,) * 3
     if math.isclose(scale, 1):
         return Normalisation(mean, std)
     return Normalisation(tuple(m / scale for m in mean), tuple(s / scale for s in std))
@@ -79,10 +94,10 @@ def read_normalisation(name: str | os.PathLike, **hub: Any) -> tuple[Normalisati
     Raises:
         ValueError: naming file and key, for a damaged file or values of another kind.
     """
-    for file_name in FILES:
+    for file_name in ("processor_config.json", "preprocessor_config.json"):  # the first counts, as in transformers
         file = Path(name) / file_name
         with blaming(file):
-            found = cached_file(os.fspath(name), file_name, **_QUIETLY, **hub)
+            found = cached_file(os.fspath(name), file_name, **_HUB, **hub)
             settings = None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
             if isinstance(settings, dict) and file_name == "processor_config.json":
                 settings = settings.get("image_processor")
@@ -93,14 +108,6 @@ def read_normalisation(name: str | os.PathLike, **hub: Any) -> tuple[Normalisati
     return None
 
 
-# A repository without such a file, and a network that is not there, are no errors here.
-_QUIETLY = {
-    "_raise_exceptions_for_missing_entries": False,
-    "_raise_exceptions_for_connection_errors": False,
-    "_raise_exceptions_for_gated_repo": False,
-}
-
-
 def keep_normalisation(config: LlavaConfig, found: tuple[Normalisation, Path] | None) -> None:
     """Put what `read_normalisation` found into a model's config.
 
@@ -108,41 +115,19 @@ def keep_normalisation(config: LlavaConfig, found: tuple[Normalisation, Path] | 
         ValueError: when the config has other numbers of its own, or no usable ones.
     """
     own = {key: getattr(config, key, None) for key in ("image_mean", "image_std")}
-    normalisation = folded(own) if any(value is not None for value in own.values()) else None
-    if found is not None:
-        if normalisation is not None:
+    if own != {"image_mean": None, "image_std": None}:
+        config.image_mean, config.image_std = map(list, folded(own))
+        if found is not None:
             found[0].check_same(config, found[1])
-        normalisation = found[0]
-    if normalisation is not None:
-        config.image_mean, config.image_std = list(normalisation.mean), list(normalisation.std)
+    if found is not None:
+        config.image_mean, config.image_std = map(list, found[0])
 
 
-def note_normalisation(pixels: torch.Tensor, normalisation: Normalisation) -> None:
-    """Say on a tensor of uint8 pixels what they want to be normalised with; copies of it know nothing of that."""
-    setattr(pixels, _NOTE, normalisation)
+def note_normalisation(pixels: Any, normalisation: Normalisation | None) -> None:
+    """Say on a tensor of uint8 pixels what they want to be normalised with; a copy of the tensor has lost it."""
+    if isinstance(pixels, torch.Tensor) and normalisation is not None:
+        setattr(pixels, _NOTE, normalisation)
 
 
 def noted_normalisation(pixels: Any) -> Normalisation | None:
     return getattr(pixels, _NOTE, None)
-
-
-def _switch(settings: Mapping[str, Any], key: str) -> bool:
-    value = settings.get(key, True)
-    if not isinstance(value, bool):
-        raise ValueError(f"{key} is {value!r}, expected true or false")
-    return value
-
-
-def _numbers(settings: Mapping[str, Any], key: str, default: tuple[float, ...]) -> tuple[float, ...]:
-    """Numbers by channel; a single one stands for all channels."""
-    value = settings.get(key, default)
-    values = list(value) if isinstance(value, (list, tuple)) else [value] * len(default)
-    if len(values) != len(default) or not all(
-        isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values
-    ):
-        raise ValueError(f"{key} is {value!r}, expected {'a number' if len(default) == 1 else 'three numbers'}")
-    return tuple(map(float, values))
-
-
-def _short(values: tuple[float, ...]) -> str:
-    return f"({', '.join(f'{value:.4g}' for value in values)})"

@@ -45,17 +45,12 @@ def _size(setting: Any) -> dict[str, int]:
 
 
 class _Batch(BatchFeature):
-    """A batch whose tensor of uint8 pixels says what it wants to be normalised with, on every device."""
-
-    def note(self, normalisation: Normalisation | None) -> None:
-        pixels = self.data.get("pixel_values")
-        if normalisation is not None and isinstance(pixels, torch.Tensor):
-            note_normalisation(pixels, normalisation)
+    """A batch whose uint8 pixels say what they want to be normalised with, also on another device."""
 
     def to(self, *args: Any, **kwargs: Any) -> BatchFeature:
         noted = noted_normalisation(self.data.get("pixel_values"))
         moved = super().to(*args, **kwargs)
-        self.note(noted)
+        note_normalisation(moved.data.get("pixel_values"), noted)
         return moved
 
 
@@ -396,7 +391,7 @@ class LlavaProcessor(transformers.LlavaProcessor):
             data["pixel_values"] = pixels_NHWC if pixels == "uint8" else self.normalize(pixels_NHWC)
         batch = _Batch(data, tensor_type=return_tensors)
         if flat and pixels == "uint8":
-            batch.note(self.normalisation)
+            note_normalisation(batch["pixel_values"], self.normalisation)
         if texts is not None and wants_spans:
             batch["text_replacement_offsets"] = spans
         return batch

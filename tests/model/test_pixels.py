@@ -121,7 +121,7 @@ def test_a_config_keeps_what_was_found_and_contradicts_what_is_not_its_own(tiny:
     with pytest.raises(ValueError) as caught:
         keep_normalisation(config, (Normalisation(), Path("clip/preprocessor_config.json")))
     assert str(caught.value) == (
-        "clip/preprocessor_config.json normalises pixels with mean (0.4815, 0.4578, 0.4082) and deviation (0.2686, "
+        "clip/preprocessor_config.json normalises pixels with mean and deviation (0.4815, 0.4578, 0.4082) and (0.2686, "
         "0.2613, 0.2758), but the model's config (image_mean, image_std) with (0.5, 0.4, 0.3) and (0.2, 0.3, 0.4)"
     )
     config.image_mean = "gray"
