@@ -69,16 +69,16 @@ class CheckpointMixin(SaveMixin, AssembleMixin):
             return _load_adapter(cls, Path(path), base_model, merge_adapter, pieces, *args, **kwargs)
         if base_model is not None:
             raise ValueError(f"base_model is for adapters, and {path} has no adapter_config.json")
+        hub = {key: kwargs[key] for key in _HUB if key in kwargs}
         if path is not None and not kwargs.keys() & {"config", "gguf_file", "subfolder", "variant", "state_dict"}:
-            folder = _original_on_hub(path, kwargs) or Path(path)
-            if _in_pieces(cls, folder, pieces):
-                return _read(cls, open_checkpoint(folder, **pieces), *args, **kwargs)
+            opened = _opened(cls, path, pieces, hub)
+            if opened is not None:
+                return _read(cls, opened, *args, **kwargs)
         elif given := [name for name, piece in pieces.items() if piece is not None]:
             raise ValueError(f"{given[0]} goes with a checkpoint directory alone")
         if path is None:
             return cls._from_files("state_dict", None, *args, **kwargs)
-        hub = {key: kwargs[key] for key in (*_HUB, "subfolder") if key in kwargs}
-        found = read_normalisation(path, **hub)
+        found = read_normalisation(path, subfolder=kwargs.get("subfolder", ""), **hub)
         model = cls._from_files(path, path, *args, **kwargs)
         keep_normalisation((model[0] if isinstance(model, tuple) else model).config, found)
         return model
@@ -101,40 +101,38 @@ class CheckpointMixin(SaveMixin, AssembleMixin):
         return (model, info) if with_info else model
 
 
-def _original_on_hub(name: str | os.PathLike, kwargs: dict[str, Any]) -> Path | None:
-    """The local copy of a hub's checkpoint in the original layout; None for a directory, and for HF's layout."""
-    if Path(name).is_dir():
-        return None
-    config, _ = LlavaConfig.get_config_dict(name, **{key: kwargs[key] for key in _HUB if key in kwargs})
-    if not is_original(config):
-        return None
-    folder = local_folder(name)
-    if folder is None or find_weights(folder) is None:
-        raise FileNotFoundError(f"{name} is in the original layout: download it (hf download {name}), weights included")
-    return folder
+def _opened(
+    cls: type[CheckpointMixin], name: str | os.PathLike, pieces: Pieces, hub: dict[str, Any]
+) -> OpenCheckpoint | None:
+    """A checkpoint in the original layout or in pieces, of a directory or of the hub's local copy.
 
-
-def _in_pieces(cls: type[CheckpointMixin], folder: Path, pieces: Pieces) -> bool:
-    """Whether transformers cannot read this checkpoint by itself; what it will read is looked through first."""
-    given = any(piece is not None for piece in pieces.values())
-    file = folder / "config.json"
-    if not file.is_file():
-        if folder.is_dir():  # transformers would make a model of its default size, and fill it
-            raise FileNotFoundError(f"{file} is missing")
-        if given:
+    None where transformers reads it by itself; what it will read is looked through first.
+    """
+    given, folder = any(piece is not None for piece in pieces.values()), Path(name)
+    if not folder.is_dir():
+        config, _ = LlavaConfig.get_config_dict(name, **hub)
+        if not is_original(config):
+            if given:
+                raise FileNotFoundError(
+                    f"vision_tower and mm_projector go with a checkpoint directory, and there is no {folder}"
+                )
+            return None
+        copy = local_folder(name)
+        if copy is None or find_weights(copy) is None:
             raise FileNotFoundError(
-                f"vision_tower and mm_projector go with a checkpoint directory, and there is no {folder}"
+                f"{name} is in the original layout: download it (hf download {name}), weights included"
             )
-        return False
+        folder = copy
+    file = folder / "config.json"
+    if not file.is_file():  # transformers would make a model of its default size, and fill it
+        raise FileNotFoundError(f"{file} is missing")
     config = read_json(file)
-    if given or is_original(config):
-        return True
-    if config.get("model_type") != "llava":
-        open_checkpoint(folder)  # which says what is wrong with it
+    if given or is_original(config) or config.get("model_type") != "llava":
+        return open_checkpoint(folder, **pieces)
     if (weights := find_weights(folder)) is not None:
         # Damaged and malicious files are found here, before transformers opens them.
         model_on_meta(cls, hf_config(config, file), file, len(open_weights(weights)))
-    return False
+    return None
 
 
 def _read(cls: type[CheckpointMixin], opened: OpenCheckpoint, *args: Any, **kwargs: Any) -> Any:

@@ -80,27 +80,31 @@ def open_checkpoint(
     if mm_projector is not None:
         weights = _instead(weights, PROJECTOR, open_projector(Path(mm_projector)))
         beside = Path(mm_projector).parent / "config.json"
-        if settings is None and not _has_vision(own) and beside.is_file() and is_original(read_json(beside)):
+        bare = own.get("model_type") != "llava" and not is_original(own)
+        if settings is None and bare and beside.is_file() and is_original(read_json(beside)):
             settings = beside
     hf = own.get("model_type") == "llava" and not is_original(own)
     if hf:
         config = hf_config(own, file)
-        folder = clip = _tower_folder(vision_tower)
+        clip = tower = _clip_folder(vision_tower)
         if mm_projector is not None or trained:
             config.mm_projector_type = projector_type(weights)
     else:
-        flat = _flat_config(own, file, settings, weights)
-        inside = any(name.startswith(TOWER) for name in weights)
-        folder = _tower_folder(vision_tower)
-        if folder is None and not inside:
-            folder = _named_tower(flat, settings or file)
-        # The original code takes its image processor from the CLIP directory, also where the tower is inside.
-        clip = folder or _named_folder(flat, settings or file)
-        vision = clip_config(folder) if folder is not None else _config_of_tower_inside(flat, settings or file)
-        config = llava_config(flat, vision, settings or file)
+        flat, where = _flat_config(own, file, settings, weights), settings or file
+        clip = _clip_folder(vision_tower, flat.get("mm_vision_tower"), where.parent)
+        inside = vision_tower is None and any(name.startswith(TOWER) for name in weights)
+        tower, vision = (None, _shape_of_tower_inside(flat, where)) if inside else (clip, None)
+        if vision is None:
+            if clip is None:
+                raise FileNotFoundError(
+                    f"{where}: the weights have no vision tower, and mm_vision_tower {flat.get('mm_vision_tower')!r} "
+                    "is no directory here: pass vision_tower=DIRECTORY of that CLIP model"
+                )
+            vision = clip_config(clip)
+        config = llava_config(flat, vision, where)
         _fit_vocabulary(path, weights, flat["vocab_size"], text_config(config).vocab_size)
-    if folder is not None:
-        weights = _instead(weights, TOWER, open_tower(folder))
+    if tower is not None:
+        weights = _instead(weights, TOWER, open_tower(tower))
     if config.tie_word_embeddings and HEAD in weights and EMBEDDINGS in weights:
         if not torch.equal(weights[HEAD].read(), weights[EMBEDDINGS].read()):
             raise ValueError(f"{file}: tie_word_embeddings is true, but lm_head and embed_tokens differ")
@@ -117,10 +121,6 @@ def hf_config(own: dict[str, Any], file: Path) -> LlavaConfig:
         config = LlavaConfig.from_dict(own)
         dtype_of(config.dtype)
         return config
-
-
-def _has_vision(config: dict[str, Any]) -> bool:
-    return config.get("model_type") == "llava" or is_original(config)
 
 
 def _by_our_names(weights: dict[str, Stored]) -> dict[str, Stored]:
@@ -208,39 +208,23 @@ def clip_config(folder: Path) -> CLIPVisionConfig:
         return CLIPVisionConfig.from_dict(config)
 
 
-def _tower_folder(vision_tower: str | os.PathLike | None) -> Path | None:
-    if vision_tower is None:
-        return None
-    folder = local_folder(vision_tower)
-    if folder is None:
-        raise FileNotFoundError(f"vision_tower: no directory {os.fspath(vision_tower)}")
+def _clip_folder(given: str | os.PathLike | None, named: Any = None, beside: Path | None = None) -> Path | None:
+    """The CLIP directory that is passed, or that a config beside it names, where that is here."""
+    if given is None:
+        return local_folder(named, beside) if isinstance(named, str) else None
+    if (folder := local_folder(given)) is None:
+        raise FileNotFoundError(f"vision_tower: no directory {os.fspath(given)}")
     return folder
 
 
-def _named_folder(flat: dict[str, Any], file: Path) -> Path | None:
-    name = flat.get("mm_vision_tower")
-    return local_folder(name, file.parent) if isinstance(name, str) else None
-
-
-def _named_tower(flat: dict[str, Any], file: Path) -> Path:
-    folder = _named_folder(flat, file)
-    if folder is None:
-        raise FileNotFoundError(
-            f"{file}: the weights have no vision tower, and mm_vision_tower {flat.get('mm_vision_tower')!r} is no "
-            "directory here: pass vision_tower=DIRECTORY of that CLIP model"
-        )
-    return folder
-
-
-def _config_of_tower_inside(flat: dict[str, Any], file: Path) -> CLIPVisionConfig:
-    """The shape of a tower whose weights are in the checkpoint, and whose config may be elsewhere."""
-    name = flat.get("mm_vision_tower")
-    if isinstance(flat.get("mm_vision_config"), dict):
-        with blaming(file):
-            return CLIPVisionConfig.from_dict(flat["mm_vision_config"])
-    if isinstance(name, str) and name in KNOWN_TOWERS:
-        return CLIPVisionConfig.from_dict(KNOWN_TOWERS[name])
-    return clip_config(_named_tower(flat, file))
+def _shape_of_tower_inside(flat: dict[str, Any], file: Path) -> CLIPVisionConfig | None:
+    """The config of a tower whose weights are in the checkpoint; None where only its directory has it."""
+    shape = flat.get("mm_vision_config")
+    if not isinstance(shape, dict):
+        name = flat.get("mm_vision_tower")
+        shape = KNOWN_TOWERS.get(name) if isinstance(name, str) else None
+    with blaming(file):
+        return None if shape is None else CLIPVisionConfig.from_dict(shape)
 
 
 def local_folder(name: str | os.PathLike, beside: Path | None = None) -> Path | None:

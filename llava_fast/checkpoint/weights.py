@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,15 +183,13 @@ def _opened(file: Path) -> Iterator[Any]:
         raise ValueError(f"{file} is not a whole safetensors file: {one_line(error)}") from None
 
 
+def _read_entry(file: Path, key: str) -> torch.Tensor:
+    # Opened for each tensor: what an open file maps into memory stays until it is closed.
+    with _opened(file) as opened:
+        return opened.get_tensor(key)
+
+
 def _open_safetensors(file: Path) -> dict[str, Stored]:
-    def reader(key: str) -> Callable[[], torch.Tensor]:
-        def read() -> torch.Tensor:
-            # Opened for each tensor: what an open file maps into memory stays until it is closed.
-            with _opened(file) as opened:
-                return opened.get_tensor(key)
-
-        return read
-
     weights = {}
     with _opened(file) as opened:
         for key in opened.keys():
@@ -198,7 +197,9 @@ def _open_safetensors(file: Path) -> dict[str, Stored]:
             kind = entry.get_dtype()
             if kind not in DTYPES:
                 raise ValueError(f"{file}: {key} has dtype {kind}, which is not one of {', '.join(DTYPES)}")
-            weights[key] = Stored(tuple(entry.get_shape()), DTYPES[kind], reader(key), f"{file}: {key}")
+            weights[key] = Stored(
+                tuple(entry.get_shape()), DTYPES[kind], partial(_read_entry, file, key), f"{file}: {key}"
+            )
     return weights
 
 
