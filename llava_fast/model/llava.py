@@ -21,7 +21,7 @@ from llava_fast.model.graph import VisionGraphs
 from llava_fast.model.language import LanguageModel, Rows
 from llava_fast.model.pixels import CLIP_MEAN as CLIP_MEAN  # also imported from here
 from llava_fast.model.pixels import CLIP_STD as CLIP_STD
-from llava_fast.model.pixels import Normalisation, noted_normalisation, pixel_normalisation
+from llava_fast.model.pixels import Normalisation, check_noted, pixel_normalisation
 from llava_fast.model.plain import is_plain_lookup
 from llava_fast.model.pretrained import LlavaPreTrainedModel
 from llava_fast.model.projector import Projector
@@ -135,8 +135,7 @@ class LlavaModel(LlavaPreTrainedModel):
 
     def _normalisation(self, pixels: torch.Tensor) -> Normalisation:
         """Mean and deviation of uint8 pixels; a ValueError where a processor has noted others on them."""
-        if (noted := noted_normalisation(pixels)) is not None:
-            noted.check_same(self.config, "the processor")
+        check_noted(pixels, self.config)
         return pixel_normalisation(self.config)
 
     @can_return_tuple

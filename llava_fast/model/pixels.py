@@ -129,5 +129,11 @@ def note_normalisation(pixels: Any, normalisation: Normalisation | None) -> None
         setattr(pixels, _NOTE, normalisation)
 
 
+def check_noted(pixels: Any, config: LlavaConfig) -> None:
+    """ValueError when a processor has noted other numbers on its pixels than those of the model of `config`."""
+    if (noted := noted_normalisation(pixels)) is not None:
+        noted.check_same(config, "the processor")
+
+
 def noted_normalisation(pixels: Any) -> Normalisation | None:
     return getattr(pixels, _NOTE, None)

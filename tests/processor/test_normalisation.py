@@ -88,6 +88,7 @@ def test_pairs_of_two_places_are_refused(tiny_checkpoint: Path, tmp_path: Path) 
         lambda: model(**inputs.to(model.device)),
         lambda: model(**processor(**PROMPT, device="cpu").to("cpu")),
         lambda: model.generate(**inputs, max_new_tokens=2),
+        lambda: model.generate(**inputs, max_new_tokens=2, num_beams=2),
         lambda: model.get_image_features(inputs["pixel_values"]),
     ):
         with pytest.raises(
