@@ -97,6 +97,15 @@ def test_what_is_written(tiny: SimpleNamespace) -> None:
             assert "vision" not in name or "vision_tower.vision_model." in write(name)
 
 
+def test_names_on_disk() -> None:
+    assert classic_name("lm_head.weight") == "language_model.lm_head.weight"
+    assert classic_name("model.language_model.norm.weight") == "language_model.model.norm.weight"
+    assert classic_name("model.multi_modal_projector.linear_1.bias") == "multi_modal_projector.linear_1.bias"
+    assert classic_name("model.vision_tower.pre_layrnorm.bias") == "vision_tower.vision_model.pre_layrnorm.bias"
+    with pytest.raises(ValueError, match=r"'model.norm.weight' is not the name of a parameter"):
+        classic_name("model.norm.weight")
+
+
 @pytest.mark.parametrize(
     ("ours", "original"),
     [
