@@ -192,7 +192,7 @@ def llava_config(flat: dict[str, Any], vision: CLIPVisionConfig, file: Path) -> 
     layer, select = flat.get("mm_vision_select_layer", -2), flat.get("mm_vision_select_feature", "patch")
     if type(layer) is not int:
         raise ValueError(f"{file}: mm_vision_select_layer is {layer!r}, expected a number")
-    if select not in list(_SELECT):  # which, unlike the dict, takes any value
+    if select not in list(_SELECT):  # a dict would raise TypeError for a list
         raise ValueError(f"{file}: mm_vision_select_feature is {select!r}, expected 'patch' or 'cls_patch'")
     if flat.get("s2") or "unpad" in str(flat.get("mm_patch_merge_type")):
         raise ValueError(f"{file}: s2 and mm_patch_merge_type 'unpad' (LLaVA-NeXT) are not supported")

@@ -46,7 +46,8 @@ class CheckpointMixin(SaveMixin, AssembleMixin):
 
         A directory in the original layout (`model_type` llava_llama), one with an `adapter_config.json` (LoRA, of the
         original code or of peft), and a bare language model with `mm_projector` are put together from their pieces.
-        `attn_implementation` is accepted and ignored: attention always goes by key ranges.
+        `attn_implementation` is accepted and ignored: attention always goes by key ranges. Mean and deviation of uint8
+        pixels come from the preprocessor file beside the weights (see `model/pixels.py`).
 
         Args:
             vision_tower: CLIP directory to take the tower from, where the checkpoint has none, or another is wanted.
@@ -55,7 +56,8 @@ class CheckpointMixin(SaveMixin, AssembleMixin):
             merge_adapter: merge an adapter into its base; False returns a `peft.PeftModel` instead.
 
         Raises:
-            ValueError: when keys are missing, unexpected or mis-shaped; the message names them.
+            ValueError: when keys are missing, unexpected or mis-shaped, or config and preprocessor file contradict each
+                other; the message names them.
             OSError: when there is no checkpoint at the path, or a piece of it is missing.
         """
         implementation = kwargs.pop("attn_implementation", None)
@@ -106,7 +108,7 @@ def _opened(
 ) -> OpenCheckpoint | None:
     """A checkpoint in the original layout or in pieces, of a directory or of the hub's local copy.
 
-    None where transformers reads it by itself; what it will read is looked through first.
+    None where transformers reads it by itself; config and headers of the weights are checked before it does.
     """
     given, folder = any(piece is not None for piece in pieces.values()), Path(name)
     if not folder.is_dir():

@@ -23,7 +23,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _NOTE = "normalisation"  # attribute of a tensor of pixels
-_HUB = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+_QUIETLY = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
 
 
 class Normalisation(NamedTuple):
@@ -97,7 +97,7 @@ def read_normalisation(name: str | os.PathLike, **hub: Any) -> tuple[Normalisati
     for file_name in ("processor_config.json", "preprocessor_config.json"):  # the first counts, as in transformers
         file = Path(name) / file_name
         with blaming(file):
-            found = cached_file(os.fspath(name), file_name, **_HUB, **hub)
+            found = cached_file(os.fspath(name), file_name, **_QUIETLY, **hub)
             settings = None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
             if isinstance(settings, dict) and file_name == "processor_config.json":
                 settings = settings.get("image_processor")

@@ -125,3 +125,14 @@ def test_a_projector_half_written_is_not_left(tiny: SimpleNamespace, tmp_path: P
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())
+
+
+def test_arguments_by_position_as_in_transformers(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    """is_main_process and state_dict; who is not the main process writes no config."""
+    model, other = tiny.ours(tiny.config(), 0), tiny.ours(tiny.config(), 1)
+    for layout in ("hf", "original"):
+        options = {"layout": layout} | ({"mm_vision_tower": "nobody/clip"} if layout == "original" else {})
+        model.save_pretrained(tmp_path / layout, True, other.state_dict(), **options)
+        assert_same(LlavaForConditionalGeneration.from_pretrained(tmp_path / layout), other)
+        model.save_pretrained(tmp_path / f"{layout}-beside", False, **options)
+        assert not (tmp_path / f"{layout}-beside" / "config.json").exists()

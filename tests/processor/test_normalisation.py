@@ -166,6 +166,18 @@ def test_a_noted_batch_compiles(tiny_checkpoint: Path) -> None:
         assert torch.equal(found, model.model.get_image_features(inputs["pixel_values"]).pooler_output[0])
 
 
+def test_a_hub_name_in_the_cache(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "models--nobody--llava"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    with_settings(tiny_checkpoint, repository / "snapshots" / ("0" * 40), **OTHER)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for options in ({}, {"revision": "main"}, {"local_files_only": True}):
+        model = LlavaForConditionalGeneration.from_pretrained("nobody/llava", **options)
+        assert model.config.image_mean == OTHER["image_mean"]
+    LlavaProcessor.from_pretrained("nobody/llava").check(model.config)
+
+
 # Directories whose files disagree
 
 
