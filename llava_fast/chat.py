@@ -26,7 +26,9 @@ def load(
         device: "auto" takes the GPU if there is one; else as `torch.device` reads it.
         dtype: a floating dtype by name; "auto" is the checkpoint's own on a GPU and float32 on a CPU.
 
-    Raises FileNotFoundError when there is no such directory.
+    Raises:
+        FileNotFoundError: when there is no such directory.
+        ValueError: when model and processor normalise pixels differently.
     """
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
@@ -39,7 +41,9 @@ def load(
         raise ValueError(f"device {device!r} was asked for, but PyTorch sees no CUDA device")
     chosen = dtype_of(dtype) or (torch.float32 if where.type == "cpu" else "auto")
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=chosen)
-    return model.to(where).eval(), LlavaProcessor.from_pretrained(checkpoint)
+    processor = LlavaProcessor.from_pretrained(checkpoint)
+    processor.check(model.config)
+    return model.to(where).eval(), processor
 
 
 def conversation(n_images: int, turns: Sequence[tuple[str, str]], prompt: str) -> list[dict[str, Any]]:
@@ -47,7 +51,7 @@ def conversation(n_images: int, turns: Sequence[tuple[str, str]], prompt: str) -
 
     The images stand at the front of the first question, as LLaVA was trained.
     """
-    messages = []
+    messages: list[dict[str, Any]] = []
     for question, answer in [*turns, (prompt, None)]:
         content = [{"type": "image"}] * (0 if messages else n_images)
         messages.append({"role": "user", "content": [*content, {"type": "text", "text": question}]})

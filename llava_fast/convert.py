@@ -10,12 +10,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict, cast
 
 import torch
-from transformers import AutoTokenizer, LlavaImageProcessorPil
+from transformers import AutoTokenizer
 
 from llava_fast.checkpoint.adapter import is_adapter
 from llava_fast.checkpoint.layouts import (
@@ -25,13 +24,14 @@ from llava_fast.checkpoint.layouts import (
     classic_name,
     dtype_of,
     original_config,
-    original_name,
+    original_names,
     readable_by_transformers_4,
+    text_config,
+    vision_config,
 )
-from llava_fast.checkpoint.load import check_source
-from llava_fast.checkpoint.source import TOWER, Source, open_checkpoint
+from llava_fast.checkpoint.reader import OpenCheckpoint, Pieces, open_checkpoint
+from llava_fast.checkpoint.strict import check_checkpoint
 from llava_fast.checkpoint.weights import (
-    Stored,
     in_memory,
     parse_size,
     read_json,
@@ -42,8 +42,8 @@ from llava_fast.checkpoint.weights import (
 )
 from llava_fast.drop_in import LlavaForConditionalGeneration
 from llava_fast.errors import blaming
+from llava_fast.model.vision import pixel_normalisation
 from llava_fast.processor.processor import LlavaProcessor
-from llava_fast.processor.templates import get_template
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PROCESSOR_FILES = (
@@ -102,8 +102,8 @@ def convert(
         raise FileExistsError(f"{target} exists; it is not written over")
     if not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"no directory {target.absolute().parent} to put {target.name} in")
-    opened = _open(source, vision_tower=vision_tower, mm_projector=mm_projector, base_model=base_model)
-    check_source(LlavaForConditionalGeneration, opened)
+    opened = _open(source, base_model, {"vision_tower": vision_tower, "mm_projector": mm_projector})
+    check_checkpoint(LlavaForConditionalGeneration, opened)
     config = opened.config
     weights = {name: stored.to(dtype) for name, stored in opened.weights.items()}
     # Loaders give the whole model one dtype: that of the language model.
@@ -113,9 +113,11 @@ def convert(
     if layout == "hf":
         weights = {classic_name(name): stored for name, stored in weights.items()}
     else:
-        flat = original_config(config, mm_vision_tower=mm_vision_tower, tower_inside=with_tower)
-        flat["torch_dtype"] = str(config.dtype).removeprefix("torch.")
-        weights = _original(weights, flat, with_tower)
+        flat = original_config(config, mm_vision_tower=mm_vision_tower, tower_inside=with_tower, dtype=config.dtype)
+        weights = {
+            theirs: weights[name].rows(flat["vocab_size"]) if name in (EMBEDDINGS, HEAD) else weights[name]
+            for name, theirs in original_names(weights, flat, with_tower=with_tower).items()
+        }
     n_bytes = sum(stored.nbytes for stored in weights.values())
     free = shutil.disk_usage(target.absolute().parent).free
     if n_bytes > free:
@@ -140,7 +142,7 @@ def convert(
         digests = write_weights(partial, weights, shard_bytes)
         verify(partial, weights, digests)
         if with_tower:
-            check_source(LlavaForConditionalGeneration, open_checkpoint(partial))
+            check_checkpoint(LlavaForConditionalGeneration, open_checkpoint(partial))
         sync_entry(partial)
         partial.rename(target)
         sync_entry(target.absolute().parent)
@@ -151,7 +153,7 @@ def convert(
     return Converted(target=target, layout=layout, tensors=len(weights), bytes=n_bytes, shards=shards)
 
 
-def _open(source: Path, *, base_model: str | os.PathLike | None, **pieces: Any) -> Source:
+def _open(source: Path, base_model: str | os.PathLike | None, pieces: Pieces) -> OpenCheckpoint:
     if not source.is_dir():
         raise FileNotFoundError(f"no checkpoint directory {source}")
     if not is_adapter(source):
@@ -167,24 +169,14 @@ def _open(source: Path, *, base_model: str | os.PathLike | None, **pieces: Any) 
     }
     layout = "original" if hasattr(model.config, "mm_vision_tower") else "hf"
     with_tokenizer = (folder for folder in (source, Path(model.name_or_path)) if _has_tokenizer(folder))
-    return Source(next(with_tokenizer, source), layout, model.config, weights)
-
-
-def _original(weights: Mapping[str, Stored], flat: dict[str, Any], with_tower: bool) -> dict[str, Stored]:
-    return {
-        original_name(name, flat["mm_projector_type"]): stored.rows(flat["vocab_size"])
-        if name in (EMBEDDINGS, HEAD)
-        else stored
-        for name, stored in weights.items()
-        if with_tower or not name.startswith(TOWER)
-    }
+    return OpenCheckpoint(next(with_tokenizer, source), layout, model.config, weights)
 
 
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
-def _processor(opened: Source) -> LlavaProcessor | None:
+def _processor(opened: OpenCheckpoint) -> LlavaProcessor | None:
     """HF's processor for an original checkpoint, with image and padding tokens after the vocabulary; sets their ids in
     the config. None where the checkpoint has no tokenizer."""
     config, folder = opened.config, opened.path
@@ -197,24 +189,17 @@ def _processor(opened: Source) -> LlavaProcessor | None:
     # Where the embeddings did not grow there is no room for one, and <unk> pads, as it did in the original.
     if hasattr(config, "original_vocab_size") and tokenizer.pad_token in (None, tokenizer.unk_token):
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    rows = config.text_config.vocab_size
+    rows = text_config(config).vocab_size
     if len(tokenizer) > rows:
         raise ValueError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the model only {rows} embeddings")
-    config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
+    config.image_token_index = cast(int, tokenizer.convert_tokens_to_ids("<image>"))
     config.pad_token_id = tokenizer.pad_token_id
-    vision = config.vision_config
-    side = vision.image_size
-    image_processor = LlavaImageProcessorPil(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        do_pad=getattr(config, "image_aspect_ratio", None) == "pad",
-    )
-    return LlavaProcessor(
-        image_processor,
+    return LlavaProcessor.for_tower(
+        vision_config(config),
         tokenizer,
-        patch_size=vision.patch_size,
+        pixel_normalisation(config),
+        pad_to_square=getattr(config, "image_aspect_ratio", None) == "pad",
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        chat_template=get_template("v1").chat_template,
     )
 
 

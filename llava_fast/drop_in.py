@@ -24,7 +24,7 @@ from llava_fast.ops.loss import linear_cross_entropy
 IGNORE_INDEX = -100
 
 
-class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, GenerationMixin):
     """LLaVA with its language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012

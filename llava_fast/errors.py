@@ -9,7 +9,7 @@ from typing import Any
 
 
 def one_line(value: Any, limit: int = 200) -> str:
-    """What a message may hold of a name that came with the data: no line breaks or control characters, not for ever."""
+    """Text from outside as a message may show it: without line breaks and control characters, cut in the middle."""
     text = " ".join(str(value).split())
     if len(text) > limit:
         text = text[: limit // 2] + "…" + text[-limit // 2 :]

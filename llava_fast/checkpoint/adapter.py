@@ -5,22 +5,23 @@
     HF before 4.52  base_model.model.language_model.model.layers.N.*
     HF since        base_model.model.model.language_model.layers.N.*      (ours, too)
 
-Here alone the model layer needs peft, and only once there is an adapter.
+peft is imported here alone, and only once there is an adapter.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from llava_fast.checkpoint.layouts import classic_name, is_original, original_name, our_name
-from llava_fast.checkpoint.source import Source, local_folder, open_checkpoint
+from llava_fast.checkpoint.layouts import LANGUAGE, hf_names, is_original, original_name, our_name
+from llava_fast.checkpoint.reader import OpenCheckpoint, Pieces, local_folder, open_checkpoint
+from llava_fast.checkpoint.strict import require_fit
 from llava_fast.checkpoint.weights import Stored, open_weights, read_json
 from llava_fast.errors import blaming
 
@@ -59,14 +60,14 @@ def base_of(folder: Path, base_model: str | os.PathLike | None) -> str:
     return str(found)
 
 
-def open_original_base(folder: Path, base_model: str | os.PathLike | None, **sources: Any) -> Source:
+def open_original_base(folder: Path, base_model: str | os.PathLike | None, pieces: Pieces) -> OpenCheckpoint:
     """Base, tower, and what the original LoRA run in `folder` trained in full (the projector), in one."""
     settings = folder / "config.json"
     if not settings.is_file():
         raise FileNotFoundError(f"{settings} is missing: it is the config of the model that was trained")
     base = Path(base_of(folder, base_model))
     trained = _non_lora_trainables(folder / TRAINED) if (folder / TRAINED).is_file() else {}
-    return open_checkpoint(base, settings=settings, trained=trained, **sources)
+    return open_checkpoint(base, settings=settings, trained=trained, **pieces)
 
 
 def _non_lora_trainables(file: Path) -> dict[str, Stored]:
@@ -77,11 +78,8 @@ def _non_lora_trainables(file: Path) -> dict[str, Stored]:
     return {our_name(name): found[key] for key, name in keys.items()}
 
 
-def apply_adapter(model: nn.Module, folder: Path, check: Callable[[Path, dict, bool], None]) -> Any:
+def apply_adapter(model: PreTrainedModel, folder: Path) -> Any:
     """`model` wrapped by peft, with the adapter in `folder` in place; a `PeftModel`.
-
-    Args:
-        check: raises for missing, unexpected and mis-shaped keys.
 
     Raises:
         ValueError: when keys and model do not fit; the message names them.
@@ -101,18 +99,8 @@ def apply_adapter(model: nn.Module, folder: Path, check: Callable[[Path, dict, b
         wrapped = get_peft_model(model, settings)
         settings.base_model_name_or_path = base
     wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    misshaped = [
-        (key, weights[key].shape, wanted[key].shape)
-        for key in weights.keys() & wanted.keys()
-        if weights[key].shape != wanted[key].shape
-    ]
-    info = {
-        "missing_keys": wanted.keys() - weights.keys(),
-        # peft also saves a layer of the base model where its adapter is on the embeddings or the head.
-        "unexpected_keys": weights.keys() - wanted.keys() - wrapped.state_dict().keys(),
-        "mismatched_keys": misshaped,
-    }
-    check(folder, info, False)
+    # peft also saves a layer of the base model where its adapter is on the embeddings or the head.
+    require_fit(folder, weights, wanted, extra=wrapped.state_dict().keys())
     set_peft_model_state_dict(wrapped, weights)
     return wrapped.eval()
 
@@ -132,11 +120,10 @@ def _translate(settings: Any, model: nn.Module, language_only: bool) -> None:
     from peft.tuners.tuners_utils import check_target_module_exists
 
     def aliases(name: str) -> list[str]:
-        dotted = f"{name}."
+        dotted = f"{name}."  # names in the tables begin with a module and its dot
         if language_only:
-            return [original_name(dotted)[:-1]] if name.startswith(("model.language_model.", "lm_head")) else []
-        classic, tower = classic_name(dotted)[:-1], re.sub(r"^model\.vision_tower", r"\g<0>.vision_model", name)
-        return [name, classic, classic.replace("vision_model.", ""), tower]
+            return [original_name(dotted)[:-1]] if dotted.startswith((LANGUAGE, "lm_head.")) else []
+        return [alias[:-1] for alias in hf_names(dotted)]
 
     settings.target_modules = {
         name

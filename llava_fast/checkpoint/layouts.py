@@ -1,12 +1,4 @@
-"""Names and configs of every LLaVA checkpoint layout, from and to ours.
-
-    original    model.layers.*  model.embed_tokens.*  lm_head.*  model.mm_projector.{0,2}.*
-                model.vision_tower.vision_tower.vision_model.*   (only in some: released files have no tower)
-    hf, on disk, all versions    language_model.model.*  language_model.lm_head.*  multi_modal_projector.*
-                                 vision_tower.vision_model.*
-    hf, in memory, 4.57          model.language_model.*  lm_head.*  model.multi_modal_projector.*
-                                 model.vision_tower.vision_model.*
-    hf, in memory, ≥ 5.6         the same without `vision_model`   (also the names of our parameters)
+"""Names and configs of every LLaVA checkpoint layout, from and to ours. `NAMES` is the table of the names.
 
 The original config is flat (a Llama config with `mm_…` keys), HF's nests a text and a vision config.
 Sources: haotian-liu/LLaVA (llava_arch.py, builder.py), transformers' convert_llava_weights_to_hf.py.
@@ -15,10 +7,10 @@ Sources: haotian-liu/LLaVA (llava_arch.py, builder.py), transformers' convert_ll
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, MistralConfig
@@ -27,30 +19,54 @@ from llava_fast.errors import blaming
 
 LAYOUTS = ("hf", "original")
 
-# From any HF name to ours. Applied in turn to each key; the patterns do not overlap.
-KEY_MAPPING = {
-    r"^language_model\.model\.": "model.language_model.",
-    r"^language_model\.lm_head\.": "lm_head.",
-    r"^(?:model\.)?multi_modal_projector\.": "model.multi_modal_projector.",
-    r"^(?:model\.)?vision_tower\.(?:vision_model\.)?": "model.vision_tower.",
-}
-# Ours and the classic HF names, which all versions of transformers read.
-CLASSIC = (
-    ("model.language_model.", "language_model.model."),
-    ("lm_head.", "language_model.lm_head."),
-    ("model.multi_modal_projector.", "multi_modal_projector."),
-    ("model.vision_tower.", "vision_tower.vision_model."),
+
+class Names(NamedTuple):
+    """How the names of some parameters begin in each layout; what follows is the same in all but the projector's."""
+
+    ours: str  # and HF's in memory since 5.6
+    on_disk: str  # HF's in all versions
+    in_memory_4: str  # HF's in memory, transformers 4.57
+    original: str
+    modules: tuple[str, ...] = ("",)  # what follows in the original, where the language model begins like all the rest
+
+    def hf(self) -> list[str]:
+        """Every beginning that an HF file may have, the longest first: `vision_model.` may be missing."""
+        names = {self.ours, self.on_disk, self.in_memory_4}
+        return sorted(names | {name.replace("vision_model.", "") for name in names}, key=len, reverse=True)
+
+
+LANGUAGE, PROJECTOR, TOWER = "model.language_model.", "model.multi_modal_projector.", "model.vision_tower."
+_TEXT, _CLIP = ("embed_tokens.", "layers.", "norm."), ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
+# fmt: off
+NAMES = (
+    #     ours       HF on disk                    HF in memory, 4.57                  the original
+    Names(LANGUAGE,  "language_model.model.",      "model.language_model.",            "model.", _TEXT),
+    Names("lm_head.", "language_model.lm_head.",   "lm_head.",                         "lm_head."),
+    Names(PROJECTOR, "multi_modal_projector.",     "model.multi_modal_projector.",     "model.mm_projector.", ()),
+    Names(TOWER,     "vision_tower.vision_model.", "model.vision_tower.vision_model.",
+                                                   "model.vision_tower.vision_tower.vision_model.", _CLIP),
 )
-# Ours and the original's, the projector apart.
-ORIGINAL = (
-    ("model.language_model.", "model."),
-    ("lm_head.", "lm_head."),
-    ("model.vision_tower.", "model.vision_tower.vision_tower.vision_model."),
+# fmt: on
+TOWER_MODULES = tuple(TOWER + module for module in _CLIP)
+EMBEDDINGS, HEAD = f"{LANGUAGE}embed_tokens.weight", "lm_head.weight"
+# From HF's names to ours, as transformers' `key_mapping`: applied in turn to each key.
+KEY_MAPPING = {f"^{re.escape(theirs)}": names.ours for names in NAMES for theirs in names.hf() if theirs != names.ours}
+# Beginnings of any layout and ours, the longest first.
+_KNOWN = sorted(
+    {(theirs, names.ours) for names in NAMES for theirs in names.hf()}
+    | {
+        (beginning + module, names.ours + module)
+        for names in NAMES
+        for beginning in (names.original, names.original.replace("vision_model.", ""))
+        for module in names.modules
+    },
+    key=lambda pair: -len(pair[0]),
 )
-EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+_ORIGINAL_PROJECTOR = re.compile(r"(?:.*\.)?mm_projector\.(?:(\d+)\.)?(weight|bias)")
 # Buffers that old files carry and newer code derives.
 DERIVED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 
+TEXT_CONFIGS: dict[str, type[LlamaConfig | MistralConfig]]
 TEXT_CONFIGS = {"llava": LlamaConfig, "llava_llama": LlamaConfig, "llava_mistral": MistralConfig}
 _SELECT = {"patch": "default", "cls_patch": "full"}
 _CLIP_LARGE = {
@@ -75,49 +91,83 @@ def is_original(config: dict[str, Any]) -> bool:
     return kind in ("llava_llama", "llava_mistral") or (kind == "llava" and flat)
 
 
+def our_name(key: str) -> str:
+    """Our name for a key of any layout; a key of none comes back as it is."""
+    if match := _ORIGINAL_PROJECTOR.fullmatch(key):
+        place = int(match[1] or 0)
+        # In the original's nn.Sequential the odd places are the activations.
+        return key if place % 2 else f"{PROJECTOR}linear_{place // 2 + 1}.{match[2]}"
+    for theirs, ours in _KNOWN:
+        if key.startswith(theirs):
+            return ours + key.removeprefix(theirs)
+    return key
+
+
+def hf_names(name: str) -> list[str]:
+    """Every name that a parameter of ours has in HF's layouts, on disk and in memory."""
+    names = _names(name)
+    return [theirs + name.removeprefix(names.ours) for theirs in names.hf()]
+
+
 def classic_name(name: str) -> str:
     """HF's name on disk of one of our parameters."""
-    for ours, theirs in CLASSIC:
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    raise ValueError(f"{name!r} is not the name of a parameter of this model")
+    names = _names(name)
+    return names.on_disk + name.removeprefix(names.ours)
 
 
 def original_name(name: str, projector_type: str = "mlp2x_gelu") -> str:
     """The original's name of one of our parameters."""
-    if match := re.fullmatch(r"model\.multi_modal_projector\.linear_(\d+)\.(weight|bias)", name):
-        place = "" if projector_type == "linear" else f"{2 * int(match[1]) - 2}."
-        return f"model.mm_projector.{place}{match[2]}"
-    for ours, theirs in ORIGINAL:
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
+    names = _names(name)
+    rest = name.removeprefix(names.ours)
+    if names.ours == PROJECTOR:
+        match = re.fullmatch(r"linear_(\d+)\.(weight|bias)", rest)
+        if match is None:
+            raise ValueError(f"{name!r} is not the name of a parameter of this model")
+        rest = match[2] if projector_type == "linear" else f"{2 * int(match[1]) - 2}.{match[2]}"
+    return names.original + rest
+
+
+def original_names(names: Iterable[str], flat: dict[str, Any], *, with_tower: bool) -> dict[str, str]:
+    """Ours and the original's names of what a checkpoint with the config `flat` holds."""
+    kept = (name for name in names if with_tower or not name.startswith(TOWER))
+    return {name: original_name(name, flat["mm_projector_type"]) for name in kept}
+
+
+def _names(name: str) -> Names:
+    for names in NAMES:
+        if name.startswith(names.ours):
+            return names
     raise ValueError(f"{name!r} is not the name of a parameter of this model")
 
 
-def our_name(key: str) -> str:
-    """Our name for a key of any layout; a key of none comes back as it is."""
-    if match := re.fullmatch(r"(?:.*\.)?mm_projector\.(?:(\d+)\.)?(weight|bias)", key):
-        place = int(match[1] or 0)
-        # In the original's nn.Sequential the odd places are the activations.
-        return key if place % 2 else f"model.multi_modal_projector.linear_{place // 2 + 1}.{match[2]}"
-    if key.startswith("model.vision_tower.vision_tower."):
-        key = key.removeprefix("model.vision_tower.")
-    elif re.match(r"model\.(layers|embed_tokens|norm)\.", key):
-        return "model.language_model." + key.removeprefix("model.")
-    for pattern, ours in KEY_MAPPING.items():
-        key, found = re.subn(pattern, ours, key)
-        if found:
-            break
-    return key
-
-
-def projector_type(names: set[str] | Any) -> str:
+def projector_type(names: Iterable[str]) -> str:
     """`mm_projector_type` of a projector with these parameters (our names)."""
-    count = sum(name.endswith(".weight") and ".multi_modal_projector." in name for name in names)
+    count = sum(name.startswith(PROJECTOR) and name.endswith(".weight") for name in names)
     return {0: "identity", 1: "linear"}.get(count, f"mlp{count}x_gelu")
 
 
 # Configs
+
+
+def text_config(config: LlavaConfig) -> LlamaConfig:
+    """The language model's config; only LlavaConfig's own annotation allows for less."""
+    return cast(LlamaConfig, config.text_config)
+
+
+def vision_config(config: LlavaConfig) -> CLIPVisionConfig:
+    return cast(CLIPVisionConfig, config.vision_config)
+
+
+def image_tokens(vision: CLIPVisionConfig, strategy: str) -> int:
+    """Tokens of one image: the patches, and with the strategy "full" CLIP's class token.
+
+    Raises:
+        ValueError: for images that are not square.
+    """
+    image, patch = vision.image_size, vision.patch_size
+    if not isinstance(image, int) or not isinstance(patch, int):
+        raise ValueError(f"image_size is {image!r} and patch_size {patch!r}, expected a number")
+    return (image // patch) ** 2 + (strategy == "full")
 
 
 def llava_config(flat: dict[str, Any], vision: CLIPVisionConfig, file: Path) -> LlavaConfig:
@@ -142,7 +192,7 @@ def llava_config(flat: dict[str, Any], vision: CLIPVisionConfig, file: Path) -> 
     layer, select = flat.get("mm_vision_select_layer", -2), flat.get("mm_vision_select_feature", "patch")
     if type(layer) is not int:
         raise ValueError(f"{file}: mm_vision_select_layer is {layer!r}, expected a number")
-    if select not in list(_SELECT):  # which, unlike the dict, takes any value
+    if select not in list(_SELECT):  # a dict would raise TypeError for a list
         raise ValueError(f"{file}: mm_vision_select_feature is {select!r}, expected 'patch' or 'cls_patch'")
     if flat.get("s2") or "unpad" in str(flat.get("mm_patch_merge_type")):
         raise ValueError(f"{file}: s2 and mm_patch_merge_type 'unpad' (LLaVA-NeXT) are not supported")
@@ -156,24 +206,22 @@ def llava_config(flat: dict[str, Any], vision: CLIPVisionConfig, file: Path) -> 
     }
     with blaming(file):
         text = cls.from_dict({key: value for key, value in flat.items() if key in known})
-    extra = {}
+    strategy = _SELECT[select]
+    settings: dict[str, Any] = {
+        "vision_feature_layer": layer,
+        "vision_feature_select_strategy": strategy,
+        "mm_projector_type": kind,
+        "tie_word_embeddings": bool(flat.get("tie_word_embeddings", False)),
+    }
     if isinstance(flat.get("image_token_index"), int):
-        extra["image_token_index"] = flat["image_token_index"]
+        settings["image_token_index"] = flat["image_token_index"]
     else:
-        vocabulary = text.vocab_size
-        extra |= {"image_token_index": vocabulary, "original_vocab_size": vocabulary, "pad_token_id": vocabulary + 1}
-        text.vocab_size = grown_vocabulary(vocabulary)
+        size = text.vocab_size
+        settings |= {"image_token_index": size, "original_vocab_size": size, "pad_token_id": size + 1}
+        text.vocab_size = grown_vocabulary(size)
     with blaming(file):
-        config = LlavaConfig(
-            vision_config=vision,
-            text_config=text,
-            vision_feature_layer=layer,
-            vision_feature_select_strategy=_SELECT[select],
-            image_seq_length=(vision.image_size // vision.patch_size) ** 2 + (select == "cls_patch"),
-            mm_projector_type=kind,
-            tie_word_embeddings=bool(flat.get("tie_word_embeddings", False)),
-            **extra,
-        )
+        settings["image_seq_length"] = image_tokens(vision, strategy)
+        config = LlavaConfig(vision_config=vision, text_config=text, **settings)
     for key in ("mm_vision_tower", "image_aspect_ratio", "image_mean", "image_std", "tokenizer_model_max_length"):
         if flat.get(key) is not None:
             setattr(config, key, flat[key])
@@ -188,11 +236,13 @@ def grown_vocabulary(size: int) -> int:
 
 def kept_vocabulary(config: LlavaConfig) -> int:
     """Rows of embeddings that the original layout gets: those it came with, where nothing else was added since."""
-    original, rows = getattr(config, "original_vocab_size", None), config.text_config.vocab_size
+    original, rows = getattr(config, "original_vocab_size", None), text_config(config).vocab_size
     return original if original is not None and rows == grown_vocabulary(original) else rows
 
 
-def original_config(config: LlavaConfig, *, mm_vision_tower: str | None, tower_inside: bool) -> dict[str, Any]:
+def original_config(
+    config: LlavaConfig, *, mm_vision_tower: str | None, tower_inside: bool, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
     """The original code's `config.json` of a model.
 
     Args:
@@ -200,11 +250,12 @@ def original_config(config: LlavaConfig, *, mm_vision_tower: str | None, tower_i
         mm_vision_tower: CLIP directory or hub name that the original code reads its image processor from (and, without
             a tower inside, its tower). Default: the one this model came with, or OpenAI's where it has that shape.
         tower_inside: the tower is among the weights.
+        dtype: of the weights; default: the config's.
 
     Raises:
         ValueError: for what the original code cannot express, naming the key.
     """
-    vision, text = config.vision_config, config.text_config
+    vision, text = vision_config(config), text_config(config)
     if not isinstance(config.vision_feature_layer, int):
         raise ValueError(
             f"vision_feature_layer is {config.vision_feature_layer}; the original layout takes one layer, not a list"
@@ -226,8 +277,8 @@ def original_config(config: LlavaConfig, *, mm_vision_tower: str | None, tower_i
         )
     kind = "llava_mistral" if text.model_type == "mistral" else "llava_llama"
     left_out = ("_name_or_path", "head_dim", "transformers_version")
-    flat = {key: value for key, value in text.to_diff_dict().items() if key not in left_out}
-    if text.head_dim * text.num_attention_heads != text.hidden_size:
+    flat: dict[str, Any] = {key: value for key, value in text.to_diff_dict().items() if key not in left_out}
+    if text.head_dim is not None and text.head_dim * text.num_attention_heads != text.hidden_size:
         flat["head_dim"] = text.head_dim
     # transformers 4.37, which the original code pins, wants exactly `type` and `factor`.
     flat |= legacy_rope(flat.pop("rope_parameters"), "type")
@@ -256,9 +307,9 @@ def original_config(config: LlavaConfig, *, mm_vision_tower: str | None, tower_i
     for key in ("image_mean", "image_std", "tokenizer_model_max_length"):
         if getattr(config, key, None) is not None:
             flat[key] = list(value) if isinstance(value := getattr(config, key), tuple) else value
-    dtype = flat.pop("dtype", None) or config.dtype
-    if dtype is not None:
-        flat["torch_dtype"] = str(dtype).removeprefix("torch.")
+    of_text = flat.pop("dtype", None)
+    if (named := dtype or of_text or config.dtype) is not None:
+        flat["torch_dtype"] = str(named).removeprefix("torch.")
     return flat
 
 
@@ -276,11 +327,12 @@ def readable_by_transformers_4(config: LlavaConfig, dtype: torch.dtype) -> Itera
     """While this lasts, `config` is written so that transformers 4 reads it as transformers 5 does.
 
     The rotary settings get their old names, too: without them 4.45 and 4.57 take a base of 10,000 for every model, and
-    say nothing. The parts get the dtype of the whole, which 4.57 believes where it differs.
+    say nothing. Text and vision config get the dtype of the whole, which 4.57 believes where it differs.
     """
     # Not through the config's properties, which would change rope_parameters.
-    text, vision = vars(config.text_config), vars(config.vision_config)
+    text, vision = vars(text_config(config)), vars(vision_config(config))
     name = str(dtype).removeprefix("torch.")
+    changes: list[tuple[dict[str, Any], dict[str, Any]]]
     changes = [(text, {**legacy_rope(text["rope_parameters"]), "dtype": name}), (vision, {"dtype": name})]
     before = [(settings, dict(settings)) for settings, _ in changes]
     for settings, new in changes:

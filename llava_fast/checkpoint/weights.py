@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,23 +183,23 @@ def _opened(file: Path) -> Iterator[Any]:
         raise ValueError(f"{file} is not a whole safetensors file: {one_line(error)}") from None
 
 
+def _read_entry(file: Path, key: str) -> torch.Tensor:
+    # Opened for each tensor: what an open file maps into memory stays until it is closed.
+    with _opened(file) as opened:
+        return opened.get_tensor(key)
+
+
 def _open_safetensors(file: Path) -> dict[str, Stored]:
-    def reader(key: str) -> Callable[[], torch.Tensor]:
-        def read() -> torch.Tensor:
-            # Opened for each tensor: what an open file maps into memory stays until it is closed.
-            with _opened(file) as opened:
-                return opened.get_tensor(key)
-
-        return read
-
     weights = {}
     with _opened(file) as opened:
         for key in opened.keys():
-            part = opened.get_slice(key)
-            kind = part.get_dtype()
+            entry = opened.get_slice(key)
+            kind = entry.get_dtype()
             if kind not in DTYPES:
                 raise ValueError(f"{file}: {key} has dtype {kind}, which is not one of {', '.join(DTYPES)}")
-            weights[key] = Stored(tuple(part.get_shape()), DTYPES[kind], reader(key), f"{file}: {key}")
+            weights[key] = Stored(
+                tuple(entry.get_shape()), DTYPES[kind], partial(_read_entry, file, key), f"{file}: {key}"
+            )
     return weights
 
 
@@ -316,11 +317,11 @@ def tensor_bytes(stored: Stored) -> memoryview:
         raise ValueError(
             f"{stored.origin} is {list(tensor.shape)} {tensor.dtype}, expected {list(stored.shape)} {stored.dtype}"
         )
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def sync_entry(path: Path) -> None:
-    """Have the disk confirm a file, or a directory's own entries."""
+    """fsync a file, or a directory: then what was renamed or made in it is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -329,7 +330,7 @@ def sync_entry(path: Path) -> None:
 
 
 def write_bytes(file: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write a file and have the disk confirm it; an error names the file."""
+    """Write a file and fsync it; an error names the file."""
     try:
         with open(file, "wb") as opened:
             for chunk in chunks:

@@ -156,7 +156,7 @@ class LlavaModel(LlavaPreTrainedModel):
         if strategy not in ("default", "full"):
             raise ValueError(f"vision_feature_select_strategy is {strategy!r}; expected 'default' or 'full'")
         layers = [self.vision_tower.resolve(i) for i in feature_layers(self.config, layer)]
-        mean, std = pixel_normalisation(self.config)
+        mean, std = pixel_normalisation(self.config, pixels)
         states, attentions = self.vision_tower(
             pixels,
             max(layers),
@@ -198,7 +198,7 @@ class LlavaModel(LlavaPreTrainedModel):
             tuple(feature_layers(self.config, layer)),
             strategy or self.config.vision_feature_select_strategy,
             interpolate,
-            pixel_normalisation(self.config),
+            pixel_normalisation(self.config, pixels),
         )
         features_NMD = self._vision_graphs(rows, pixels, (self.vision_tower, self.multi_modal_projector), *settings)
         return Images(features_NMD.flatten(0, 1), features_NMD.shape[1])

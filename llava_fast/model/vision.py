@@ -12,7 +12,7 @@ Shapes: B images, N = patches + 1 tokens, D width, H heads, d head dimension.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -27,17 +27,43 @@ from llava_fast.model.language import text_config
 from llava_fast.ops.activation import gelu, quick_gelu
 from llava_fast.ops.attention import KeyRanges, attention_weights_reference, range_attention
 from llava_fast.ops.norm import layer_norm
-from llava_fast.ops.patch_embed import patch_embed
+from llava_fast.ops.patch_embed import CLIP_MEAN, CLIP_STD, Normalisation, patch_embed
 from llava_fast.ops.projector import projector
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_NOTE = "normalisation"  # attribute of a tensor of pixels
 
 
-def pixel_normalisation(config: LlavaConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of uint8 pixels, by channel and in units of 255: the config's own, or CLIP's."""
-    return tuple(getattr(config, "image_mean", CLIP_MEAN)), tuple(getattr(config, "image_std", CLIP_STD))
+def pixel_normalisation(config: LlavaConfig, pixels: torch.Tensor | None = None) -> Normalisation:
+    """What a model with this config does to uint8 pixels.
+
+    Raises:
+        ValueError: where a processor has noted on the pixels that it does otherwise.
+    """
+    mean, std = getattr(config, "image_mean", None), getattr(config, "image_std", None)
+    found = Normalisation(tuple(mean or CLIP_MEAN), tuple(std or CLIP_STD))
+    if (noted := noted_normalisation(pixels)) is not None:
+        check_same(noted, "the processor", found)
+    return found
+
+
+def check_same(numbers: Normalisation, whose: object, model: Normalisation) -> None:
+    """ValueError, in one line, when the model normalises pixels otherwise; `whose` the numbers are."""
+    if not numbers.same_as(model):
+        raise ValueError(
+            f"{whose} normalises pixels with mean and deviation {numbers}, but the model's config (image_mean, "
+            f"image_std) with {model}"
+        )
+
+
+def note_normalisation(pixels: Any, normalisation: Normalisation | None) -> None:
+    """Say on a tensor of uint8 pixels what they want to be normalised with; a copy of the tensor has lost it."""
+    if isinstance(pixels, torch.Tensor) and normalisation is not None:
+        setattr(pixels, _NOTE, normalisation)
+
+
+def noted_normalisation(pixels: Any) -> Normalisation | None:
+    return getattr(pixels, _NOTE, None)
 
 
 def tower_config(config: LlavaConfig) -> CLIPVisionConfig:

@@ -25,9 +25,10 @@ Shapes: B images, H × W pixels, C = 3 channels, P patch size, K = C P², N = (H
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -39,6 +40,57 @@ from llava_fast.ops._patch_embed_kernels import _patch_embed_dweight_kernel, _pa
 from llava_fast.ops._triton import takes
 
 _MEAN_STD = ((0.5,) * 3, (0.5,) * 3)  # of examples: pixels from -1 to 1
+
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Normalisation(NamedTuple):
+    """Mean and deviation of each channel, for pixels scaled to 0–1."""
+
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+
+    def __str__(self) -> str:
+        return " and ".join(f"({', '.join(f'{x:.4g}' for x in values)})" for values in self)
+
+    def same_as(self, other: Normalisation) -> bool:
+        pairs = zip(self.mean + self.std, other.mean + other.std)
+        return all(math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-6) for a, b in pairs)
+
+
+def folded(settings: Mapping[str, Any]) -> Normalisation:
+    """The normalisation that does what an image processor with these settings does; CLIP's where they say nothing.
+
+    (pixel · factor − mean) / deviation is (pixel / 255 − mean / s) / (deviation / s) with s = 255 · factor.
+
+    Raises:
+        ValueError: naming the key, for values that no pixel can be normalised with.
+    """
+
+    def value(key: str, default: Any) -> Any:
+        return default if settings.get(key) is None else settings[key]
+
+    def numbers(key: str, default: tuple[float, ...]) -> tuple[float, ...]:
+        given = value(key, default)
+        found = given if isinstance(given, (list, tuple)) else [given] * len(default)
+        if len(found) != len(default) or not all(type(x) in (int, float) and math.isfinite(x) for x in found):
+            raise ValueError(f"{key} is {given!r}, expected {'a number' if len(default) == 1 else 'three numbers'}")
+        if 0 in found and key != "image_mean":
+            raise ValueError(f"{key} is {given!r}, which cannot be 0")
+        return tuple(map(float, found))
+
+    for key in ("do_rescale", "do_normalize"):
+        if not isinstance(value(key, True), bool):
+            raise ValueError(f"{key} is {settings[key]!r}, expected true or false")
+    scale = 255 * numbers("rescale_factor", (1 / 255,))[0] if value("do_rescale", True) else 255.0
+    mean, std = numbers("image_mean", CLIP_MEAN), numbers("image_std", CLIP_STD)
+    if not value("do_normalize", True):
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    if math.isclose(scale, 1):
+        return Normalisation(mean, std)
+    return Normalisation(tuple(m / scale for m in mean), tuple(s / scale for s in std))
 
 
 def patch_embed_reference(

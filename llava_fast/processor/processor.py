@@ -14,16 +14,19 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoConfig, AutoTokenizer, BatchFeature, LlavaImageProcessorPil
+from transformers import AutoConfig, AutoTokenizer, BatchFeature, CLIPVisionConfig, LlavaConfig, LlavaImageProcessorPil
 from transformers.processing_utils import ImagesKwargs, TextKwargs
 
 from llava_fast.errors import blaming, one_line
+from llava_fast.model.pixels import read_normalisation
+from llava_fast.model.vision import check_same, note_normalisation, noted_normalisation, pixel_normalisation
+from llava_fast.ops.patch_embed import Normalisation, folded
 from llava_fast.ops.resize import preprocess
 from llava_fast.processor.images import check_area, expand_to_square, read_rgb
 from llava_fast.processor.templates import get_template
@@ -41,6 +44,16 @@ _IMAGE_SETTINGS = (
 def _size(setting: Any) -> dict[str, int]:
     """An image processor's `size` or `crop_size` as a plain dict, whatever class a version of transformers uses."""
     return {key: value for key, value in dict(setting or {}).items() if value is not None}
+
+
+class _Batch(BatchFeature):
+    """A batch whose uint8 pixels say what they want to be normalised with, also on another device."""
+
+    def to(self, *args: Any, **kwargs: Any) -> BatchFeature:
+        noted = noted_normalisation(self.data.get("pixel_values"))
+        moved = super().to(*args, **kwargs)
+        note_normalisation(moved.data.get("pixel_values"), noted)
+        return moved
 
 
 class LlavaProcessor(transformers.LlavaProcessor):
@@ -105,10 +118,14 @@ class LlavaProcessor(transformers.LlavaProcessor):
         self.image_size  # noqa: B018  an image processor we cannot follow is an error now, not at the first image
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> LlavaProcessor:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike, *args: Any, **kwargs: Any
+    ) -> LlavaProcessor:
         # Left out, transformers asks on the terminal whether to run code of the checkpoint, and a pipe may answer.
         with blaming(pretrained_model_name_or_path):
-            return super().from_pretrained(pretrained_model_name_or_path, **{"trust_remote_code": False, **kwargs})
+            return super().from_pretrained(
+                pretrained_model_name_or_path, *args, **{"trust_remote_code": False, **kwargs}
+            )
 
     @classmethod
     def assemble(
@@ -130,15 +147,40 @@ class LlavaProcessor(transformers.LlavaProcessor):
             tokenizer.add_tokens(["<image>"], special_tokens=True)
         with blaming(vision_tower):
             config = AutoConfig.from_pretrained(vision_tower, trust_remote_code=False)
-        config = getattr(config, "vision_config", config)
-        side = config.image_size
+        found = read_normalisation(vision_tower)
+        return cls.for_tower(
+            getattr(config, "vision_config", config),
+            tokenizer,
+            Normalisation() if found is None else found[0],
+            template=template,
+            pad_to_square=pad_to_square,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+        )
+
+    @classmethod
+    def for_tower(
+        cls,
+        vision: CLIPVisionConfig,
+        tokenizer: Any,
+        normalisation: Normalisation,
+        *,
+        template: str = "v1",
+        pad_to_square: bool,
+        vision_feature_select_strategy: str,
+    ) -> LlavaProcessor:
+        """The processor that makes square images of a tower's size, and so many tokens of each."""
+        side = vision.image_size
         image_processor = LlavaImageProcessorPil(
-            size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_pad=pad_to_square
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
+            do_pad=pad_to_square,
+            image_mean=list(normalisation.mean),
+            image_std=list(normalisation.std),
         )
         return cls(
             image_processor,
             tokenizer,
-            patch_size=config.patch_size,
+            patch_size=cast(int, vision.patch_size),
             vision_feature_select_strategy=vision_feature_select_strategy,
             chat_template=get_template(template).chat_template,
         )
@@ -149,7 +191,20 @@ class LlavaProcessor(transformers.LlavaProcessor):
             self.tokenizer.init_kwargs["legacy"] = self.tokenizer.legacy
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
+    def check(self, config: LlavaConfig) -> None:
+        """ValueError, in one line, when a model with this config normalises pixels otherwise than this processor.
+
+        Where both are of one directory they agree. This is for pairs of a model and a processor from two places.
+        """
+        check_same(self.normalisation, "the processor", pixel_normalisation(config))
+
     # Images
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """What the image processor's settings (mean, deviation, factor, switches) do to uint8 pixels."""
+        settings = {key: getattr(self.image_processor, key, None) for key in _IMAGE_SETTINGS}
+        return folded(settings | {key: bool(settings[key]) for key in ("do_rescale", "do_normalize")})
 
     @property
     def pad_to_square(self) -> bool:
@@ -247,8 +302,9 @@ class LlavaProcessor(transformers.LlavaProcessor):
             raise ValueError(f"cannot resize image {name}: {error}") from None
         return rgb
 
-    def _padding(self) -> tuple[int, ...]:
-        return tuple(int(mean * 255) for mean in self.image_processor.image_mean)
+    def _padding(self) -> tuple[int, int, int]:
+        red, green, blue = (int(mean * 255) for mean in self.image_processor.image_mean)
+        return red, green, blue
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         size = _size(self.image_processor.size)
@@ -335,7 +391,9 @@ class LlavaProcessor(transformers.LlavaProcessor):
         elif flat:
             pixels_NHWC = np.stack([self.image_pixels(image) for image in flat])
             data["pixel_values"] = pixels_NHWC if pixels == "uint8" else self.normalize(pixels_NHWC)
-        batch = BatchFeature(data, tensor_type=return_tensors)
+        batch = _Batch(data, tensor_type=return_tensors)
+        if flat and pixels == "uint8":
+            note_normalisation(batch["pixel_values"], self.normalisation)
         if texts is not None and wants_spans:
             batch["text_replacement_offsets"] = spans
         return batch

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoConfig, LlavaConfig
 
 from llava_fast.checkpoint.adapter import base_of, is_adapter
-from llava_fast.checkpoint.source import open_checkpoint
+from llava_fast.checkpoint.reader import open_checkpoint
 from llava_fast.drop_in import LlavaForConditionalGeneration
 from llava_fast.errors import blaming
 from llava_fast.train.recipe import Recipe

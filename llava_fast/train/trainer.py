@@ -216,6 +216,7 @@ def prepare_model(recipe: Recipe, processor: LlavaProcessor) -> nn.Module:
         )
     else:  # absolute, because an adapter refers to its base by this path
         model = LlavaForConditionalGeneration.from_pretrained(folder.absolute(), dtype=torch.float32)
+    processor.check(model.config)
     model.requires_grad_(recipe.stage == "full")
     model.model.vision_tower.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)

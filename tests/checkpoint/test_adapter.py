@@ -1,20 +1,22 @@
 """LoRA in the original code's directories and in peft's, of any version, against a merge done by hand."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from llava_fast.checkpoint.layouts import classic_name, original_name
 from llava_fast.convert import convert
 from llava_fast.drop_in import LlavaForConditionalGeneration
+from tests.checkpoint.files import LAYOUTS, ROWS, assert_same, write
 
 R, ALPHA = 4, 8
-ROWS = [[4, "image", 6], [9]]
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PROJECTOR = "model.multi_modal_projector."
 
@@ -257,3 +259,110 @@ def test_adapters_that_do_not_fit(tiny: SimpleNamespace, tmp_path: Path, mistake
             attempt()
         assert "\n" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# Adapters of this version's peft, on our model and on transformers'
+
+TARGETS = r"model\.language_model\..*\.(q_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+def adapter(model: torch.nn.Module, folder: Path, **settings: object) -> torch.nn.Module:
+    """A LoRA with weights of its own, saved by peft; returns peft's own merge of it."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, **settings}
+    wrapped = get_peft_model(model, LoraConfig(**settings))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    wrapped.save_pretrained(folder)
+    return wrapped.merge_and_unload()
+
+
+@pytest.mark.parametrize("trained_by", ["ours", "transformers"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"modules_to_save": ["multi_modal_projector"]}], ids=["lora", "projector-too"]
+)
+@pytest.mark.parametrize("layout", ["classic", "memory-5"])
+def test_adapters_are_merged(
+    tiny: SimpleNamespace, tmp_path: Path, trained_by: str, settings: dict, layout: str
+) -> None:
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    plain = tiny.ours(tiny.config())
+    write(plain, base, LAYOUTS[layout])
+    cls = LlavaForConditionalGeneration if trained_by == "ours" else transformers.LlavaForConditionalGeneration
+    merged = adapter(cls.from_pretrained(base), folder, **settings)
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+
+    model = LlavaForConditionalGeneration.from_pretrained(folder)
+    assert type(model) is LlavaForConditionalGeneration
+    assert not model.training
+    for name, weight in merged.state_dict().items():
+        tiny.assert_near(model.state_dict()[name], weight, 1e-6, name)
+    changed = {name for name, weight in plain.state_dict().items() if not torch.equal(weight, model.state_dict()[name])}
+    assert len([name for name in changed if "language_model" in name]) == 12
+    assert any("projector" in name for name in changed) == bool(settings)
+
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        n for n, p in plain.named_parameters() if p.requires_grad
+    }
+
+    # What was merged is an ordinary checkpoint, for transformers as well.
+    model.save_pretrained(tmp_path / "merged")
+    assert_same(transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "merged"), model)
+    inputs = tiny.batch(tiny.config(), ROWS)
+    tiny.assert_near(model(**inputs).loss, merged(**inputs).loss)
+
+
+def test_adapter_beside_its_base_and_in_another_dtype(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    model = tiny.ours(tiny.config())
+    model.save_pretrained(tmp_path / "base")
+    adapter(LlavaForConditionalGeneration.from_pretrained(tmp_path / "base"), folder)
+    shutil.move(tmp_path / "base", folder / "base")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "base"}))
+    again = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}
+
+
+def test_adapter_on_the_head(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    tiny.ours(tiny.config()).save_pretrained(tmp_path / "base")
+    base = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
+    merged = adapter(base, tmp_path / "adapter", target_modules=["lm_head", "gate_proj"])
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "adapter")
+    for name, weight in merged.state_dict().items():
+        tiny.assert_near(again.state_dict()[name], weight, 1e-6, name)
+
+
+def test_adapter_without_a_base(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    adapter(tiny.ours(tiny.config()), tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match=r"adapter_config.json names no base model"):
+        LlavaForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_adapter_that_does_not_fit_is_refused(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    """Adapter weights that find no place, or are not there, are errors, as they are for the base."""
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    tiny.ours(tiny.config()).save_pretrained(base)
+    adapter(LlavaForConditionalGeneration.from_pretrained(base), folder)
+    weights = load_file(folder / "adapter_model.safetensors")
+    name = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
+
+    def refused(message: str) -> None:
+        with pytest.raises(ValueError, match=message) as caught:
+            LlavaForConditionalGeneration.from_pretrained(folder)
+        assert "\n" not in str(caught.value)
+
+    save_file({key: weight for key, weight in weights.items() if key != name}, folder / "adapter_model.safetensors")
+    refused(r"missing .*layers.0.self_attn.q_proj.lora_A")
+    misshaped = {**weights, name: weights[name][:, 1:].contiguous()}
+    save_file(misshaped, folder / "adapter_model.safetensors")
+    refused(rf"{name} has shape \[4, 31\], expected \[4, 32\]")
+    stray = name.replace("layers.0", "layers.7")
+    save_file({**weights, stray: weights[name].clone()}, folder / "adapter_model.safetensors")
+    refused(r"unexpected .*layers.7.self_attn.q_proj.lora_A")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -10,8 +11,11 @@ import pytest
 from transformers import CLIPVisionConfig
 
 from llava_fast.checkpoint.layouts import (
+    KEY_MAPPING,
+    NAMES,
     classic_name,
     grown_vocabulary,
+    hf_names,
     is_original,
     kept_vocabulary,
     legacy_rope,
@@ -57,6 +61,49 @@ FILE = Path("somewhere/config.json")
 def tower(**settings: Any) -> CLIPVisionConfig:
     large = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     return CLIPVisionConfig(**{**large, "patch_size": 14, "image_size": 336, "projection_dim": 768, **settings})
+
+
+def spelled(name: str, layout: str) -> str:
+    """A parameter's name in one column of the table; the original's projector counts otherwise."""
+    row = next(row for row in NAMES if name.startswith(row.ours))
+    if layout == "original" and "projector" in name:
+        return original_name(name)
+    return getattr(row, layout) + name.removeprefix(row.ours)
+
+
+@pytest.mark.parametrize("clip", ["vision_model.", ""], ids=["", "without-vision_model"])
+@pytest.mark.parametrize("layout", ["ours", "on_disk", "in_memory_4", "original"])
+def test_every_parameter_there_and_back(tiny: SimpleNamespace, layout: str, clip: str) -> None:
+    found = set()
+    for name in tiny.ours(tiny.config()).state_dict():
+        key = spelled(name, layout).replace("vision_model.", clip)
+        found.add(key)
+        assert our_name(key) == name
+        assert our_name(our_name(key)) == name
+        if layout != "original":  # as transformers does it: each pattern in turn
+            renamed = key
+            for pattern, ours in KEY_MAPPING.items():
+                renamed = re.sub(pattern, ours, renamed)
+            assert renamed == name
+            assert key in hf_names(name)
+    assert len(found) == 80
+
+
+def test_what_is_written(tiny: SimpleNamespace) -> None:
+    for name in tiny.ours(tiny.config()).state_dict():
+        assert classic_name(name) == spelled(name, "on_disk")
+        assert original_name(name) == spelled(name, "original")
+        for write in (classic_name, original_name):
+            assert "vision" not in name or "vision_tower.vision_model." in write(name)
+
+
+def test_names_on_disk() -> None:
+    assert classic_name("lm_head.weight") == "language_model.lm_head.weight"
+    assert classic_name("model.language_model.norm.weight") == "language_model.model.norm.weight"
+    assert classic_name("model.multi_modal_projector.linear_1.bias") == "multi_modal_projector.linear_1.bias"
+    assert classic_name("model.vision_tower.pre_layrnorm.bias") == "vision_tower.vision_model.pre_layrnorm.bias"
+    with pytest.raises(ValueError, match=r"'model.norm.weight' is not the name of a parameter"):
+        classic_name("model.norm.weight")
 
 
 @pytest.mark.parametrize(

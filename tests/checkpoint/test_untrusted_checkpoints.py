@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
 from llava_fast import cli
-from llava_fast.checkpoint.source import open_checkpoint
+from llava_fast.checkpoint.reader import open_checkpoint
 from llava_fast.checkpoint.weights import open_weights, read_json
 from llava_fast.convert import convert
 from llava_fast.drop_in import LlavaForConditionalGeneration

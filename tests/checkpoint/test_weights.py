@@ -257,27 +257,6 @@ def test_wrong_arguments_of_loading_and_saving(tiny: SimpleNamespace, tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-def test_projector_without_a_projector(tiny: SimpleNamespace, tmp_path: Path) -> None:
-    tiny.ours(tiny.config()).save_pretrained(tmp_path / "hf")
-    save_file({"model.norm.weight": torch.zeros(3)}, tmp_path / "mm_projector.safetensors")
-    with pytest.raises(ValueError, match=r"mm_projector.safetensors has no key with 'mm_projector.' in it"):
-        LlavaForConditionalGeneration.from_pretrained(
-            tmp_path / "hf", mm_projector=tmp_path / "mm_projector.safetensors"
-        )
-    save_file({"model.mm_projector.0.weight": torch.zeros(3)}, tmp_path / "mm_projector.safetensors")
-    with pytest.raises(ValueError, match=r"missing model.multi_modal_projector.linear_1.bias"):
-        LlavaForConditionalGeneration.from_pretrained(
-            tmp_path / "hf", mm_projector=tmp_path / "mm_projector.safetensors"
-        )
-
-
-def test_a_language_model_alone(tiny: SimpleNamespace, tmp_path: Path) -> None:
-    tiny.config().text_config.save_pretrained(tmp_path)
-    save_file({"lm_head.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"model_type is 'llama', a language model alone; pass mm_projector=FILE"):
-        LlavaForConditionalGeneration.from_pretrained(tmp_path)
-
-
 def test_a_damaged_hf_checkpoint_is_named(tiny: SimpleNamespace, tmp_path: Path) -> None:
     """transformers reads it, but only after it has been looked through."""
     tiny.ours(tiny.config()).save_pretrained(tmp_path, max_shard_size="60KB")
@@ -384,20 +363,6 @@ def test_what_was_written_is_verified(saved: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match=r"as it was written|not a whole safetensors file"):
         convert(saved, saved.parent / "out", layout="hf")
     assert [path.name for path in saved.parent.iterdir()] == ["hf"]
-
-
-@pytest.mark.parametrize("file", ["mm_projector.bin", "mm_projector.safetensors"])
-def test_a_projector_half_written_is_not_left(tiny: SimpleNamespace, tmp_path: Path, file: str) -> None:
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    model = tiny.ours(tiny.config())
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        with pytest.raises(OSError, match=rf"{file}.partial'$"):
-            model.save_projector(tmp_path / file)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not list(tmp_path.iterdir())
 
 
 MEMORY = """

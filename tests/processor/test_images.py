@@ -1,5 +1,6 @@
 """Pictures of every kind: pixels are those of `convert("RGB")`, which is what LLaVA does with a file."""
 
+import base64
 import io
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from transformers.image_utils import load_image
 
 from llava_fast.errors import one_line
 from llava_fast.processor import images
-from llava_fast.processor.images import FORMATS, read_rgb
+from llava_fast.processor.images import FORMATS, expand_to_square, read_rgb
+from tests.processor.made import PHOTOS, assert_within_one, clip, hf_pixels, make, named
 
 SIZE = (31, 23)
 
@@ -163,3 +165,129 @@ def test_arrays_of_each_shape():
 )
 def test_one_line(name, line):
     assert one_line(name, limit=10 if "…" in line else 200) == line
+
+
+# Through a processor
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "RGBa", "CMYK", "YCbCr", "LAB", "HSV", "I", "F"])
+def test_any_mode_is_converted_as_llava_does(mode):
+    """`convert("RGB")`, which drops an alpha channel; the newest transformers lay it on white instead."""
+    photo = Image.open(PHOTOS[1])
+    photo.putalpha(Image.linear_gradient("L").resize(photo.size))
+    if mode == "PA":
+        image = photo.convert("P").convert("PA")
+    elif mode == "LAB":
+        image = Image.frombytes("LAB", (8, 8), bytes(range(192)))
+    else:
+        via = photo if mode in ("LA", "P", "RGBA", "RGBa") else photo.convert("RGB")
+        image = via.convert("L").convert(mode) if mode in ("I", "F") else via.convert(mode)
+    assert image.mode == mode
+    ours = make().image_pixels(image)
+    assert_within_one(ours, hf_pixels(clip(), image.convert("RGB")))
+    if "A" not in image.getbands() and mode != "RGBa":
+        assert_within_one(ours, hf_pixels(clip(), image))
+
+
+def test_palette_transparency_and_16_bit_files(tmp_path):
+    gif, deep = tmp_path / "transparent.gif", tmp_path / "deep.png"
+    image = Image.open(PHOTOS[1]).convert("P")
+    image.save(gif, transparency=image.getpixel((0, 0)))
+    Image.fromarray((np.arange(64 * 64, dtype=np.uint16) * 16).reshape(64, 64)).save(deep)
+    for path in (gif, deep):
+        opened = Image.open(path)
+        assert opened.mode in ("P", "I;16")
+        rgb = Image.fromarray(np.asarray(opened.convert("RGB")))  # PIL remembers the transparent colour otherwise
+        assert_within_one(make().image_pixels(path), hf_pixels(clip(), rgb))
+
+
+def test_exif_orientation_is_not_applied(tmp_path):
+    image = Image.open(PHOTOS[1]).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    image.save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(make().image_pixels(tmp_path / "turned.png"), make().image_pixels(image))
+
+
+def test_arrays_tensors_and_base64_are_images_too():
+    image = Image.open(PHOTOS[1]).convert("RGB")
+    array = np.asarray(image)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    text = base64.b64encode(buffer.getvalue()).decode()
+    expected = make().image_pixels(image)
+    for given_ in (array, array.transpose(2, 0, 1), torch.tensor(array), text, "data:image/png;base64," + text):
+        np.testing.assert_array_equal(make().image_pixels(given_), expected)
+    np.testing.assert_array_equal(
+        make().image_pixels(array[..., 0]), make().image_pixels(Image.fromarray(array[..., 0]))
+    )
+    batch = make()(images=torch.tensor(np.stack([array, array])), return_tensors="pt")
+    assert batch["pixel_values"].shape == (2, 28, 28, 3)
+
+
+def test_expand_to_square_keeps_a_square():
+    square = Image.new("RGB", (5, 5), "red")
+    assert expand_to_square(square, (1, 2, 3)) is square
+    wide = np.asarray(expand_to_square(Image.new("RGB", (4, 1), "red"), (1, 2, 3)))
+    assert [tuple(row) for row in wide[:, 0]] == [(1, 2, 3), (255, 0, 0), (1, 2, 3), (1, 2, 3)]
+
+
+def test_bad_files_are_named(tmp_path):
+    whole = PHOTOS[5].read_bytes()
+    png = PHOTOS[1].read_bytes()
+    bad = {
+        "cut.jpg": whole[: len(whole) // 2],
+        "cut.png": png[: len(png) // 2],
+        "flipped.png": png[:3000] + b"\x00" * 64 + png[3064:],
+        "page.jpg": b"<html>404 not found</html>",
+        "empty.png": b"",
+    }
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError) as error:
+            make().image_pixels(tmp_path / name)
+        assert named(error, tmp_path / name).startswith("cannot read image")
+    with pytest.raises(FileNotFoundError) as error:
+        make()(images=str(tmp_path / "none.png"), text="<image> what")
+    assert named(error, tmp_path / "none.png").startswith("no image file")
+    with pytest.raises(FileNotFoundError, match="no image file"):
+        make().image_pixels(tmp_path)
+    with pytest.raises(ValueError, match=r"not int"):
+        make().image_pixels(3)
+    with pytest.raises(ValueError, match=r"uint8 with 2 or 3 dimensions, not float64 \[4, 4, 3\]"):
+        make().image_pixels(np.zeros((4, 4, 3)))
+
+
+def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "bomb.png"
+    Image.new("L", (120, 100)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 11_999)  # PIL only warns up to twice its limit
+    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(ValueError, match=r"120x100 pixels") as error:
+        make().image_pixels(path)
+    named(error, path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5_999)  # here PIL itself refuses
+    with pytest.raises(ValueError, match="decompression bomb") as error:
+        make().image_pixels(path)
+    named(error, path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5_999)
+    with pytest.raises(ValueError, match="120x100 pixels"):
+        make().image_pixels(Image.new("L", (120, 100)))
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_thin_images_cannot_blow_up(tmp_path, pad):
+    path = tmp_path / "thin.png"
+    Image.new("L", (200_000, 1)).save(path)
+    processor = make(clip(336), pad_to_square=pad)
+    for resize in (processor.image_pixels, lambda image: processor.pixels_on("cpu", [image])):
+        with pytest.raises(ValueError, match="more than the limit") as error:
+            resize(path)
+        named(error, path)
+
+
+def test_read_rgb_leaves_no_file_open(tmp_path):
+    path = tmp_path / "x.png"
+    Image.new("RGB", (3, 3)).save(path)
+    image = read_rgb(path)
+    path.unlink()
+    assert image.getpixel((0, 0)) == (0, 0, 0)

@@ -1,11 +1,7 @@
 """The processor: pixels and batches against transformers' own, files both ways, and every error it can give."""
 
-import base64
-import importlib.util
-import io
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +11,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models
 from transformers import (
     AutoProcessor,
     CLIPImageProcessorPil,
@@ -25,35 +21,21 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from llava_fast.processor.processor import LlavaProcessor, expand_to_square, read_rgb
+from llava_fast.processor.processor import LlavaProcessor
 from llava_fast.processor.templates import TEMPLATES
+from tests.processor.made import (
+    PHOTOS,
+    SKIMAGE,
+    assert_within_one,
+    clip,
+    hf_pixels,
+    make,
+    named,
+    package_folder,
+    word_tokenizer,
+)
 
-
-def package_folder(name: str) -> Path:
-    return Path(importlib.util.find_spec(name).submodule_search_locations[0])
-
-
-SKIMAGE = package_folder("skimage") / "data"
-PHOTOS = [
-    *(SKIMAGE / name for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "retina.jpg")),
-    package_folder("matplotlib") / "mpl-data" / "sample_data" / "grace_hopper.jpg",
-]
 ODD_FILES = [SKIMAGE / name for name in ("logo.png", "camera.png", "no_time_for_that_tiny.gif", "multipage.tif")]
-
-
-def clip(size: int = 28, **options) -> CLIPImageProcessorPil:
-    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **options)
-
-
-def word_tokenizer(**options) -> PreTrainedTokenizerFast:
-    words = "<unk> <s> </s> <pad> <image> USER: ASSISTANT: what is this ? a cat dog two of them and".split()
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"} | options
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-    tokenizer.add_tokens(["<image>"], special_tokens=True)
-    return tokenizer
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["", "legacy"])
@@ -74,23 +56,6 @@ def llama_tokenizer(request) -> LlamaTokenizer:
     tokenizer.add_tokens(["<image>", "<pad>"], special_tokens=True)
     tokenizer.pad_token = "<pad>"
     return tokenizer
-
-
-def make(image_processor=None, tokenizer=None, **options) -> LlavaProcessor:
-    settings = {"patch_size": 14, "vision_feature_select_strategy": "default"} | options
-    return LlavaProcessor(image_processor or clip(), tokenizer or word_tokenizer(), **settings)
-
-
-def hf_pixels(image_processor, image) -> np.ndarray:
-    """transformers' uint8 [H, W, 3], just before it rescales and normalises."""
-    values = image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
-    return values.transpose(1, 2, 0)
-
-
-def assert_within_one(ours: np.ndarray, theirs: np.ndarray) -> None:
-    assert ours.dtype == np.uint8
-    assert ours.shape == theirs.shape
-    assert np.abs(ours.astype(np.int32) - theirs.astype(np.int32)).max() <= 1
 
 
 # Pixels
@@ -178,132 +143,6 @@ def test_fixed_size_without_crop():
     assert_within_one(processor.image_pixels(PHOTOS[1]), hf_pixels(theirs, Image.open(PHOTOS[1])))
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "RGBa", "CMYK", "YCbCr", "LAB", "HSV", "I", "F"])
-def test_any_mode_is_converted_as_llava_does(mode):
-    """`convert("RGB")`, which drops an alpha channel; the newest transformers lay it on white instead."""
-    photo = Image.open(PHOTOS[1])
-    photo.putalpha(Image.linear_gradient("L").resize(photo.size))
-    if mode == "PA":
-        image = photo.convert("P").convert("PA")
-    elif mode == "LAB":
-        image = Image.frombytes("LAB", (8, 8), bytes(range(192)))
-    else:
-        via = photo if mode in ("LA", "P", "RGBA", "RGBa") else photo.convert("RGB")
-        image = via.convert("L").convert(mode) if mode in ("I", "F") else via.convert(mode)
-    assert image.mode == mode
-    ours = make().image_pixels(image)
-    assert_within_one(ours, hf_pixels(clip(), image.convert("RGB")))
-    if "A" not in image.getbands() and mode != "RGBa":
-        assert_within_one(ours, hf_pixels(clip(), image))
-
-
-def test_palette_transparency_and_16_bit_files(tmp_path):
-    gif, deep = tmp_path / "transparent.gif", tmp_path / "deep.png"
-    image = Image.open(PHOTOS[1]).convert("P")
-    image.save(gif, transparency=image.getpixel((0, 0)))
-    Image.fromarray((np.arange(64 * 64, dtype=np.uint16) * 16).reshape(64, 64)).save(deep)
-    for path in (gif, deep):
-        opened = Image.open(path)
-        assert opened.mode in ("P", "I;16")
-        rgb = Image.fromarray(np.asarray(opened.convert("RGB")))  # PIL remembers the transparent colour otherwise
-        assert_within_one(make().image_pixels(path), hf_pixels(clip(), rgb))
-
-
-def test_exif_orientation_is_not_applied(tmp_path):
-    image = Image.open(PHOTOS[1]).convert("RGB")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
-    image.save(tmp_path / "turned.png", exif=exif)
-    np.testing.assert_array_equal(make().image_pixels(tmp_path / "turned.png"), make().image_pixels(image))
-
-
-def test_arrays_tensors_and_base64_are_images_too():
-    image = Image.open(PHOTOS[1]).convert("RGB")
-    array = np.asarray(image)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    text = base64.b64encode(buffer.getvalue()).decode()
-    expected = make().image_pixels(image)
-    for given_ in (array, array.transpose(2, 0, 1), torch.tensor(array), text, "data:image/png;base64," + text):
-        np.testing.assert_array_equal(make().image_pixels(given_), expected)
-    np.testing.assert_array_equal(
-        make().image_pixels(array[..., 0]), make().image_pixels(Image.fromarray(array[..., 0]))
-    )
-    batch = make()(images=torch.tensor(np.stack([array, array])), return_tensors="pt")
-    assert batch["pixel_values"].shape == (2, 28, 28, 3)
-
-
-def test_expand_to_square_keeps_a_square():
-    square = Image.new("RGB", (5, 5), "red")
-    assert expand_to_square(square, (1, 2, 3)) is square
-    wide = np.asarray(expand_to_square(Image.new("RGB", (4, 1), "red"), (1, 2, 3)))
-    assert [tuple(row) for row in wide[:, 0]] == [(1, 2, 3), (255, 0, 0), (1, 2, 3), (1, 2, 3)]
-
-
-# Bad images: one line that names the file
-
-
-def one_line(error: pytest.ExceptionInfo, *names) -> str:
-    message = str(error.value)
-    assert "\n" not in message
-    for name in names:
-        assert str(name) in message
-    return message
-
-
-def test_bad_files_are_named(tmp_path):
-    whole = PHOTOS[5].read_bytes()
-    png = PHOTOS[1].read_bytes()
-    bad = {
-        "cut.jpg": whole[: len(whole) // 2],
-        "cut.png": png[: len(png) // 2],
-        "flipped.png": png[:3000] + b"\x00" * 64 + png[3064:],
-        "page.jpg": b"<html>404 not found</html>",
-        "empty.png": b"",
-    }
-    for name, content in bad.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError) as error:
-            make().image_pixels(tmp_path / name)
-        assert one_line(error, tmp_path / name).startswith("cannot read image")
-    with pytest.raises(FileNotFoundError) as error:
-        make()(images=str(tmp_path / "none.png"), text="<image> what")
-    assert one_line(error, tmp_path / "none.png").startswith("no image file")
-    with pytest.raises(FileNotFoundError, match="no image file"):
-        make().image_pixels(tmp_path)
-    with pytest.raises(ValueError, match=r"not int"):
-        make().image_pixels(3)
-    with pytest.raises(ValueError, match=r"uint8 with 2 or 3 dimensions, not float64 \[4, 4, 3\]"):
-        make().image_pixels(np.zeros((4, 4, 3)))
-
-
-def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
-    path = tmp_path / "bomb.png"
-    Image.new("L", (120, 100)).save(path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 11_999)  # PIL only warns up to twice its limit
-    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(ValueError, match=r"120x100 pixels") as error:
-        make().image_pixels(path)
-    one_line(error, path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5_999)  # here PIL itself refuses
-    with pytest.raises(ValueError, match="decompression bomb") as error:
-        make().image_pixels(path)
-    one_line(error, path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5_999)
-    with pytest.raises(ValueError, match="120x100 pixels"):
-        make().image_pixels(Image.new("L", (120, 100)))
-
-
-@pytest.mark.parametrize("pad", [False, True])
-def test_thin_images_cannot_blow_up(tmp_path, pad):
-    path = tmp_path / "thin.png"
-    Image.new("L", (200_000, 1)).save(path)
-    processor = make(clip(336), pad_to_square=pad)
-    for resize in (processor.image_pixels, lambda image: processor.pixels_on("cpu", [image])):
-        with pytest.raises(ValueError, match="more than the limit") as error:
-            resize(path)
-        one_line(error, path)
-
-
 # Tokens
 
 
@@ -324,7 +163,7 @@ def test_the_575_token_trap_cannot_be_built():
     assert LlavaProcessor(clip(336), word_tokenizer(), 14, "default").num_image_tokens() == 576
     with pytest.raises(ValueError, match="575 for 576") as error:
         make(num_additional_image_tokens=0)
-    one_line(error, "num_additional_image_tokens")
+    named(error, "num_additional_image_tokens")
 
 
 def test_the_575_token_trap_in_a_file(tmp_path):
@@ -432,7 +271,7 @@ def test_marks_must_match_images(texts, images, message):
     given_ = [[photo] * n for n in images] if isinstance(images, list) else [photo] * images or None
     with pytest.raises(ValueError, match=message) as error:
         make()(images=given_, text=texts)
-    one_line(error)
+    named(error)
 
 
 def test_truncation_cannot_cut_an_image():
@@ -617,14 +456,6 @@ def test_assemble(tmp_path, nested):
     assert processor.image_token_id == 3
     assert processor.pad_to_square
     assert processor.chat_template == TEMPLATES["v1"].chat_template
-
-
-def test_read_rgb_leaves_no_file_open(tmp_path):
-    path = tmp_path / "x.png"
-    Image.new("RGB", (3, 3)).save(path)
-    image = read_rgb(path)
-    path.unlink()
-    assert image.getpixel((0, 0)) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

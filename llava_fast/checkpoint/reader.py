@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from transformers import CLIPVisionConfig, LlavaConfig
@@ -21,28 +21,37 @@ from llava_fast.checkpoint.layouts import (
     EMBEDDINGS,
     HEAD,
     KNOWN_TOWERS,
+    PROJECTOR,
+    TOWER,
+    TOWER_MODULES,
     dtype_of,
     is_original,
     llava_config,
     our_name,
     projector_type,
+    text_config,
 )
 from llava_fast.checkpoint.weights import Stored, open_weights, read_json
 from llava_fast.errors import blaming
 from llava_fast.model.language import SUPPORTED
-
-PROJECTOR, TOWER = "model.multi_modal_projector.", "model.vision_tower."
-_TOWER_PARTS = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
+from llava_fast.model.pixels import keep_normalisation, read_normalisation
 
 
 @dataclass(frozen=True)
-class Source:
-    """A checkpoint: where it is, its layout ("hf" or "original"), its config, and its tensors by our names."""
+class OpenCheckpoint:
+    """A checkpoint whose tensors are not read yet; they go by our names."""
 
     path: Path
-    layout: str
+    layout: str  # "hf" or "original"
     config: LlavaConfig
     weights: dict[str, Stored]
+
+
+class Pieces(TypedDict):
+    """What may lie elsewhere: the arguments of `from_pretrained` of these names."""
+
+    vision_tower: str | os.PathLike | None
+    mm_projector: str | os.PathLike | None
 
 
 def open_checkpoint(
@@ -52,7 +61,7 @@ def open_checkpoint(
     mm_projector: str | os.PathLike | None = None,
     settings: Path | None = None,
     trained: dict[str, Stored] | None = None,
-) -> Source:
+) -> OpenCheckpoint:
     """Open a checkpoint folder of either layout, or a bare language model that `mm_projector` makes a LLaVA of.
 
     Args:
@@ -67,35 +76,43 @@ def open_checkpoint(
     """
     file = path / "config.json"
     own = read_json(file)
-    weights = {**_by_our_names(open_weights(path)), **(trained or {})}
+    weights = _by_our_names(open_weights(path)) | (trained or {})
     if mm_projector is not None:
-        projector = open_projector(Path(mm_projector))
-        weights = {name: stored for name, stored in weights.items() if not name.startswith(PROJECTOR)} | projector
+        weights = _instead(weights, PROJECTOR, open_projector(Path(mm_projector)))
         beside = Path(mm_projector).parent / "config.json"
-        if settings is None and not _has_vision(own) and beside.is_file() and is_original(read_json(beside)):
+        bare = own.get("model_type") != "llava" and not is_original(own)
+        if settings is None and bare and beside.is_file() and is_original(read_json(beside)):
             settings = beside
     hf = own.get("model_type") == "llava" and not is_original(own)
     if hf:
         config = hf_config(own, file)
-        folder = _tower_folder(vision_tower)
+        clip = tower = _clip_folder(vision_tower)
         if mm_projector is not None or trained:
             config.mm_projector_type = projector_type(weights)
     else:
-        flat = _flat_config(own, file, settings, weights)
-        inside = any(name.startswith(TOWER) for name in weights)
-        folder = _tower_folder(vision_tower)
-        if folder is None and not inside:
-            folder = _named_tower(flat, settings or file)
-        vision = clip_config(folder) if folder is not None else _config_of_tower_inside(flat, settings or file)
-        config = llava_config(flat, vision, settings or file)
-        _fit_vocabulary(path, weights, flat["vocab_size"], config.text_config.vocab_size)
-    if folder is not None:
-        weights = {name: stored for name, stored in weights.items() if not name.startswith(TOWER)} | open_tower(folder)
+        flat, where = _flat_config(own, file, settings, weights), settings or file
+        clip = _clip_folder(vision_tower, flat.get("mm_vision_tower"), where.parent)
+        inside = vision_tower is None and any(name.startswith(TOWER) for name in weights)
+        tower, vision = (None, _shape_of_tower_inside(flat, where)) if inside else (clip, None)
+        if vision is None:
+            if clip is None:
+                raise FileNotFoundError(
+                    f"{where}: the weights have no vision tower, and mm_vision_tower {flat.get('mm_vision_tower')!r} "
+                    "is no directory here: pass vision_tower=DIRECTORY of that CLIP model"
+                )
+            vision = clip_config(clip)
+        config = llava_config(flat, vision, where)
+        _fit_vocabulary(path, weights, flat["vocab_size"], text_config(config).vocab_size)
+    if tower is not None:
+        weights = _instead(weights, TOWER, open_tower(tower))
     if config.tie_word_embeddings and HEAD in weights and EMBEDDINGS in weights:
         if not torch.equal(weights[HEAD].read(), weights[EMBEDDINGS].read()):
             raise ValueError(f"{file}: tie_word_embeddings is true, but lm_head and embed_tokens differ")
         del weights[HEAD]
-    return Source(path, "hf" if hf else "original", config, weights)
+    for place in (path, clip):
+        if place is not None:
+            keep_normalisation(config, read_normalisation(place))
+    return OpenCheckpoint(path, "hf" if hf else "original", config, weights)
 
 
 def hf_config(own: dict[str, Any], file: Path) -> LlavaConfig:
@@ -104,10 +121,6 @@ def hf_config(own: dict[str, Any], file: Path) -> LlavaConfig:
         config = LlavaConfig.from_dict(own)
         dtype_of(config.dtype)
         return config
-
-
-def _has_vision(config: dict[str, Any]) -> bool:
-    return config.get("model_type") == "llava" or is_original(config)
 
 
 def _by_our_names(weights: dict[str, Stored]) -> dict[str, Stored]:
@@ -139,6 +152,11 @@ def _flat_config(own: dict[str, Any], file: Path, settings: Path | None, weights
     return {**own, "model_type": f"llava_{kind}", "mm_projector_type": projector_type(weights)}
 
 
+def _instead(weights: dict[str, Stored], beginning: str, others: dict[str, Stored]) -> dict[str, Stored]:
+    """`weights`, with `others` in place of all whose names begin so."""
+    return {name: stored for name, stored in weights.items() if not name.startswith(beginning)} | others
+
+
 def _fit_vocabulary(path: Path, weights: dict[str, Stored], said: int, wanted: int) -> None:
     """Check that embeddings and head have as many rows as the config says, and grow them to those that are wanted."""
     for name in (EMBEDDINGS, HEAD):
@@ -168,13 +186,12 @@ def open_projector(file: Path) -> dict[str, Stored]:
 
 
 def open_tower(folder: Path) -> dict[str, Stored]:
-    """The vision tower in a CLIP directory (of the whole model or of the vision part)."""
-    tower = {}
-    for key, stored in open_weights(folder).items():
-        name = key.removeprefix("vision_model.")
-        if name.startswith(_TOWER_PARTS) and not DERIVED.search(name):
-            tower[TOWER + name] = stored
-    return tower
+    """The vision tower in a CLIP directory (of the whole model or of its vision model)."""
+    # Both `vision_model.encoder…` and `encoder…` are names after `vision_tower.`
+    tower = {our_name(f"vision_tower.{key}"): stored for key, stored in open_weights(folder).items()}
+    return {
+        name: stored for name, stored in tower.items() if name.startswith(TOWER_MODULES) and not DERIVED.search(name)
+    }
 
 
 def clip_config(folder: Path) -> CLIPVisionConfig:
@@ -191,35 +208,23 @@ def clip_config(folder: Path) -> CLIPVisionConfig:
         return CLIPVisionConfig.from_dict(config)
 
 
-def _tower_folder(vision_tower: str | os.PathLike | None) -> Path | None:
-    if vision_tower is None:
-        return None
-    folder = local_folder(vision_tower)
-    if folder is None:
-        raise FileNotFoundError(f"vision_tower: no directory {os.fspath(vision_tower)}")
+def _clip_folder(given: str | os.PathLike | None, named: Any = None, beside: Path | None = None) -> Path | None:
+    """The CLIP directory that is passed, or that a config beside it names, where that is here."""
+    if given is None:
+        return local_folder(named, beside) if isinstance(named, str) else None
+    if (folder := local_folder(given)) is None:
+        raise FileNotFoundError(f"vision_tower: no directory {os.fspath(given)}")
     return folder
 
 
-def _named_tower(flat: dict[str, Any], file: Path) -> Path:
-    name = flat.get("mm_vision_tower")
-    folder = None if not isinstance(name, str) else local_folder(name, file.parent)
-    if folder is None:
-        raise FileNotFoundError(
-            f"{file}: the weights have no vision tower, and mm_vision_tower {name!r} is no directory here: "
-            "pass vision_tower=DIRECTORY of that CLIP model"
-        )
-    return folder
-
-
-def _config_of_tower_inside(flat: dict[str, Any], file: Path) -> CLIPVisionConfig:
-    """The shape of a tower whose weights are in the checkpoint, and whose config may be elsewhere."""
-    name = flat.get("mm_vision_tower")
-    if isinstance(flat.get("mm_vision_config"), dict):
-        with blaming(file):
-            return CLIPVisionConfig.from_dict(flat["mm_vision_config"])
-    if isinstance(name, str) and name in KNOWN_TOWERS:
-        return CLIPVisionConfig(**KNOWN_TOWERS[name])
-    return clip_config(_named_tower(flat, file))
+def _shape_of_tower_inside(flat: dict[str, Any], file: Path) -> CLIPVisionConfig | None:
+    """The config of a tower whose weights are in the checkpoint; None where only its directory has it."""
+    shape = flat.get("mm_vision_config")
+    if not isinstance(shape, dict):
+        name = flat.get("mm_vision_tower")
+        shape = KNOWN_TOWERS.get(name) if isinstance(name, str) else None
+    with blaming(file):
+        return None if shape is None else CLIPVisionConfig.from_dict(shape)
 
 
 def local_folder(name: str | os.PathLike, beside: Path | None = None) -> Path | None:

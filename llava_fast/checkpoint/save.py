@@ -1,0 +1,107 @@
+"""`save_pretrained` in HF's or the original layout, and `save_projector`."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors.torch
+import torch
+from transformers import LlavaConfig
+
+from llava_fast.checkpoint.layouts import (
+    EMBEDDINGS,
+    HEAD,
+    PROJECTOR,
+    check_layout,
+    classic_name,
+    original_config,
+    original_name,
+    original_names,
+    readable_by_transformers_4,
+)
+from llava_fast.checkpoint.weights import write_bytes, write_text
+from llava_fast.model.pretrained import LlavaPreTrainedModel
+
+
+class SaveMixin(LlavaPreTrainedModel):
+    """`save_pretrained` and `save_projector`."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        *args: Any,
+        layout: str = "hf",
+        with_tower: bool = True,
+        mm_vision_tower: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write config and safetensors.
+
+        Args:
+            layout: "hf", which transformers 4.36 to 5.x load, or "original", which the original LLaVA code loads.
+            with_tower: for "original": put the vision tower among the weights; the released files have none.
+            mm_vision_tower: for "original": CLIP directory or hub name that its code shall read; by default the one
+                that the model came with.
+            args, kwargs: as transformers takes them (max_shard_size, variant …).
+
+        Raises:
+            ValueError: for another layout, or a model that the original code has no config for; nothing is written.
+        """
+        check_layout(layout, with_tower, mm_vision_tower)
+        config = cast(LlavaConfig, self.config)
+        kwargs["save_original_format"] = False
+        weights = self.state_dict() if state_dict is None else state_dict
+        if config.tie_word_embeddings:
+            weights = {name: weight for name, weight in weights.items() if name != HEAD}
+        if layout == "hf":
+            weights = {classic_name(name): weight for name, weight in weights.items()}
+            with readable_by_transformers_4(config, self.dtype):
+                super().save_pretrained(save_directory, is_main_process, weights, push_to_hub, *args, **kwargs)
+            return
+        if push_to_hub:
+            raise ValueError("push_to_hub goes with layout='hf'; write the original layout to a directory")
+        flat = original_config(config, mm_vision_tower=mm_vision_tower, tower_inside=with_tower, dtype=self.dtype)
+        rows = flat["vocab_size"]
+        weights = {
+            theirs: (weights[name][:rows] if name in (EMBEDDINGS, HEAD) else weights[name]).contiguous()
+            for name, theirs in original_names(weights, flat, with_tower=with_tower).items()
+        }
+        super().save_pretrained(save_directory, is_main_process, weights, push_to_hub, *args, **kwargs)
+        if is_main_process:
+            write_text(Path(save_directory) / "config.json", json.dumps(flat, indent=2, sort_keys=True) + "\n")
+
+    def save_projector(self, file: str | os.PathLike) -> None:
+        """Write the projector alone, as the original code's stage 1 does: `mm_projector.bin`, or `.safetensors`.
+
+        Raises:
+            ValueError: for another ending.
+            OSError: when it cannot be written; what was there before stays.
+        """
+        file = Path(file)
+        kind = getattr(self.config, "mm_projector_type", "mlp2x_gelu")
+        weights = {
+            original_name(name, kind): weight.detach().cpu().clone()
+            for name, weight in self.state_dict().items()
+            if name.startswith(PROJECTOR)
+        }
+        if file.suffix == ".safetensors":
+            data = safetensors.torch.save(weights)
+        elif file.suffix == ".bin":
+            buffer = io.BytesIO()
+            torch.save(weights, buffer)
+            data = buffer.getvalue()
+        else:
+            raise ValueError(f"{file} ends in {file.suffix!r}; expected .bin or .safetensors")
+        partial = file.with_name(f".{file.name}.partial")
+        try:
+            write_bytes(partial, [data])
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -1,0 +1,59 @@
+"""The file that says how uint8 pixels are normalised, read into the model's config (`image_mean`, `image_std`).
+
+Without such a file, and without numbers in the config, they are CLIP's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import LlavaConfig
+from transformers.utils import cached_file
+
+from llava_fast.errors import blaming
+from llava_fast.model.vision import check_same
+from llava_fast.ops.patch_embed import Normalisation, folded
+
+_QUIETLY = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+
+
+def read_normalisation(name: str | os.PathLike, **hub: Any) -> tuple[Normalisation, Path] | None:
+    """The normalisation in the preprocessor file of a directory (or hub name), and the file; None without one.
+
+    Args:
+        hub: as transformers takes them (revision, token, subfolder …).
+
+    Raises:
+        ValueError: naming file and key, for a damaged file or values of another kind.
+    """
+    for file_name in ("processor_config.json", "preprocessor_config.json"):  # the first counts, as in transformers
+        file = Path(name) / file_name
+        with blaming(file):
+            found = cached_file(os.fspath(name), file_name, **_QUIETLY, **hub)
+            settings = None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+            if isinstance(settings, dict) and file_name == "processor_config.json":
+                settings = settings.get("image_processor")
+            if settings is not None:
+                if not isinstance(settings, dict):
+                    raise ValueError(f"the settings of its image processor are a JSON {type(settings).__name__}")
+                return folded(settings), file
+    return None
+
+
+def keep_normalisation(config: LlavaConfig, found: tuple[Normalisation, Path] | None) -> None:
+    """Put what `read_normalisation` found into a model's config.
+
+    Raises:
+        ValueError: when the config has other numbers of its own, or no usable ones.
+    """
+    own = {key: getattr(config, key, None) for key in ("image_mean", "image_std")}
+    if own != {"image_mean": None, "image_std": None}:
+        model = folded(own)
+        config.image_mean, config.image_std = map(list, model)
+        if found is not None:
+            check_same(found[0], found[1], model)
+    if found is not None:
+        config.image_mean, config.image_std = map(list, found[0])
