@@ -11,39 +11,44 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.table import Table
+
 import llava_fast
 
 
 def diagnose() -> dict[str, Any]:
-    """What `doctor` prints: versions, devices, the backend of every operation and why, and the problems.
+    """What runs here and why, ready for JSON.
 
-    Every entry of `problems` is one line about something that is broken; an empty list means all is well.
+    Returns:
+        llava_fast, python, platform: versions.
+        packages: by name, the version that is installed (None: not installed) and wanted, and the extra that asks.
+        devices: the CPU and each GPU.
+        extension, backend: the CUDA extension; per operation its implementation and the reason.
+        caches: directories that are written to.
+        problems: one line for each thing that is broken; empty when all is well.
     """
     problems: list[str] = []
-    report: dict[str, Any] = {
-        "llava_fast": llava_fast.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": _packages(problems),
-        "devices": _devices(problems),
-        "extension": {},
-        "backend": {},
-        "caches": _caches(problems),
-        "problems": problems,
-    }
     for name in llava_fast.__all__:
         try:
             getattr(llava_fast, name)
         except Exception as error:  # whatever a broken installation raises is what is to be reported
             problems.append(f"llava_fast.{name} cannot be imported: {type(error).__name__}: {error}")
-    report["extension"], report["backend"] = _backends(problems)
-    return report
+    return {
+        "llava_fast": llava_fast.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": _packages(problems),
+        "devices": _devices(problems),
+        **_backends(problems),
+        "caches": _caches(problems),
+        "problems": problems,
+    }
 
 
 def _packages(problems: list[str]) -> dict[str, dict[str, Any]]:
     """Version found and version wanted of every dependency; a missing optional one is no problem."""
-    from packaging.requirements import Requirement
-
     try:
         requirements = [Requirement(line) for line in metadata.requires("llava-fast") or ()]
     except metadata.PackageNotFoundError:
@@ -69,7 +74,7 @@ def _packages(problems: list[str]) -> dict[str, dict[str, Any]]:
     return report
 
 
-def _extra_of(requirement: Any) -> str | None:
+def _extra_of(requirement: Requirement) -> str | None:
     """The extra of llava-fast that asks for this requirement; None when every installation does."""
     if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
         return None
@@ -108,7 +113,7 @@ def _devices(problems: list[str]) -> list[dict[str, Any]]:
     return devices
 
 
-def _backends(problems: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _backends(problems: list[str]) -> dict[str, dict[str, Any]]:
     from llava_fast import backend
 
     try:
@@ -128,7 +133,10 @@ def _backends(problems: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         problems.append(extension["reason"])
     names = [name for name in backend.BACKENDS if name != "auto"]
     available = {name: backend.unavailable(name) or "available" for name in names}
-    return extension, {"requested": asked, "available": available, "operations": operations}
+    return {
+        "extension": extension,
+        "backend": {"requested": asked, "available": available, "operations": operations},
+    }
 
 
 def _caches(problems: list[str]) -> dict[str, str]:
@@ -145,9 +153,7 @@ def _caches(problems: list[str]) -> dict[str, str]:
 
 
 def show(report: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+    """Print what `diagnose` returned."""
     console = Console(highlight=False)
 
     def say(line: str) -> None:
