@@ -1,0 +1,70 @@
+"""Which tests are slow: how it is measured and chosen, and that the list names tests that exist."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.seconds import BUDGET, choose, function_of, slow_functions
+
+ROOT = Path(__file__).resolve().parents[1]
+
+MODULE = """
+import time
+import pytest
+
+def work(seconds):
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+@pytest.fixture(scope="module")
+def shared():
+    work(0.5)
+
+@pytest.mark.parametrize("i", range(2))
+def test_slow(i):
+    work(0.2)
+
+def test_first(shared):
+    pass
+
+def test_second(shared):
+    pass
+
+def test_quick():
+    pass
+"""
+
+
+def test_each_test_is_charged_what_it_would_take_alone(tmp_path: Path):
+    (tmp_path / "test_them.py").write_text(MODULE)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.seconds", "--seconds", "out/seconds.json"]
+    done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    seconds = json.loads((tmp_path / "out/seconds.json").read_text())
+    assert seconds.keys() == {f"test_them.py::test_{name}" for name in ("slow", "first", "second", "quick")}
+    assert 0.35 < seconds["test_them.py::test_slow"] < 1
+    assert seconds["test_them.py::test_first"] > 0.45 and seconds["test_them.py::test_second"] > 0.45
+    assert seconds["test_them.py::test_quick"] < 0.3
+
+
+def test_the_costliest_are_slow_until_the_rest_fits():
+    seconds = {"a": 5.0, "b": 1.0, "c": 3.0, "d": 2.0}
+    assert choose(seconds, 6.0) == {"a": 5.0}
+    assert list(choose(seconds, 4.0)) == ["a", "c"]
+    assert choose(seconds, 11.0) == {}
+    assert 0 < BUDGET < 180
+
+
+def test_a_function_has_one_name_with_and_without_parameters():
+    assert function_of("tests/a/test_b.py::test_c[1-[2]-x::y]") == "tests/a/test_b.py::test_c"
+    assert function_of("tests/a/test_b.py::test_c") == "tests/a/test_b.py::test_c"
+
+
+def test_the_list_names_tests_that_exist():
+    for entry in slow_functions():
+        file, _, function = entry.partition("::")
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        assert function in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, entry
