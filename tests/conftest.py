@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.seconds import function_of, slow_functions
+from tests.seconds import slow_cases
 from tests.tiny import TEXT, VISION
 
 # Before anything imports Triton: without a GPU its kernels run in the interpreter, where a test asks for them.
@@ -23,9 +23,9 @@ if not torch.cuda.is_available():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    slow = slow_functions()
+    slow = slow_cases([item.nodeid for item in items])
     for item in items:
-        if function_of(item.nodeid) in slow:
+        if item.nodeid in slow:
             item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return

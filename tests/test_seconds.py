@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.seconds import BUDGET, choose, function_of, slow_functions
+import pytest
+
+from tests import seconds
+from tests.seconds import BUDGET, Cost, choose, function_of, slow_functions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,19 +46,35 @@ def test_each_test_is_charged_what_it_would_take_alone(tmp_path: Path):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.seconds", "--seconds", "out/seconds.json"]
     done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    seconds = json.loads((tmp_path / "out/seconds.json").read_text())
-    assert seconds.keys() == {f"test_them.py::test_{name}" for name in ("slow", "first", "second", "quick")}
-    assert 0.35 < seconds["test_them.py::test_slow"] < 1
-    assert seconds["test_them.py::test_first"] > 0.45 and seconds["test_them.py::test_second"] > 0.45
-    assert seconds["test_them.py::test_quick"] < 0.3
+    costs = json.loads((tmp_path / "out/seconds.json").read_text())
+    assert costs.keys() == {f"test_them.py::test_{name}" for name in ("slow", "first", "second", "quick")}
+    assert 0.35 < costs["test_them.py::test_slow"]["all"] < 1
+    assert 0.15 < costs["test_them.py::test_slow"]["first"] < 0.35
+    assert costs["test_them.py::test_first"]["all"] > 0.45 and costs["test_them.py::test_second"]["all"] > 0.45
+    assert costs["test_them.py::test_quick"]["all"] < 0.3
 
 
 def test_the_costliest_are_slow_until_the_rest_fits():
-    seconds = {"a": 5.0, "b": 1.0, "c": 3.0, "d": 2.0}
-    assert choose(seconds, 6.0) == {"a": 5.0}
-    assert list(choose(seconds, 4.0)) == ["a", "c"]
-    assert choose(seconds, 11.0) == {}
+    costs = {name: Cost(all=seconds, first=1.0) for name, seconds in {"a": 5.0, "b": 1.0, "c": 3.0, "d": 2.0}.items()}
+    assert choose(costs, 6.0) == ["a"]
+    assert choose(costs, 4.0) == ["a", "c"]
+    assert choose(costs, 11.0) == []
+    costs["a"]["first"] = 0.1  # this case stays
+    assert choose(costs, 6.0) == ["a", "c"]
     assert 0 < BUDGET < 180
+
+
+def test_a_quick_first_case_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(seconds, "SLOW", tmp_path / "slow.txt")
+    seconds.SLOW.write_text("# why\n 9.0 0.20  a.py::quick_cases\n 8.0 2.00  a.py::slow_cases\n")
+    cases = [
+        "a.py::quick_cases[1]",
+        "a.py::quick_cases[2]",
+        "a.py::slow_cases[1]",
+        "a.py::slow_cases[2]",
+        "a.py::other",
+    ]
+    assert seconds.slow_cases(cases) == {"a.py::quick_cases[2]", "a.py::slow_cases[1]", "a.py::slow_cases[2]"}
 
 
 def test_a_function_has_one_name_with_and_without_parameters():
