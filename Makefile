@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench report compile-report gpu clean
+.PHONY: help setup demo test quick durations lint format docs hooks bench report compile-report gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,13 +18,29 @@ demo: $(READY) ## train a tiny LLaVA and ask it about pictures; the report goes 
 test: $(READY) ## the tests
 	$(BIN)/python -m pytest
 
-lint: $(READY) ## style and likely mistakes
+quick: $(READY) ## style, and the tests but the slow ones: under three minutes on two cores
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -m "not slow"
+
+durations: $(READY) ## measure the tests anew: which ones `make quick` leaves out (tests/slow.txt)
+	$(BIN)/python -m pytest -p tests.seconds --seconds build/seconds.json
+	$(BIN)/python -m tests.seconds build/seconds.json
+
+lint: $(READY) ## style, likely mistakes, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(READY) ## put the style right
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(READY) ## the documentation, into build/site; a broken link or name is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+hooks: $(READY) ## have git run ruff and mypy before each commit
+	$(BIN)/pre-commit install
 
 bench: $(READY) ## the benchmarks; results go to benchmarks/results/
 	$(BIN)/python -m pytest benchmarks --benchmark --results benchmarks/results
@@ -47,7 +63,7 @@ gpu: ## build, tune, test and measure in ten minutes: make gpu OUT=dir [SUBJECT=
 	$(GPU_PYTHON) -m benchmarks.gpu --out $(OUT) $(if $(SUBJECT),--subject $(SUBJECT))
 
 clean: ## remove what was built, and the demo's output; .venv stays
-	rm -rf build dist demo-out *.egg-info llava_fast/_cuda*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist demo-out *.egg-info llava_fast/_cuda*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # A Python without ensurepip (Debian's, without python3-venv) has its pip put pip into the environment.

@@ -14,7 +14,7 @@ from benchmarks.records import DEVICE
 from benchmarks.test_resize import SIZES, pil_squares
 from benchmarks.test_tower import OPERATIONS, config, model, work
 from llava_fast import backend
-from llava_fast.model.vision import CLIP_MEAN, CLIP_STD
+from llava_fast.ops.patch_embed import CLIP_MEAN, CLIP_STD
 from llava_fast.ops.resize import preprocess
 
 

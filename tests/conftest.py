@@ -1,4 +1,4 @@
-"""What all tests share: no downloads, fixed seeds, and the `gpu` mark."""
+"""What all tests share: no downloads, fixed seeds, and the marks `gpu` and `slow`."""
 
 import os
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.seconds import slow_cases
 from tests.tiny import TEXT, VISION
 
 # Before anything imports Triton: without a GPU its kernels run in the interpreter, where a test asks for them.
@@ -20,7 +21,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow = slow_cases([item.nodeid for item in items])
+    for item in items:
+        if item.nodeid in slow:
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -21,7 +21,7 @@ LAYERS = [
     {"model"},
     {"checkpoint", "processor"},
     {"drop_in", "attention_interface"},
-    {"train", "chat", "convert", "benchmarks"},
+    {"train", "chat", "convert", "doctor", "benchmarks"},
     {"cli", "demo"},
 ]
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}

@@ -6,11 +6,10 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import safetensors.torch
 import torch
-from transformers import LlavaConfig
 
 from llava_fast.checkpoint.layouts import (
     EMBEDDINGS,
@@ -55,7 +54,7 @@ class SaveMixin(LlavaPreTrainedModel):
             ValueError: for another layout, or a model that the original code has no config for; nothing is written.
         """
         check_layout(layout, with_tower, mm_vision_tower)
-        config = cast(LlavaConfig, self.config)
+        config = self.config
         kwargs["save_original_format"] = False
         weights = self.state_dict() if state_dict is None else state_dict
         if config.tie_word_embeddings:

@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,14 +39,14 @@ from torch.nn import functional as F
 from llava_fast import LlavaConfig, LlavaForConditionalGeneration
 from llava_fast.demo import world
 from llava_fast.demo.world import Object, Scene
-from llava_fast.model.vision import CLIP_MEAN, CLIP_STD
+from llava_fast.ops.patch_embed import CLIP_MEAN, CLIP_STD
 from llava_fast.processor.templates import get_template
 
 WEIGHTS = Path(__file__).parent / "weights"
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 SLOT_WORDS = 3  # colour, shape, place
 
-VISION_CONFIG = {
+VISION_CONFIG: dict[str, Any] = {
     "model_type": "clip_vision_model",
     "hidden_size": 96,
     "intermediate_size": 384,
@@ -281,7 +282,7 @@ class TextWorld:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.ids = lru_cache(maxsize=None)(lambda text: tuple(tokenizer.encode(text, add_special_tokens=False).ids))
-        self.bos, self.eos = (tokenizer.token_to_id(token) for token in ("<s>", "</s>"))
+        self.bos, self.eos = (SPECIAL_TOKENS.index(token) for token in ("<s>", "</s>"))
         self.system = get_template("v1").system
 
     def captioning(self, rng: random.Random) -> TextSample:
@@ -369,7 +370,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(matrices, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # the stub wants an overload per closure
         for group in self.param_groups:
             by_shape: dict[tuple[int, int], list[nn.Parameter]] = {}
             for matrix in group["params"]:
@@ -382,6 +383,7 @@ class Muon(torch.optim.Optimizer):
                     matrix.add_(update, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
 
     def _momentum(self, matrix: nn.Parameter, momentum: float) -> torch.Tensor:
+        assert matrix.grad is not None
         average = self.state[matrix].setdefault("average", torch.zeros_like(matrix))
         average.lerp_(matrix.grad, 1 - momentum)
         return matrix.grad.lerp(average, momentum)

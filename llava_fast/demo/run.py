@@ -17,11 +17,13 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from llava_fast import LlavaForConditionalGeneration, LlavaProcessor
 from llava_fast.chat import conversation, load, stream
 from llava_fast.demo import world
-from llava_fast.demo.report import write_report
+from llava_fast.demo.report import Chat, Exam, write_report
 from llava_fast.demo.world import Question, Scene
 from llava_fast.train.recipe import load_recipe
+from llava_fast.train.trainer import TrainResult
 from llava_fast.train.trainer import run as train
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -41,16 +43,6 @@ class Size:
     overrides: tuple[str, ...] = ()  # key=value for both recipes
 
 
-@dataclass(frozen=True)
-class Exam:
-    """A question about a held-out picture, and what the model said with the picture and with a grey one."""
-
-    picture: Path
-    question: Question
-    answer: str
-    answer_blanked: str
-
-
 def run(out: Path, size: Size | None = None) -> dict[str, Any]:
     """Run the demo and leave pictures, data, models, `exam.json`, `summary.json` and `report.html` in `out`.
 
@@ -65,7 +57,7 @@ def run(out: Path, size: Size | None = None) -> dict[str, Any]:
     console.print("[bold]1/5[/bold] drawing pictures")
     _, exam_scenes = draw(out, size)
 
-    results = {}
+    results: dict[str, TrainResult] = {}
     console.print("[bold]2/5[/bold] stage 1: the projector learns to caption")
     results["stage 1"] = train_stage("stage 1", out, size)
     console.print("[bold]3/5[/bold] stage 2: LoRA learns to answer")
@@ -133,7 +125,7 @@ def _write_json(path: Path, value: Any) -> None:
 # --------------------------------------------------------------------------------------------------- training
 
 
-def train_stage(stage: str, out: Path, size: Size) -> dict[str, Any]:
+def train_stage(stage: str, out: Path, size: Size) -> TrainResult:
     """One stage by its recipe, through the trainer that everybody uses."""
     parts = {"vision_tower": WEIGHTS / "tower", "language_model": WEIGHTS / "text"}
     folders = {
@@ -154,7 +146,13 @@ def exam_questions(scenes: list[Scene]) -> list[tuple[int, Question]]:
     return [(i, question) for i, scene in enumerate(scenes) for question in world.one_of_each_kind(scene, rng)]
 
 
-def examine(model: Any, processor: Any, out: Path, scenes: list[Scene], batch_size: int = 64) -> list[Exam]:
+def examine(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    out: Path,
+    scenes: list[Scene],
+    batch_size: int = 64,
+) -> list[Exam]:
     """Ask everything twice, greedily and in batches: with the picture, and with a grey one."""
     questions = exam_questions(scenes)
     pictures = [out / "images" / f"exam-{i:05d}.png" for i, _ in questions]
@@ -179,7 +177,12 @@ def exam_row(exam: Exam) -> dict[str, str]:
 
 
 def answer(
-    model: Any, processor: Any, pictures: list[Path], questions: list[str], batch_size: int, title: str
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    pictures: list[Path],
+    questions: list[str],
+    batch_size: int,
+    title: str,
 ) -> list[str]:
     """Greedy answers to one question per picture."""
     answers: list[str] = []
@@ -198,8 +201,13 @@ def answer(
 
 
 def chat(
-    model: Any, processor: Any, out: Path, scenes: list[Scene], size: Size, console: Console
-) -> list[tuple[Path, list[tuple[str, str, str]]]]:
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    out: Path,
+    scenes: list[Scene],
+    size: Size,
+    console: Console,
+) -> list[Chat]:
     """Talk about a few exam pictures, streamed as `llava-fast chat` does: (picture, [(question, said, right)])."""
     rng = random.Random(15)
     chats = []
@@ -231,7 +239,7 @@ def accuracy(exams: list[Exam], *, blanked: bool = False) -> float:
     return sum(right) / len(right)
 
 
-def summarise(exams: list[Exam], results: dict[str, Any], scenes: int, seconds: float) -> dict[str, Any]:
+def summarise(exams: list[Exam], results: dict[str, TrainResult], scenes: int, seconds: float) -> dict[str, Any]:
     by_kind: dict[str, list[Exam]] = defaultdict(list)
     for exam in exams:
         by_kind[exam.question.kind].append(exam)

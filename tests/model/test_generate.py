@@ -85,7 +85,7 @@ def test_without_an_attention_mask(asked: SimpleNamespace, tiny: SimpleNamespace
 
 
 def test_uint8_pixels(asked: SimpleNamespace, tiny: SimpleNamespace) -> None:
-    from llava_fast.model.vision import CLIP_MEAN, CLIP_STD
+    from llava_fast.ops.patch_embed import CLIP_MEAN, CLIP_STD
 
     pixels = torch.randint(0, 256, (3, 12, 12, 3), dtype=torch.uint8)
     floats = ((pixels / 255 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)).permute(0, 3, 1, 2)

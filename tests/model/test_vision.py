@@ -15,8 +15,8 @@ from llava_fast.drop_in import LlavaForConditionalGeneration
 from llava_fast.model import graph as vision_graph
 from llava_fast.model.graph import SHAPES, VisionGraphs, capturable, wanted
 from llava_fast.model.llava import is_plain_lookup
-from llava_fast.model.vision import CLIP_MEAN, CLIP_STD
 from llava_fast.ops._launch import recorded
+from llava_fast.ops.patch_embed import CLIP_MEAN, CLIP_STD
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -367,3 +367,52 @@ def test_a_real_graph_gives_the_same_bits(tiny: SimpleNamespace, inference_mode:
             assert torch.equal(outputs.image_hidden_states, plain(**one).image_hidden_states)
     (replay,) = model.model._vision_graphs._replays.values()
     assert replay.__qualname__ == "capture_graph.<locals>.replay"
+
+
+# ---- feature layers and positions
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+@pytest.mark.parametrize("layer", [1, -1, 3])
+def test_feature_layer_and_strategy_as_arguments(tiny: SimpleNamespace, layer: int, strategy: str) -> None:
+    model, theirs = tiny.pair(tiny.config())
+    pixels = torch.randn(2, 3, 12, 12)
+    actual = model.get_image_features(pixels, layer, strategy)
+    expected = theirs.get_image_features(pixels, vision_feature_layer=layer, vision_feature_select_strategy=strategy)
+    tiny.assert_near(torch.stack(actual.pooler_output), torch.stack(expected.pooler_output))
+
+
+def test_only_the_layers_that_are_read_are_run(tiny: SimpleNamespace) -> None:
+    model = tiny.ours(tiny.config(vision_feature_layer=-3))
+    ran = []
+    for i, layer in enumerate(model.model.vision_tower.encoder.layers):
+        layer.register_forward_hook(lambda *_, i=i: ran.append(i))
+    model.get_image_features(torch.randn(1, 3, 12, 12))
+    assert ran == [0]
+
+
+def test_unused_tower_layers_are_frozen(tiny: SimpleNamespace) -> None:
+    model = tiny.ours(tiny.config(vision_feature_layer=-2))
+    tower = model.model.vision_tower
+    frozen = {name for name, parameter in tower.named_parameters() if not parameter.requires_grad}
+    unused = {name for name, _ in tower.named_parameters() if name.startswith(("encoder.layers.2.", "post_layernorm"))}
+    assert frozen == unused
+    whole = tiny.ours(tiny.config(vision_feature_layer=[0 - 4, -1])).model.vision_tower
+    assert {name for name, p in whole.named_parameters() if not p.requires_grad} == {
+        "post_layernorm.weight",
+        "post_layernorm.bias",
+    }
+
+
+@pytest.mark.parametrize("size", [(12, 12), (16, 16), (8, 20), (21, 14)])
+@pytest.mark.parametrize("as_uint8", [False, True])
+def test_interpolated_positions(tiny: SimpleNamespace, size: tuple[int, int], as_uint8: bool) -> None:
+    model, theirs = tiny.pair(tiny.config())
+    pixels = torch.randint(0, 256, (2, *size, 3), dtype=torch.uint8)
+    floats = ((pixels / 255 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)).permute(0, 3, 1, 2)
+    tokens = (size[0] // 4) * (size[1] // 4)
+    ids = torch.tensor([[5, *[tiny.IMAGE] * tokens, 6], [*[tiny.IMAGE] * tokens, 7, 8]])
+    actual = model(input_ids=ids, pixel_values=pixels if as_uint8 else floats, interpolate_pos_encoding=True)
+    encoded = theirs.get_image_features(floats, interpolate_pos_encoding=True)
+    expected = theirs(input_ids=ids, mm_encoder_outputs={"image": encoded})
+    tiny.assert_near(actual.logits, expected.logits)
