@@ -26,19 +26,22 @@ from llava_fast.errors import one_line
 from llava_fast.processor.processor import LlavaProcessor
 from llava_fast.processor.templates import IMAGE_MARK, Piece, Template, get_template
 from llava_fast.sequence import pack
-from llava_fast.train.encode import IGNORE, bos, check_spaces, encode
-from llava_fast.train.mixture import choose_rows
 from llava_fast.train.recipe import Source
 from llava_fast.train.rows import (
     ERRORS,
     EXAMPLES,
+    IGNORE,
     BadLine,
     ImageFolder,
     NoRows,
     Problem,
     Report,
     RowError,
+    bos,
+    check_spaces,
+    choose_rows,
     count_problems,
+    encode,
     encode_row,
     identity,
     parse_row,

@@ -20,10 +20,9 @@ from tqdm import tqdm
 
 from llava_fast.errors import one_line
 from llava_fast.train.data import LlavaDataset
-from llava_fast.train.encode import IGNORE
 from llava_fast.train.memory import Prediction, predict, read_config
 from llava_fast.train.recipe import Recipe
-from llava_fast.train.rows import ERRORS, NoRows, Problem, parse_row
+from llava_fast.train.rows import ERRORS, IGNORE, NoRows, Problem, parse_row
 from llava_fast.train.trainer import GroupedSampler, load_data, load_processor
 
 _SUPERVISION_SAMPLES = 1000  # samples that the share of supervised tokens is taken from

@@ -12,6 +12,7 @@ ignored. What does not fit is a ValueError of one line.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections import Counter
@@ -20,14 +21,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llava_fast.errors import one_line
-from llava_fast.train.recipe import RecipeError
+from llava_fast.processor.processor import LlavaProcessor
+from llava_fast.processor.templates import IMAGE_MARK, Piece
+from llava_fast.train.recipe import RecipeError, Source
 
 MAX_CHARACTERS = 1_000_000  # of all turns of a row; tokenising more only to cut it off takes minutes
 ERRORS = ("malformed", "image_count", "image_missing", "unreadable")  # what `on_error` and `max_errors` are about
 EXAMPLES = 3
+IGNORE = -100  # the label of a token that is not supervised
 
 _ROLES = ("human", "gpt")
+_logger = logging.getLogger(__name__)
 
 
 class RowError(RecipeError):
@@ -274,3 +281,107 @@ class ImageFolder:
 
     def forget_listings(self) -> None:
         self._listings.clear()
+
+
+# Which rows
+
+
+def choose_rows(sources: Sequence[Source], sizes: Sequence[int], seed: int) -> list[np.ndarray]:
+    """The rows each source gives, int64 [count] row numbers in the order of its file (`repeat`: pass by pass).
+
+    Args:
+        sizes: rows in each source's file.
+    Raises:
+        ValueError: for a source that is to give more rows than it has.
+    """
+    counts = _counts(sources, sizes)
+    return [
+        _choose(source.sampling, size, count, np.random.default_rng([seed, i]))
+        for i, (source, size, count) in enumerate(zip(sources, sizes, counts))
+    ]
+
+
+def _counts(sources: Sequence[Source], sizes: Sequence[int]) -> list[int]:
+    if sources[0].weight is not None:
+        total = sum(source.weight for source in sources)
+        wanted = [(size * total / source.weight, source) for source, size in zip(sources, sizes)]
+        once = [rows for rows, source in wanted if source.sampling != "repeat"]
+        rows = min(once) if once else max(rows for rows, _ in wanted)
+        return [math.floor(rows * source.weight / total + 1e-9) for source in sources]
+    counts = []
+    for source, size in zip(sources, sizes):
+        count = source.rows(size)
+        if source.sampling != "repeat" and count > size:
+            raise ValueError(
+                f"{source.path}: count {source.count} asks for {count} of {size} rows; sampling: repeat gives rows "
+                "more than once"
+            )
+        counts.append(count)
+    return counts
+
+
+def _choose(sampling: str, size: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    if sampling == "last":
+        return np.arange(size - count, size)
+    if sampling == "first":
+        return np.arange(count)
+    if size == 0:
+        return np.arange(0)
+    whole, rest = divmod(count, size)  # whole passes and, for `random` as for a last pass, some rows drawn
+    passes = [np.arange(size)] * whole + [np.sort(rng.choice(size, rest, replace=False))]
+    return np.concatenate(passes)
+
+
+# Tokens
+
+
+def encode(pieces: Sequence[Piece], processor: LlavaProcessor) -> tuple[list[int], list[int]]:
+    """Tokenise a training prompt: input ids with images expanded, and labels (−100 where not supervised).
+
+    Args:
+        pieces: from `Template.pieces`.
+    Raises:
+        ValueError: for a tokenizer without character offsets.
+    """
+    tokenizer = processor.tokenizer
+    text = "".join(piece for piece, _ in pieces)
+    supervised = np.repeat([flag for _, flag in pieces], [len(piece) for piece, _ in pieces])
+    n_before = np.concatenate([[0], np.cumsum(supervised)])  # supervised characters before each character
+    chunks = text.split(IMAGE_MARK)
+    encoded = tokenizer(chunks, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
+    ids = bos(tokenizer)
+    labels = [IGNORE] * len(ids)
+    image = [processor.image_token_id] * processor.num_image_tokens()
+    start = 0
+    for i, chunk in enumerate(chunks):
+        if i:
+            ids += image
+            labels += [IGNORE] * len(image)
+        tokens = encoded["input_ids"][i]
+        first, last = np.array(encoded["offset_mapping"][i], dtype=np.int64).reshape(-1, 2).T
+        # A token of no width, such as a lone leading space, goes with the character it stands before.
+        last = np.minimum(np.maximum(last, first + 1), len(chunk))
+        is_label = n_before[start + last] > n_before[start + first]
+        ids += tokens
+        labels += np.where(is_label, tokens, IGNORE).tolist()
+        start += len(chunk) + len(IMAGE_MARK)
+    return ids, labels
+
+
+def bos(tokenizer: Any) -> list[int]:
+    """What the tokenizer itself puts in front of a text: [BOS], or nothing."""
+    ids = tokenizer("")["input_ids"]
+    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
+
+
+def check_spaces(processor: LlavaProcessor) -> None:
+    """Warn where a prompt's tokens after an image will differ from the ones trained on."""
+    tokenizer, after = processor.tokenizer, "\nx"
+    trained = [processor.image_token_id, *tokenizer(after, add_special_tokens=False)["input_ids"]]
+    prompted = tokenizer(processor.image_token + after, add_special_tokens=False)["input_ids"]
+    if prompted != trained:
+        _logger.warning(
+            "this tokenizer puts a leading space at the start of a text only, so after %s a prompt lacks the space "
+            "token that LLaVA is trained with; loaded with legacy=True it has it",
+            processor.image_token,
+        )

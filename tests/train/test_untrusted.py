@@ -23,10 +23,9 @@ from llava_fast.processor.images import read_rgb
 from llava_fast.processor.templates import TEMPLATES, get_template
 from llava_fast.train import rows
 from llava_fast.train.data import LlavaDataset
-from llava_fast.train.encode import IGNORE
 from llava_fast.train.inspect import check_images
-from llava_fast.train.mixture import choose_rows
 from llava_fast.train.recipe import Source
+from llava_fast.train.rows import IGNORE, choose_rows
 
 SHARED = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture], "derandomize": True}
 
