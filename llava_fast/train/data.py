@@ -26,7 +26,7 @@ from llava_fast.errors import one_line
 from llava_fast.processor.processor import LlavaProcessor
 from llava_fast.processor.templates import IMAGE_MARK, Piece, Template, get_template
 from llava_fast.sequence import pack
-from llava_fast.train.recipe import Source
+from llava_fast.train.recipe import DataSource
 from llava_fast.train.rows import (
     ERRORS,
     EXAMPLES,
@@ -90,7 +90,7 @@ class LlavaDataset(Dataset):
         problems: every row that was left out, and why.
 
     Args:
-        data_path: a JSON list or JSONL file of `{"id", "image", "conversations"}`, or several as `Source`s, whose
+        data_path: a JSON list or JSONL file of `{"id", "image", "conversations"}`, or several as `DataSource`s, whose
             samples follow one another.
         image_folder: what `image` paths are relative to and cannot leave, for a source that names no folder of its
             own; None if no row has images.
@@ -111,7 +111,7 @@ class LlavaDataset(Dataset):
 
     def __init__(
         self,
-        data_path: str | os.PathLike | Sequence[Source],
+        data_path: str | os.PathLike | Sequence[DataSource],
         image_folder: str | os.PathLike | None,
         processor: LlavaProcessor,
         template: str | Template = "v1",
@@ -130,7 +130,7 @@ class LlavaDataset(Dataset):
         if on_error not in (None, "raise", "skip"):
             raise ValueError(f"on_error is 'raise', 'skip' or None, not {on_error!r}")
         is_path = isinstance(data_path, (str, os.PathLike))
-        sources = [Source(Path(data_path))] if is_path else list(data_path)
+        sources = [DataSource(Path(data_path))] if is_path else list(data_path)
         if not sources:
             raise ValueError("a mixture needs at least one data file")
         self.sources = [replace(source, image_folder=source.image_folder or image_folder) for source in sources]

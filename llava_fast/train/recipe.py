@@ -49,7 +49,7 @@ class Lora:
 
 
 @dataclass
-class Source:
+class DataSource:
     """One data file of a mixture; see `mixture.py` for what sampling and weights mean."""
 
     path: Path  # LLaVA's conversations, JSON list or JSONL
@@ -89,7 +89,7 @@ class Recipe:
     """
 
     stage: Literal["projector", "full", "lora"]  # what trains: LLaVA's stage 1, stage 2, stage 2 with LoRA
-    data: Path | list[Source]  # LLaVA's conversations, JSON list or JSONL; or a mixture of several files
+    data: Path | list[DataSource]  # LLaVA's conversations, JSON list or JSONL; or a mixture of several files
     output_dir: Path  # the trained model and its processor; checkpoint-N folders below it
     model: Path | None = None  # a LLaVA checkpoint folder, or else the next two
     vision_tower: Path | None = None  # a CLIP folder
@@ -173,16 +173,16 @@ class Recipe:
         self.accumulation(1)
 
     @staticmethod
-    def _check_mixture(sources: list[Source]) -> None:
+    def _check_mixture(sources: list[DataSource]) -> None:
         if not sources:
             raise RecipeError("data: a mixture needs at least one file")
         weighted = [source.weight is not None for source in sources]
         if any(weighted) and not all(weighted):
             raise RecipeError(f"data[{weighted.index(False)}].weight: give every source a weight, or none")
 
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[DataSource]:
         """The data files, each with the image folder that is meant."""
-        sources = self.data if isinstance(self.data, list) else [Source(self.data)]
+        sources = self.data if isinstance(self.data, list) else [DataSource(self.data)]
         return [
             replace(source, image_folder=source.image_folder or self.image_folder or source.path.parent)
             for source in sources

@@ -26,7 +26,7 @@ import numpy as np
 from llava_fast.errors import one_line
 from llava_fast.processor.processor import LlavaProcessor
 from llava_fast.processor.templates import IMAGE_MARK, Piece
-from llava_fast.train.recipe import RecipeError, Source
+from llava_fast.train.recipe import DataSource, RecipeError
 
 MAX_CHARACTERS = 1_000_000  # of all turns of a row; tokenising more only to cut it off takes minutes
 ERRORS = ("malformed", "image_count", "image_missing", "unreadable")  # what `on_error` and `max_errors` are about
@@ -286,7 +286,7 @@ class ImageFolder:
 # Which rows
 
 
-def choose_rows(sources: Sequence[Source], sizes: Sequence[int], seed: int) -> list[np.ndarray]:
+def choose_rows(sources: Sequence[DataSource], sizes: Sequence[int], seed: int) -> list[np.ndarray]:
     """The rows each source gives, int64 [count] row numbers in the order of its file (`repeat`: pass by pass).
 
     Args:
@@ -301,7 +301,7 @@ def choose_rows(sources: Sequence[Source], sizes: Sequence[int], seed: int) -> l
     ]
 
 
-def _counts(sources: Sequence[Source], sizes: Sequence[int]) -> list[int]:
+def _counts(sources: Sequence[DataSource], sizes: Sequence[int]) -> list[int]:
     if sources[0].weight is not None:
         total = sum(source.weight for source in sources)
         wanted = [(size * total / source.weight, source) for source, size in zip(sources, sizes)]

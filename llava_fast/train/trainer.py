@@ -28,7 +28,7 @@ from llava_fast.processor.processor import LlavaProcessor
 from llava_fast.processor.templates import get_template
 from llava_fast.train import checkpoints
 from llava_fast.train.data import LlavaDataset, PackedCollator
-from llava_fast.train.recipe import Recipe, RecipeError, Source
+from llava_fast.train.recipe import DataSource, Recipe, RecipeError
 from llava_fast.train.sampler import FilledUp, GroupedSampler
 
 logger = logging.getLogger(__name__)
@@ -179,7 +179,7 @@ def load_processor(recipe: Recipe) -> LlavaProcessor:
 def load_data(recipe: Recipe, processor: LlavaProcessor) -> tuple[LlavaDataset, LlavaDataset | None]:
     """Training samples, and validation samples where the recipe asks for them."""
 
-    def read(sources: list[Source]) -> LlavaDataset:
+    def read(sources: list[DataSource]) -> LlavaDataset:
         return LlavaDataset(
             sources,
             None,
@@ -198,7 +198,7 @@ def load_data(recipe: Recipe, processor: LlavaProcessor) -> tuple[LlavaDataset, 
         return train.split(recipe.validation, recipe.seed)
     if recipe.validation is None:
         return train, None
-    return train, read([Source(recipe.validation, image_folder=sources[0].image_folder)])
+    return train, read([DataSource(recipe.validation, image_folder=sources[0].image_folder)])
 
 
 def prepare_model(recipe: Recipe, processor: LlavaProcessor) -> nn.Module:

@@ -10,13 +10,13 @@ from torch.utils.data import DataLoader
 
 from llava_fast.train.__main__ import main
 from llava_fast.train.data import LlavaDataset
-from llava_fast.train.recipe import Recipe, RecipeError, Source, load_recipe
+from llava_fast.train.recipe import DataSource, Recipe, RecipeError, load_recipe
 from llava_fast.train.rows import choose_rows
 from llava_fast.train.trainer import GroupedSampler, load_data, load_processor, run
 
 
 def chosen(sizes: list[int], *sources: dict, seed: int = 0) -> list[list[int]]:
-    rows = choose_rows([Source("a.json", **source) for source in sources], sizes, seed)
+    rows = choose_rows([DataSource("a.json", **source) for source in sources], sizes, seed)
     return [numbers.tolist() for numbers in rows]
 
 
@@ -89,14 +89,14 @@ def write(path: Path, ids: range, image: bool, lines: bool = False) -> Path:
 
 
 @pytest.fixture
-def sources(folder) -> list[Source]:
+def sources(folder) -> list[DataSource]:
     """Five pictures in a list, three times; four of eight texts in lines."""
     pictures, texts = folder / "pictures.json", folder / "texts.jsonl"
     write(pictures, range(1, 6), image=True)
     write(texts, range(11, 19), image=False, lines=True)
     return [
-        Source(pictures, image_folder=folder, sampling="repeat", count="300%"),
-        Source(texts, sampling="random", count="50%"),
+        DataSource(pictures, image_folder=folder, sampling="repeat", count="300%"),
+        DataSource(texts, sampling="random", count="50%"),
     ]
 
 
@@ -123,8 +123,8 @@ def test_a_source_has_an_image_folder_of_its_own(sources, folder, processor, tmp
     elsewhere.mkdir()
     (folder / "1.png").rename(elsewhere / "1.png")
     write(folder / "more.json", range(1, 2), image=True)
-    more = Source(folder / "more.json", image_folder=elsewhere)
-    dataset = LlavaDataset([Source(sources[0].path), more], folder, processor)
+    more = DataSource(folder / "more.json", image_folder=elsewhere)
+    dataset = LlavaDataset([DataSource(sources[0].path), more], folder, processor)
     assert dataset.report.dropped == {"image_missing": 2}  # rows 1 and 5 of the first source
     assert dataset[len(dataset) - 1]["pixel_values"].shape == (1, 28, 28, 3)
     assert dataset.images(len(dataset) - 1) == [str(elsewhere / "1.png")]
@@ -266,7 +266,7 @@ def test_a_recipe_with_a_mixture(tmp_path):
 
 
 def test_image_folders_default_to_the_files_own(tmp_path):
-    recipe = Recipe(stage="full", model="m", output_dir="o", data=[{"path": "x/a.json"}, Source("y/b.json")])
+    recipe = Recipe(stage="full", model="m", output_dir="o", data=[{"path": "x/a.json"}, DataSource("y/b.json")])
     assert [source.image_folder for source in recipe.sources()] == [Path("x"), Path("y")]
     assert Recipe(stage="full", model="m", output_dir="o", data="z/c.json").sources()[0].image_folder == Path("z")
 
