@@ -22,7 +22,7 @@ from llava_fast.errors import one_line
 from llava_fast.train.data import LlavaDataset
 from llava_fast.train.memory import Prediction, predict, read_config
 from llava_fast.train.recipe import Recipe
-from llava_fast.train.rows import ERRORS, IGNORE, NoRows, Problem, parse_row
+from llava_fast.train.rows import ERRORS, IGNORE, NoRows, Problem, image_names
 from llava_fast.train.trainer import GroupedSampler, load_data, load_processor
 
 _SUPERVISION_SAMPLES = 1000  # samples that the share of supervised tokens is taken from
@@ -242,7 +242,7 @@ def _supervised_share(dataset: LlavaDataset) -> float:
 def _view(dataset: LlavaDataset, index: int) -> SampleView:
     ids, labels = dataset.tokens(index)
     names = dataset.processor.tokenizer.convert_ids_to_tokens(ids)
-    images, size = iter(parse_row(dataset.row(index))[1]), dataset.processor.num_image_tokens()
+    images, size = iter(image_names(dataset.row(index))), dataset.processor.num_image_tokens()
     runs: list[tuple[str, list[str]]] = []
     at = 0
     while at < len(ids):

@@ -1,4 +1,4 @@
-"""Rows of LLaVA's data files: read, checked and named. Nothing in them is trusted.
+"""From a data file to tokens: which rows a run takes, how one is read and checked, and how its prompt is tokenised.
 
 A data file is a JSON list, or JSONL: one object a line. A row is
 
@@ -6,7 +6,25 @@ A data file is a JSON list, or JSONL: one object a line. A row is
                                                     {"from": "gpt", "value": "A cat."}]}
 
 where `image` may be a list of names or missing, and a leading turn that is not human's is dropped. Other keys are
-ignored. What does not fit is a ValueError of one line.
+ignored. Nothing in a file is trusted: what does not fit is a ValueError of one line.
+
+Which rows of which file (`choose_rows`) follows from the sources, their sizes and the seed alone:
+
+    data:
+      - {path: instruct.json, image_folder: coco}                 # all of it, once
+      - {path: vqa.jsonl, sampling: random, count: 10000}         # 10,000 rows drawn without repetition
+      - {path: captions.json, sampling: first, count: 10%}        # the first tenth
+      - {path: ours.json, sampling: repeat, count: 300%}          # three times over
+
+As in LLaVA-NeXT counts are of rows in the file, before any are left out, and a percentage is rounded up. Unlike there
+the draw follows the recipe's seed and the order of the file is kept: the sampler shuffles anyway. With `weight` instead
+of `count` the sources' numbers of rows are in the proportions of their weights. Only `repeat` gives a row twice, so the
+mixture is as large as the sources without it allow; if all repeat, as large as it takes to see every row.
+
+Token ids are those of the original code: a prompt is cut at its `<image>` marks, every chunk is tokenised on its own
+(so each has a SentencePiece vocabulary's leading space), one BOS is kept and every mark becomes its image tokens.
+Labels are not the original's arithmetic on token counts, which gives up when they disagree: a token is
+supervised if any of its characters is, by the tokenizer's own character offsets.
 """
 
 from __future__ import annotations
@@ -15,13 +33,16 @@ import json
 import logging
 import math
 import os
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Encoding
 
 from llava_fast.errors import one_line
 from llava_fast.processor.processor import LlavaProcessor
@@ -193,12 +214,10 @@ def _finite(text: str) -> float:
 _DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite)
 
 
-def encode_row(content: dict[str, Any]) -> bytes:
-    """A row as bytes, which worker processes share; `json.loads` of it decoded with "surrogatepass" gives it back."""
-    try:
-        return json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+def encode_name(row: dict[str, Any]) -> bytes:
+    """A row's `id`, if it is one, and `image`, as JSON: all that is needed of it besides its tokens."""
+    keys = ["id"] * isinstance(row.get("id"), (str, int)) + ["image"] * ("image" in row)
+    return json.dumps({key: row[key] for key in keys}).encode()
 
 
 def identity(content: Any) -> str:
@@ -229,13 +248,20 @@ def parse_row(row: Any) -> tuple[list[str], list[str]]:
     if characters > MAX_CHARACTERS:
         raise ValueError(f"{characters} characters of text are more than the limit of {MAX_CHARACTERS}")
     for i, text in enumerate(texts):
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"turn {i} is no Unicode text: half of a surrogate pair")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"turn {i} is no Unicode text: half of a surrogate pair") from None
+    return texts, image_names(row)
+
+
+def image_names(row: dict[str, Any]) -> list[str]:
+    """A row's images; ValueError for what is no name."""
     images = row.get("image") or []
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise ValueError("'image' must be a file name or a list of them")
-    return texts, images
+    return images
 
 
 class ImageFolder:
@@ -302,12 +328,13 @@ def choose_rows(sources: Sequence[DataSource], sizes: Sequence[int], seed: int) 
 
 
 def _counts(sources: Sequence[DataSource], sizes: Sequence[int]) -> list[int]:
-    if sources[0].weight is not None:
-        total = sum(source.weight for source in sources)
-        wanted = [(size * total / source.weight, source) for source, size in zip(sources, sizes)]
+    weights = [source.weight for source in sources if source.weight is not None]  # of all sources, or of none
+    if weights:
+        total = sum(weights)
+        wanted = [(size * total / weight, source) for size, weight, source in zip(sizes, weights, sources)]
         once = [rows for rows, source in wanted if source.sampling != "repeat"]
         rows = min(once) if once else max(rows for rows, _ in wanted)
-        return [math.floor(rows * source.weight / total + 1e-9) for source in sources]
+        return [math.floor(rows * weight / total + 1e-9) for weight in weights]
     counts = []
     for source, size in zip(sources, sizes):
         count = source.rows(size)
@@ -335,37 +362,64 @@ def _choose(sampling: str, size: int, count: int, rng: np.random.Generator) -> n
 # Tokens
 
 
-def encode(pieces: Sequence[Piece], processor: LlavaProcessor) -> tuple[list[int], list[int]]:
-    """Tokenise a training prompt: input ids with images expanded, and labels (−100 where not supervised).
+def tokenise(prompts: Sequence[Sequence[Piece]], processor: LlavaProcessor) -> list[np.ndarray]:
+    """Tokenise training prompts, all in one call, which a fast tokenizer spreads over the cores.
 
     Args:
-        pieces: from `Template.pieces`.
-    Raises:
-        ValueError: for a tokenizer without character offsets.
+        prompts: each from `Template.pieces`.
+    Returns:
+        For each prompt its token ids, int64 [n]: a token that is not supervised is `~id`, which is below zero, and an
+        `<image>` mark is one image token. `expand` makes input ids and labels of them.
     """
-    tokenizer = processor.tokenizer
-    text = "".join(piece for piece, _ in pieces)
-    supervised = np.repeat([flag for _, flag in pieces], [len(piece) for piece, _ in pieces])
-    n_before = np.concatenate([[0], np.cumsum(supervised)])  # supervised characters before each character
-    chunks = text.split(IMAGE_MARK)
-    encoded = tokenizer(chunks, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
-    ids = bos(tokenizer)
-    labels = [IGNORE] * len(ids)
-    image = [processor.image_token_id] * processor.num_image_tokens()
-    start = 0
-    for i, chunk in enumerate(chunks):
-        if i:
-            ids += image
-            labels += [IGNORE] * len(image)
-        tokens = encoded["input_ids"][i]
-        first, last = np.array(encoded["offset_mapping"][i], dtype=np.int64).reshape(-1, 2).T
+    if not prompts:
+        return []
+    texts = ["".join(text for text, _ in pieces).split(IMAGE_MARK) for pieces in prompts]
+    chunks = [chunk for text in texts for chunk in text]
+    encoded = processor.tokenizer(
+        chunks, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
+    )
+    encodings = zip(encoded["input_ids"], encoded.encodings)
+    first = ~np.array(bos(processor.tokenizer), dtype=np.int64)
+    image = ~np.array([processor.image_token_id], dtype=np.int64)
+    tokenised = []
+    for pieces, text in zip(prompts, texts):
+        ends = list(accumulate(len(piece) for piece, _ in pieces))
+        answers = [(end - len(piece), end) for (piece, supervised), end in zip(pieces, ends) if supervised and piece]
+        parts: list[np.ndarray] = []
+        at = 0
+        for chunk, (listed, encoding) in zip(text, encodings):
+            ids = np.array(listed, dtype=np.int64)
+            tokens = ~ids
+            for start, end in answers:
+                if at < end and start < at + len(chunk):
+                    answer = _tokens_of(encoding, start - at, min(end - at, len(chunk)))
+                    tokens[answer] = ids[answer]
+            parts += [image if parts else first, tokens]
+            at += len(chunk) + len(IMAGE_MARK)
+        tokenised.append(np.concatenate(parts))
+    return tokenised
+
+
+def _tokens_of(encoding: Encoding, start: int, end: int) -> slice:
+    """The tokens that have any of the characters from `start` to `end`, by binary search: offsets never decrease."""
+
+    def first(token: int) -> int:
+        return (encoding.token_to_chars(token) or (0, 0))[0]  # None is for special tokens, and none are added
+
+    def last(token: int) -> int:
         # A token of no width, such as a lone leading space, goes with the character it stands before.
-        last = np.minimum(np.maximum(last, first + 1), len(chunk))
-        is_label = n_before[start + last] > n_before[start + first]
-        ids += tokens
-        labels += np.where(is_label, tokens, IGNORE).tolist()
-        start += len(chunk) + len(IMAGE_MARK)
-    return ids, labels
+        at, stop = encoding.token_to_chars(token) or (0, 0)
+        return max(at + 1, stop)
+
+    tokens = range(len(encoding))
+    return slice(bisect_right(tokens, start, key=last), bisect_left(tokens, end, key=first))
+
+
+def expand(tokens: np.ndarray, image_token_id: int, n_image_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Input ids and labels (−100 where not supervised), int64, of a prompt from `tokenise`; images in full."""
+    tokens = tokens.astype(np.int64)
+    tokens = np.repeat(tokens, np.where(tokens == ~image_token_id, n_image_tokens, 1))
+    return np.where(tokens < 0, ~tokens, tokens), np.where(tokens < 0, IGNORE, tokens)
 
 
 def bos(tokenizer: Any) -> list[int]:
