@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from llava_fast.checkpoint.weights import sync_entry
-from llava_fast.train.recipe import Recipe, RecipeError
+from llava_fast.train.recipe import Recipe, RecipeError, checkpoints_by_step
 
 UNFINISHED = ".unfinished"
 MANIFEST = "complete.json"
@@ -96,7 +96,7 @@ def publish_model(source: Path, target: Path) -> None:
 
 def rotate(output_dir: Path, step: int, limit: int | None) -> None:
     """Keep `limit` checkpoints, always that of `step`: first go those of an abandoned future, then the oldest."""
-    found = sorted(by_step(output_dir).items(), key=lambda item: (item[0] <= step, item[0]))
+    found = sorted(checkpoints_by_step(output_dir).items(), key=lambda item: (item[0] <= step, item[0]))
     for _, folder in found[: -limit if limit else 0]:
         _discard(folder)
 
@@ -135,12 +135,6 @@ def reading(folder: str | Path) -> Iterator[None]:
         raise RecipeError(f"resume: {folder} cannot be read: {type(error).__name__}: {reason}") from error
 
 
-def by_step(output_dir: Path) -> dict[int, Path]:
-    """The `checkpoint-N` folders, by N."""
-    names = {path: path.name.removeprefix("checkpoint-") for path in output_dir.glob("checkpoint-*") if path.is_dir()}
-    return {int(step): path for path, step in names.items() if step.isdigit()}
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose files are all there, in full.
 
@@ -169,7 +163,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _instead(folder: Path) -> str:
     """Advice to go on from the checkpoint before `folder`."""
-    earlier = [path for _, path in sorted(by_step(folder.parent).items()) if path != folder]
+    earlier = [path for _, path in sorted(checkpoints_by_step(folder.parent).items()) if path != folder]
     return f"; to go on from another one, set resume={earlier[-1]}" if earlier else ""
 
 
