@@ -8,7 +8,6 @@ Relative paths in a recipe file are relative to that file; on the command line a
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -39,6 +38,7 @@ from llava_fast.train.values import (
 
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 _SHARE = rule("a share must be in (0, 1)", lambda value: 0 < value < 1)
+_ROWS = rule("must be positive", lambda value: 0 < value < 2**40)
 _WEIGHT = rule("must be from 1e-6 to 1e6", lambda value: 1e-6 <= value <= 1e6)
 
 
@@ -65,27 +65,19 @@ class DataSource:
     path: PathLike  # LLaVA's conversations, JSON list or JSONL
     image_folder: PathLike | None = None  # default: the recipe's image_folder, or else the folder of `path`
     sampling: Literal["first", "last", "random", "repeat"] = "first"
-    count: Whole | Text | None = None  # rows, or a percentage of the file such as 10%; default: all of them
+    count: Annotated[Whole, _ROWS] | Text | None = None  # rows, or such as 10% of the file; default: all
     weight: Annotated[Number, _WEIGHT] | None = None  # instead of count: this source's proportion in the mixture
 
     def __post_init__(self) -> None:
         convert_fields(self)
         if isinstance(self.count, str) and not re.fullmatch(r"\d{1,9}(\.\d{1,9})?%", self.count):
             raise RecipeError(f"count: expected a number of rows or a percentage such as 10%, got {show(self.count)}")
-        if not 0 < self.rows(10**9) < 2**40:
+        if isinstance(self.count, str) and not 0 < Fraction(self.count[:-1]) < 2**20:
             raise RecipeError(f"count: must be positive, got {self.count}")
         if self.count is not None and self.weight is not None:
             raise RecipeError("weight: give either count or weight, not both")
         if self.sampling == "repeat" and self.count is None and self.weight is None:
             raise RecipeError("sampling: repeat needs a count, such as 300%, or a weight")
-
-    def rows(self, size: int) -> int:
-        """The rows to take of a file of `size` rows; a percentage is rounded up."""
-        if self.count is None:
-            return size
-        if isinstance(self.count, int):
-            return self.count
-        return math.ceil(size * Fraction(self.count[:-1]) / 100)
 
 
 @dataclass
@@ -171,6 +163,12 @@ class Recipe:
             replace(source, image_folder=source.image_folder or self.image_folder or source.path.parent)
             for source in sources
         ]
+
+    @property
+    def assembled_from(self) -> tuple[Path, Path]:
+        """The folders of the vision tower and the language model, in a recipe without `model`."""
+        assert self.vision_tower is not None and self.language_model is not None  # or it would have been refused
+        return self.vision_tower, self.language_model
 
     def accumulation(self, world_size: int) -> int:
         """Forward passes per optimiser step: global_batch_size / (per_device_batch_size · world_size)."""

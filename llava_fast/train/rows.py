@@ -37,6 +37,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -337,7 +338,7 @@ def _counts(sources: Sequence[DataSource], sizes: Sequence[int]) -> list[int]:
         return [math.floor(rows * weight / total + 1e-9) for weight in weights]
     counts = []
     for source, size in zip(sources, sizes):
-        count = source.rows(size)
+        count = _count(source.count, size)
         if source.sampling != "repeat" and count > size:
             raise ValueError(
                 f"{source.path}: count {source.count} asks for {count} of {size} rows; sampling: repeat gives rows "
@@ -345,6 +346,13 @@ def _counts(sources: Sequence[DataSource], sizes: Sequence[int]) -> list[int]:
             )
         counts.append(count)
     return counts
+
+
+def _count(count: int | str | None, size: int) -> int:
+    """The rows to take of a file of `size` rows; a percentage is rounded up."""
+    if isinstance(count, str):
+        return math.ceil(size * Fraction(count.removesuffix("%")) / 100)
+    return size if count is None else count
 
 
 def _choose(sampling: str, size: int, count: int, rng: np.random.Generator) -> np.ndarray:
