@@ -63,15 +63,6 @@ class _LeftOut(Exception):
         self.words = words
 
 
-class _Candidate(NamedTuple):
-    """A row that breaks no rule of the format, before it is tokenised."""
-
-    row: int  # in its file
-    content: dict[str, Any]
-    pieces: list[Piece]
-    n_images: int
-
-
 class _Kept(NamedTuple):
     """A row that can be used."""
 
@@ -228,19 +219,19 @@ class LlavaDataset(Dataset):
 
     def _scan(self, source: int, rows: list[Any], numbers: np.ndarray) -> Iterator[_Kept]:
         """Check and tokenise rows of a source; gives those that can be used."""
-        batch: list[_Candidate] = []
+        batch: list[tuple[int, list[Piece]]] = []
         for row in tqdm(numbers.tolist(), f"Reading {self.sources[source].path.name}", unit=" rows", delay=5):
             try:
-                batch.append(self._check(source, row, rows[row]))
+                batch.append((row, self._prompt(source, rows[row])))
             except _LeftOut as left_out:
                 self._reject(source, row, rows[row], left_out)
             if len(batch) == _SCAN_ROWS:
-                yield from self._tokenise(source, batch)
+                yield from self._tokenise(source, rows, batch)
                 batch = []
-        yield from self._tokenise(source, batch)
+        yield from self._tokenise(source, rows, batch)
 
-    def _check(self, source: int, row: int, content: Any) -> _Candidate:
-        """A row's images and prompt."""
+    def _prompt(self, source: int, content: Any) -> list[Piece]:
+        """The prompt of a row that keeps to the format and whose images are there."""
         folder, tokenizer = self._folders[source], self.processor.tokenizer
         try:
             turns, images = parse_row(content)
@@ -258,20 +249,20 @@ class LlavaDataset(Dataset):
             raise _LeftOut("image_missing", f"no image file {one_line(missing[0])}")
         if not any(text for text, supervised in pieces if supervised):
             raise _LeftOut("fully_masked", "no answer")
-        return _Candidate(row, content, pieces, len(images))
+        return pieces
 
-    def _tokenise(self, source: int, batch: list[_Candidate]) -> Iterator[_Kept]:
-        """The rows' tokens as they are trained on."""
-        for candidate, tokens in zip(batch, tokenise([row.pieces for row in batch], self.processor)):
-            row, content, _, n_images = candidate
+    def _tokenise(self, source: int, rows: list[Any], batch: list[tuple[int, list[Piece]]]) -> Iterator[_Kept]:
+        """Rows with their tokens as they are trained on."""
+        for (row, _), tokens in zip(batch, tokenise([pieces for _, pieces in batch], self.processor)):
+            n_images = len(image_names(rows[row]))
             n_expanded = len(tokens) + n_images * (self._n_image_tokens - 1)
             try:
-                tokens = self._shortened(tokens, n_images, n_expanded)
+                tokens = self._shortened(tokens, n_images, n_expanded).astype(self._dtype)
             except _LeftOut as left_out:
-                self._reject(source, row, content, left_out)
+                self._reject(source, row, rows[row], left_out)
                 continue
-            name, length = encode_name(content), min(n_expanded, self.max_length)
-            yield _Kept(source, row, name, tokens.astype(self._dtype), length, n_images, length < n_expanded)
+            length = min(n_expanded, self.max_length)
+            yield _Kept(source, row, encode_name(rows[row]), tokens, length, n_images, length < n_expanded)
 
     def _shortened(self, tokens: np.ndarray, n_images: int, n_expanded: int) -> np.ndarray:
         """A row's tokens, cut at max_length, which must leave all of its images and some of an answer."""

@@ -8,18 +8,9 @@ A data file is a JSON list, or JSONL: one object a line. A row is
 where `image` may be a list of names or missing, and a leading turn that is not human's is dropped. Other keys are
 ignored. Nothing in a file is trusted: what does not fit is a ValueError of one line.
 
-Which rows of which file (`choose_rows`) follows from the sources, their sizes and the seed alone:
-
-    data:
-      - {path: instruct.json, image_folder: coco}                 # all of it, once
-      - {path: vqa.jsonl, sampling: random, count: 10000}         # 10,000 rows drawn without repetition
-      - {path: captions.json, sampling: first, count: 10%}        # the first tenth
-      - {path: ours.json, sampling: repeat, count: 300%}          # three times over
-
-As in LLaVA-NeXT counts are of rows in the file, before any are left out, and a percentage is rounded up. Unlike there
-the draw follows the recipe's seed and the order of the file is kept: the sampler shuffles anyway. With `weight` instead
-of `count` the sources' numbers of rows are in the proportions of their weights. Only `repeat` gives a row twice, so the
-mixture is as large as the sources without it allow; if all repeat, as large as it takes to see every row.
+Which rows are taken follows from the sources, their sizes and the seed alone; docs/data.md says how. As in LLaVA-NeXT
+counts are of rows in the file, before any are left out, and a percentage is rounded up. Unlike there the draw follows
+the recipe's seed and keeps the order of the file: the sampler shuffles anyway.
 
 Token ids are those of the original code: a prompt is cut at its `<image>` marks, every chunk is tokenised on its own
 (so each has a SentencePiece vocabulary's leading space), one BOS is kept and every mark becomes its image tokens.

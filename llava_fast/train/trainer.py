@@ -267,12 +267,7 @@ class LlavaTrainer(Trainer):
         self.progress = progress
         self.vision_tower = base.model.vision_tower
         self.sampler = GroupedSampler(
-            self.samples,
-            recipe.group_by,
-            recipe.per_device_batch_size,
-            recipe.global_batch_size,
-            recipe.seed,
-            n_filler,
+            self.samples, recipe.group_by, recipe.per_device_batch_size, recipe.global_batch_size, recipe.seed, n_filler
         )
         self._n_tokens = 0
         self._eval_sums = torch.zeros(2)

@@ -91,32 +91,32 @@ def load(cls: type[T], path: Path, overrides: Iterable[str]) -> T:
     """
     with _blaming(path):
         try:
-            read = _read_yaml(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise RecipeError(error.strerror or str(error)) from error
-        except UnicodeError as error:
+        except ValueError as error:  # no text, or no path
             raise RecipeError(f"not YAML: {error}") from error
+        read = _read_yaml(text)
         if not isinstance(read, dict):
             raise RecipeError("a recipe is a mapping of keys to values")
         values = {key: _convert(cls, key, value, base=path.parent) for key, value in read.items()}
+    nested: dict[str, Any] = {
+        key: member for key, hint in _hints(cls).items() for member in _members(hint) if is_dataclass(member)
+    }
     with _blaming("command line"):
         for override in overrides:
             key, equals, text = override.partition("=")
             outer, dot, inner = key.partition(".")
             if not equals:
                 raise RecipeError(f"{override!r} is not key=value")
-            nested = [name for name, hint in _hints(cls).items() if any(map(is_dataclass, _members(hint)))]
-            if not dot:
-                values[key] = _convert(cls, key, _typed_in(cls, key, text), base=Path.cwd())
+            if not dot or outer not in _hints(cls):
+                values[outer] = _convert(cls, outer, _typed_in(cls, outer, text), base=Path.cwd())
             elif outer in nested:
-                inner_cls = _nested(_hints(cls)[outer])
-                value = _convert(inner_cls, inner, _typed_in(inner_cls, inner, text), f"{outer}.")
-                values[outer] = replace(values.get(outer) or inner_cls(), **{inner: value})
-            elif outer in _hints(cls):
+                value = _convert(nested[outer], inner, _typed_in(nested[outer], inner, text), f"{outer}.")
+                values[outer] = replace(values.get(outer) or nested[outer](), **{inner: value})
+            else:
                 only = f"only {', '.join(nested)} has keys of its own"
                 raise RecipeError(f"{key}: {outer} is set as a whole, {outer}=…; {only}")
-            else:
-                raise RecipeError(_unknown(outer, cls))
     with _blaming(path):
         missing = [name for name in _hints(cls) if not hasattr(cls, name) and name not in values]  # no default either
         if missing:
@@ -146,7 +146,7 @@ def _typed_in(cls: type, key: str, text: str) -> Any:
     try:
         value = _read_yaml(text)
         if key in _hints(cls):
-            _adapter(cls, key).validate_python(value)
+            _ADAPTERS[cls, key].validate_python(value)
     except RecipeError:
         return text
     except ValidationError as error:
@@ -170,22 +170,18 @@ def _convert(cls: type, key: Any, value: Any, prefix: str = "", base: Path | Non
     if key not in _hints(cls):
         raise RecipeError(_unknown(f"{prefix}{key}", cls))
     try:
-        return _adapter(cls, key).validate_python(value, context=base)
+        return _ADAPTERS[cls, key].validate_python(value, context=base)
     except ValidationError as error:
         raise _in_our_words(f"{prefix}{key}", _hints(cls)[key], error) from None
 
 
 def _hints(cls: type) -> dict[str, Any]:
-    """The fields' types, without what pydantic is told beside them."""
+    """The fields' types; makes pydantic's validators of them the first time."""
     if cls not in _HINTS:
         _HINTS[cls] = get_type_hints(cls)
+        for key, hint in get_type_hints(cls, include_extras=True).items():
+            _ADAPTERS[cls, key] = TypeAdapter(hint)
     return _HINTS[cls]
-
-
-def _adapter(cls: type, key: str) -> TypeAdapter[Any]:
-    if (cls, key) not in _ADAPTERS:
-        _ADAPTERS[cls, key] = TypeAdapter(get_type_hints(cls, include_extras=True)[key])
-    return _ADAPTERS[cls, key]
 
 
 def _in_our_words(key: str, hint: Any, error: ValidationError) -> RecipeError:
