@@ -131,13 +131,6 @@ class Report:
             elif name != "examples":
                 yield name, value
 
-    def __str__(self) -> str:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
-        return (
-            f"{self.samples} samples ({self.with_images} with images) of {self.rows} rows; "
-            f"dropped: {reasons or 'none'}; truncated: {self.truncated}; unreadable: {self.unreadable}"
-        )
-
 
 def count_problems(problems: Sequence[Problem]) -> tuple[dict[str, int], dict[str, list[str]]]:
     """How many problems there are of each reason, and the first few in words."""
