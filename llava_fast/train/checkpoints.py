@@ -145,9 +145,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         files = manifest["files"].items()
-        for part, keys in (("made_from", MADE_FROM), ("progress", PROGRESS)):
-            if manifest[part].keys() != keys:
-                raise ValueError(f"{part} has not {', '.join(sorted(keys))}")
+        for section, keys in (("made_from", MADE_FROM), ("progress", PROGRESS)):
+            if manifest[section].keys() != keys:
+                raise ValueError(f"{section} has not {', '.join(sorted(keys))}")
     except FileNotFoundError:
         raise RecipeError(f"resume: {folder} is not a complete checkpoint (no {MANIFEST})") from None
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:

@@ -365,12 +365,12 @@ class LlavaDataset(Dataset):
         return self._subset(~mask), self._subset(mask)
 
     def _subset(self, mask: np.ndarray) -> LlavaDataset:
-        part = copy(self)
-        part._rows = self._rows[mask]
-        part.lengths = [self.lengths[i] for i in np.flatnonzero(mask)]
-        part.n_images = [self.n_images[i] for i in np.flatnonzero(mask)]
-        part._cache = None if self._cache is None else {}
-        return part
+        subset = copy(self)
+        subset._rows = self._rows[mask]
+        subset.lengths = [self.lengths[i] for i in np.flatnonzero(mask)]
+        subset.n_images = [self.n_images[i] for i in np.flatnonzero(mask)]
+        subset._cache = None if self._cache is None else {}
+        return subset
 
     # Samples
 

@@ -78,10 +78,10 @@ def count_parameters(config: LlavaConfig, lora_rank: int = 0) -> Parameters:
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     tower, projector, total = (
-        sum(parameter.numel() for parameter in part.parameters())
-        for part in (model.model.vision_tower, model.model.multi_modal_projector, model)
+        sum(parameter.numel() for parameter in module.parameters())
+        for module in (model.model.vision_tower, model.model.multi_modal_projector, model)
     )
-    linears = [part for part in model.model.language_model.modules() if isinstance(part, nn.Linear)]
+    linears = [module for module in model.model.language_model.modules() if isinstance(module, nn.Linear)]
     return Parameters(
         tower=tower,
         projector=projector,

@@ -377,7 +377,7 @@ def tokenise(prompts: Sequence[Sequence[Piece]], processor: LlavaProcessor) -> l
     for pieces, text in zip(prompts, texts):
         ends = list(accumulate(len(piece) for piece, _ in pieces))
         answers = [(end - len(piece), end) for (piece, supervised), end in zip(pieces, ends) if supervised and piece]
-        parts: list[np.ndarray] = []
+        arrays: list[np.ndarray] = []
         at = 0
         for chunk, (listed, encoding) in zip(text, encodings):
             ids = np.array(listed, dtype=np.int64)
@@ -386,9 +386,9 @@ def tokenise(prompts: Sequence[Sequence[Piece]], processor: LlavaProcessor) -> l
                 if at < end and start < at + len(chunk):
                     answer = _tokens_of(encoding, start - at, min(end - at, len(chunk)))
                     tokens[answer] = ids[answer]
-            parts += [image if parts else first, tokens]
+            arrays += [image if arrays else first, tokens]
             at += len(chunk) + len(IMAGE_MARK)
-        tokenised.append(np.concatenate(parts))
+        tokenised.append(np.concatenate(arrays))
     return tokenised
 
 
