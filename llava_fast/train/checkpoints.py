@@ -1,7 +1,7 @@
 """Checkpoints that are there in full or not at all, and what a run may continue from.
 
-Everything is written in `output_dir/.unfinished`, forced to the disk and then renamed to its place; what is deleted is
-first renamed to there. So a `checkpoint-N` is whole whenever the process is killed, the disk is full or the power
+Everything is written in `output_dir/.unfinished`, fsynced and then renamed to its place; what is deleted is first
+renamed into `.unfinished`. So a `checkpoint-N` is whole whenever the process is killed, the disk is full or the power
 fails, and the last one stays until the next is in its place. `complete.json`, written last, lists the files of a
 checkpoint with their sizes, and what it was made from.
 """
@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from llava_fast.checkpoint.weights import sync_entry
-from llava_fast.train.recipe import Recipe, RecipeError
+from llava_fast.train.recipe import Recipe, RecipeError, checkpoints_by_step
 
 UNFINISHED = ".unfinished"
 MANIFEST = "complete.json"
@@ -47,7 +47,7 @@ class CheckpointError(RuntimeError):
 
 @contextmanager
 def writing(target: Path, unfinished: Path) -> Iterator[None]:
-    """Turn what the disk refuses into one line that names `target`, and remove what is in `unfinished` until then.
+    """Turn an error of writing into one line that names `target`, and remove what has been written in `unfinished`.
 
     Raises:
         CheckpointError: the checkpoints that were there are there.
@@ -69,7 +69,7 @@ def clean(output_dir: Path) -> None:
 
 
 def seal(folder: Path, made_from: dict[str, Any], progress: dict[str, Any]) -> None:
-    """Declare the checkpoint in `folder` complete; the disk has confirmed all of it on return."""
+    """Declare the checkpoint in `folder` complete; all of it has been through fsync on return."""
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
     manifest = {"files": files, "made_from": made_from, "progress": progress}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -77,7 +77,7 @@ def seal(folder: Path, made_from: dict[str, Any], progress: dict[str, Any]) -> N
 
 
 def publish(source: Path, target: Path) -> None:
-    """Move what is whole and on disk to its place. What was there is replaced; a folder is gone for a moment."""
+    """Rename what is whole and fsynced to its place. A file there is replaced, a folder moved out of the way first."""
     if target.is_dir():
         _discard(target)
     os.replace(source, target)
@@ -95,8 +95,8 @@ def publish_model(source: Path, target: Path) -> None:
 
 
 def rotate(output_dir: Path, step: int, limit: int | None) -> None:
-    """Keep `limit` checkpoints, always that of `step`: first go those of an abandoned future, then the oldest."""
-    found = sorted(by_step(output_dir).items(), key=lambda item: (item[0] <= step, item[0]))
+    """Keep `limit` checkpoints, always that of `step`. Later ones, of an earlier run, go first, then the oldest."""
+    found = sorted(checkpoints_by_step(output_dir).items(), key=lambda item: (item[0] <= step, item[0]))
     for _, folder in found[: -limit if limit else 0]:
         _discard(folder)
 
@@ -113,7 +113,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def sync(folder: Path) -> None:
-    """Have the disk confirm everything below `folder`, and `folder` itself."""
+    """fsync everything below `folder`, and `folder` itself."""
     for path in [*folder.rglob("*"), folder]:
         sync_entry(path)
 
@@ -122,8 +122,8 @@ def sync(folder: Path) -> None:
 
 
 @contextmanager
-def reading(folder: str | Path) -> Iterator[None]:
-    """Turn contents that cannot be used into one line.
+def reading(folder: str | Path | None) -> Iterator[None]:
+    """Turn the contents of a checkpoint that cannot be used into one line; without a checkpoint nothing is read.
 
     Raises:
         RecipeError: naming the checkpoint.
@@ -133,12 +133,6 @@ def reading(folder: str | Path) -> Iterator[None]:
     except (OSError, EOFError, ValueError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise RecipeError(f"resume: {folder} cannot be read: {type(error).__name__}: {reason}") from error
-
-
-def by_step(output_dir: Path) -> dict[int, Path]:
-    """The `checkpoint-N` folders, by N."""
-    names = {path: path.name.removeprefix("checkpoint-") for path in output_dir.glob("checkpoint-*") if path.is_dir()}
-    return {int(step): path for path, step in names.items() if step.isdigit()}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -151,9 +145,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         files = manifest["files"].items()
-        for part, keys in (("made_from", MADE_FROM), ("progress", PROGRESS)):
-            if manifest[part].keys() != keys:
-                raise ValueError(f"{part} has not {', '.join(sorted(keys))}")
+        for section, keys in (("made_from", MADE_FROM), ("progress", PROGRESS)):
+            if manifest[section].keys() != keys:
+                raise ValueError(f"{section} has not {', '.join(sorted(keys))}")
     except FileNotFoundError:
         raise RecipeError(f"resume: {folder} is not a complete checkpoint (no {MANIFEST})") from None
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
@@ -169,7 +163,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _instead(folder: Path) -> str:
     """Advice to go on from the checkpoint before `folder`."""
-    earlier = [path for _, path in sorted(by_step(folder.parent).items()) if path != folder]
+    earlier = [path for _, path in sorted(checkpoints_by_step(folder.parent).items()) if path != folder]
     return f"; to go on from another one, set resume={earlier[-1]}" if earlier else ""
 
 

@@ -26,23 +26,27 @@ from llava_fast.errors import one_line
 from llava_fast.processor.processor import LlavaProcessor
 from llava_fast.processor.templates import IMAGE_MARK, Piece, Template, get_template
 from llava_fast.sequence import pack
-from llava_fast.train.encode import IGNORE, bos, check_spaces, encode
-from llava_fast.train.mixture import choose_rows
-from llava_fast.train.recipe import Source
+from llava_fast.train.recipe import DataSource
 from llava_fast.train.rows import (
     ERRORS,
     EXAMPLES,
+    IGNORE,
     BadLine,
     ImageFolder,
     NoRows,
     Problem,
     Report,
     RowError,
+    check_spaces,
+    choose_rows,
     count_problems,
-    encode_row,
+    encode_name,
+    expand,
     identity,
+    image_names,
     parse_row,
     read_rows,
+    tokenise,
 )
 
 _logger = logging.getLogger(__name__)
@@ -50,25 +54,39 @@ _SCAN_ROWS = 1000  # rows tokenised in one call, which a fast tokenizer spreads 
 _MAX_SUBSTITUTES = 16  # unreadable images one after another that are bad luck; more are a wrong image_folder
 
 
+class _LeftOut(Exception):
+    """A row cannot be used."""
+
+    def __init__(self, reason: str, words: str) -> None:
+        super().__init__(words)
+        self.reason = reason  # a key of `Report.dropped`
+        self.words = words
+
+
 class _Kept(NamedTuple):
     """A row that can be used."""
 
     source: int
-    row: int  # in its file
-    content: bytes
-    length: int  # tokens
-    n_images: int
-    cut: bool  # at max_length
-
-
-class _Candidate(NamedTuple):
-    """A row that reads well, before it is tokenised."""
-
     row: int
-    content: dict[str, Any]
-    encoded: bytes
-    pieces: list[Piece]
-    marks: int
+    name: bytes  # from `encode_name`
+    tokens: np.ndarray  # from `tokenise`, cut at max_length
+    length: int  # with all tokens of its images
+    n_images: int
+    cut: bool
+
+
+class _Ragged:
+    """Arrays of unequal length in one buffer, which forked workers share.
+
+    Separate Python objects would be copied into each worker: counting a reference writes to the object's page.
+    """
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        self.ends = np.cumsum([0] + [len(array) for array in arrays])
+        self.values = np.concatenate(arrays)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.values[self.ends[index] : self.ends[index + 1]]
 
 
 class LlavaDataset(Dataset):
@@ -77,9 +95,11 @@ class LlavaDataset(Dataset):
     `dataset[i]` is `{"input_ids": int64 [T], "labels": int64 [T], "pixel_values": uint8 [n, H, W, 3]}` with image
     tokens expanded; n is 0 for text alone.
 
-    All rows are checked and tokenised once, when the dataset is made, so that its length, `lengths` and `report` are
-    exact. Rows that cannot be used are left out and counted. An image that turns out unreadable later does not stop a
-    run: another row with images takes that sample's place, and the report counts it.
+    Each row is checked and tokenised once, when the dataset is made, and its tokens are kept, so `lengths` and `report`
+    are those of what is trained on. Memory is 2 bytes a token (4 where ids do not fit in int16), with one token for an
+    image: 0.4 GB for LLaVA's 665k rows of about 300 tokens. Rows that cannot be used are left out and counted. An image
+    that turns out unreadable later does not stop a run: another row with images takes that sample's place, and the
+    report counts it.
 
     Attributes:
         lengths: tokens of each sample, image tokens included.
@@ -87,7 +107,7 @@ class LlavaDataset(Dataset):
         problems: every row that was left out, and why.
 
     Args:
-        data_path: a JSON list or JSONL file of `{"id", "image", "conversations"}`, or several as `Source`s, whose
+        data_path: a JSON list or JSONL file of `{"id", "image", "conversations"}`, or several as `DataSource`s, whose
             samples follow one another.
         image_folder: what `image` paths are relative to and cannot leave, for a source that names no folder of its
             own; None if no row has images.
@@ -108,7 +128,7 @@ class LlavaDataset(Dataset):
 
     def __init__(
         self,
-        data_path: str | os.PathLike | Sequence[Source],
+        data_path: str | os.PathLike | Sequence[DataSource],
         image_folder: str | os.PathLike | None,
         processor: LlavaProcessor,
         template: str | Template = "v1",
@@ -126,11 +146,11 @@ class LlavaDataset(Dataset):
             )
         if on_error not in (None, "raise", "skip"):
             raise ValueError(f"on_error is 'raise', 'skip' or None, not {on_error!r}")
-        is_path = isinstance(data_path, (str, os.PathLike))
-        sources = [Source(Path(data_path))] if is_path else list(data_path)
+        sources = [DataSource(Path(data_path))] if isinstance(data_path, (str, os.PathLike)) else list(data_path)
         if not sources:
             raise ValueError("a mixture needs at least one data file")
-        self.sources = [replace(source, image_folder=source.image_folder or image_folder) for source in sources]
+        default = None if image_folder is None else Path(image_folder)
+        self.sources = [replace(source, image_folder=source.image_folder or default) for source in sources]
         self.processor = processor
         self.template = get_template(template)
         self.max_length = max_length
@@ -138,7 +158,9 @@ class LlavaDataset(Dataset):
         self.max_errors = max_errors
         self.problems: list[Problem] = []
         self._n_errors = 0
-        self._folders = [source.image_folder and ImageFolder(source.image_folder) for source in self.sources]
+        self._n_image_tokens = processor.num_image_tokens()
+        self._dtype = np.min_scalar_type(~max(processor.tokenizer.get_vocab().values()))  # int16 for Vicuna's tokens
+        self._folders = [ImageFolder(source.image_folder) if source.image_folder else None for source in self.sources]
         self._cache: dict[int, dict[str, torch.Tensor]] | None = {} if cache else None
 
         check_spaces(processor)
@@ -159,9 +181,8 @@ class LlavaDataset(Dataset):
             paths = ", ".join(str(source.path) for source in self.sources)
             raise NoRows(f"{paths}: none of {self._n_rows} rows can be used: {first}", self.problems)
 
-        # All rows in one buffer: Python objects would be copied into every worker process, one page at a time.
-        self._ends = np.cumsum([0] + [len(row.content) for row in kept])
-        self._buffer = b"".join(row.content for row in kept)
+        self._tokens = _Ragged([row.tokens for row in kept])
+        self._names = _Ragged([np.frombuffer(row.name, np.uint8) for row in kept])
         self._places = np.array([(row.source, row.row) for row in kept], dtype=np.int64)
         self._cut = np.array([row.cut for row in kept], dtype=bool)
         # One byte per row that workers write to: an image of it could not be read.
@@ -173,12 +194,12 @@ class LlavaDataset(Dataset):
         self.lengths = [kept[i].length for i in self._rows]
         self.n_images = [kept[i].n_images for i in self._rows]
 
-    # Checking and measuring rows
+    # Reading rows
 
-    def _reject(self, source: int, row: int, content: Any, reason: str, words: str) -> None:
+    def _reject(self, source: int, row: int, content: Any, left_out: _LeftOut) -> None:
         """Note a row that is left out; raise where that is not allowed."""
-        line = content.line if isinstance(content, BadLine) else None
-        problem = Problem(self.sources[source].path, row, identity(content), reason, words, line)
+        line, reason = content.line if isinstance(content, BadLine) else None, left_out.reason
+        problem = Problem(self.sources[source].path, row, identity(content), reason, left_out.words, line)
         if reason in ERRORS:
             if self.on_error == "raise" or (self.on_error is None and reason == "malformed"):
                 raise RowError(str(problem))
@@ -196,75 +217,69 @@ class LlavaDataset(Dataset):
         for reason, count in counts.items():
             _logger.warning("dropped %d rows: %s (such as %s)", count, reason, examples[reason][0])
 
-    def _pieces(self, turns: list[str], images: list[str]) -> list[Piece]:
-        tokenizer = self.processor.tokenizer
-        turns = self.template.prepare(turns) if images else turns
-        return self.template.pieces(turns, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
-
     def _scan(self, source: int, rows: list[Any], numbers: np.ndarray) -> Iterator[_Kept]:
-        """Check and measure rows of a source; gives those that can be used."""
-        folder, batch = self._folders[source], []
+        """Check and tokenise rows of a source; gives those that can be used."""
+        batch: list[tuple[int, list[Piece]]] = []
         for row in tqdm(numbers.tolist(), f"Reading {self.sources[source].path.name}", unit=" rows", delay=5):
-            content = rows[row]
             try:
-                turns, images = parse_row(content)
-                pieces = self._pieces(turns, images)
-                encoded = encode_row(content)
-                if images and folder is None:
-                    raise ValueError(f"image '{one_line(images[0])}' needs an image_folder")
-                missing = [image for image in images if not folder.exists(image)]
-            except (ValueError, OSError) as error:
-                self._reject(source, row, content, "malformed", one_line(error, 500))
-                continue
-            marks = sum(text.count(IMAGE_MARK) for text, _ in pieces)
-            if marks != len(images):
-                words = f"{marks} {IMAGE_MARK} marks but {len(images)} images"
-                self._reject(source, row, content, "image_count", words)
-            elif missing:
-                self._reject(source, row, content, "image_missing", f"no image file {one_line(missing[0])}")
-            elif not any(text for text, supervised in pieces if supervised):
-                self._reject(source, row, content, "fully_masked", "no answer")
-            else:
-                batch.append(_Candidate(row, content, encoded, pieces, marks))
+                batch.append((row, self._prompt(source, rows[row])))
+            except _LeftOut as left_out:
+                self._reject(source, row, rows[row], left_out)
             if len(batch) == _SCAN_ROWS:
-                yield from self._measure(source, batch)
+                yield from self._tokenise(source, rows, batch)
                 batch = []
-        yield from self._measure(source, batch)
+        yield from self._tokenise(source, rows, batch)
 
-    def _measure(self, source: int, batch: list[_Candidate]) -> Iterator[_Kept]:
-        if not batch:
-            return
-        chunks = [chunk for row in batch for chunk in "".join(t for t, _ in row.pieces).split(IMAGE_MARK)]
-        encoded = self.processor.tokenizer(chunks, add_special_tokens=False, return_attention_mask=False)
-        tokens = iter(encoded["input_ids"])
-        n_bos, image_id = len(bos(self.processor.tokenizer)), self.processor.image_token_id
-        for row in batch:
-            texts = [next(tokens) for _ in range(row.marks + 1)]
-            n_image_tokens = row.marks * self.processor.num_image_tokens()
-            length = n_bos + n_image_tokens + sum(map(len, texts))
-            if any(image_id in text for text in texts):  # its mark is not <image>, or was spelled in another way
-                words = f"text that is read as {self.processor.image_token} where no image is"
-                self._reject(source, row.row, row.content, "image_count", words)
+    def _prompt(self, source: int, content: Any) -> list[Piece]:
+        """The prompt of a row that keeps to the format and whose images are there."""
+        folder, tokenizer = self._folders[source], self.processor.tokenizer
+        try:
+            turns, images = parse_row(content)
+            turns = self.template.prepare(turns) if images else turns
+            pieces = self.template.pieces(turns, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
+            if folder is None and images:
+                raise ValueError(f"image '{one_line(images[0])}' needs an image_folder")
+            missing = [image for image in images if not (folder and folder.exists(image))]
+        except (ValueError, OSError) as error:
+            raise _LeftOut("malformed", one_line(error, 500)) from None
+        marks = sum(text.count(IMAGE_MARK) for text, _ in pieces)
+        if marks != len(images):
+            raise _LeftOut("image_count", f"{marks} {IMAGE_MARK} marks but {len(images)} images")
+        if missing:
+            raise _LeftOut("image_missing", f"no image file {one_line(missing[0])}")
+        if not any(text for text, supervised in pieces if supervised):
+            raise _LeftOut("fully_masked", "no answer")
+        return pieces
+
+    def _tokenise(self, source: int, rows: list[Any], batch: list[tuple[int, list[Piece]]]) -> Iterator[_Kept]:
+        """Rows with their tokens as they are trained on."""
+        for (row, _), tokens in zip(batch, tokenise([pieces for _, pieces in batch], self.processor)):
+            n_images = len(image_names(rows[row]))
+            n_expanded = len(tokens) + n_images * (self._n_image_tokens - 1)
+            try:
+                tokens = self._shortened(tokens, n_images, n_expanded).astype(self._dtype)
+            except _LeftOut as left_out:
+                self._reject(source, row, rows[row], left_out)
                 continue
-            if length > self.max_length:
-                reason = self._cut_short(row.pieces, n_image_tokens)
-                if reason is not None:
-                    self._reject(source, row.row, row.content, reason[0], f"{length} tokens, and {reason[1]}")
-                    continue
-            cut = length > self.max_length
-            yield _Kept(source, row.row, row.encoded, min(length, self.max_length), row.marks, cut)
+            length = min(n_expanded, self.max_length)
+            yield _Kept(source, row, encode_name(rows[row]), tokens, length, n_images, length < n_expanded)
 
-    def _cut_short(self, pieces: list[Piece], n_image_tokens: int) -> tuple[str, str] | None:
-        """Why a row that is too long cannot be cut at max_length, or None."""
-        image_lost = ("image_truncated", f"max_length {self.max_length} cuts off image tokens")
-        if n_image_tokens > self.max_length:
-            return image_lost
-        ids, labels = encode(pieces, self.processor)
-        if self.processor.image_token_id in ids[self.max_length :]:
-            return image_lost
-        if all(label == IGNORE for label in labels[1 : self.max_length]):
-            return "fully_masked", f"no answer within max_length {self.max_length}"
-        return None
+    def _shortened(self, tokens: np.ndarray, n_images: int, n_expanded: int) -> np.ndarray:
+        """A row's tokens, cut at max_length, which must leave all of its images and some of an answer."""
+        image = self.processor.image_token_id
+        if np.count_nonzero((tokens == image) | (tokens == ~image)) != n_images:
+            # The tokenizer's mark is not <image>, or was spelled in another way.
+            words = f"text that is read as {self.processor.image_token} where no image is"
+            raise _LeftOut("image_count", words)
+        if n_expanded > self.max_length:
+            tokens = tokens[: max(0, self.max_length - n_expanded + len(tokens))]
+            if np.count_nonzero(tokens == ~image) < n_images:
+                words = f"{n_expanded} tokens, and max_length {self.max_length} cuts off image tokens"
+                raise _LeftOut("image_truncated", words)
+            if (tokens[1:] < 0).all():
+                words = f"{n_expanded} tokens, and no answer within max_length {self.max_length}"
+                raise _LeftOut("fully_masked", words)
+        return tokens
 
     # What there is
 
@@ -297,17 +312,17 @@ class LlavaDataset(Dataset):
 
     def _problem(self, row: int, words: str) -> Problem:
         source, number = self._places[row]
-        return Problem(self.sources[source].path, int(number), identity(self._content(row)), "unreadable", words)
+        return Problem(self.sources[source].path, int(number), identity(self._name(row)), "unreadable", words)
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def _content(self, row: int) -> dict[str, Any]:
-        return json.loads(self._buffer[self._ends[row] : self._ends[row + 1]].decode("utf-8", "surrogatepass"))
+    def _name(self, row: int) -> dict[str, Any]:
+        return json.loads(self._names[row].tobytes())
 
     def row(self, index: int) -> dict[str, Any]:
-        """The row of the data file that a sample comes from."""
-        return self._content(self._rows[index])
+        """The `id` and `image` of the row that a sample comes from, as they are in the data file."""
+        return self._name(self._rows[index])
 
     def place(self, index: int) -> tuple[int, int]:
         """Where a sample comes from: the number of its source, and of the row in its file."""
@@ -316,8 +331,11 @@ class LlavaDataset(Dataset):
 
     def images(self, index: int) -> list[str]:
         """The real paths of a sample's images."""
-        folder = self._folders[self.place(index)[0]]
-        return [folder.resolve(image) for image in parse_row(self.row(index))[1]]
+        return self._image_files(self._rows[index])
+
+    def _image_files(self, row: int) -> list[str]:
+        folder = self._folders[self._places[row, 0]]
+        return [folder.resolve(image) for image in image_names(self._name(row))] if folder else []
 
     def split(self, fraction: float, seed: int = 0) -> tuple[LlavaDataset, LlavaDataset]:
         """Two datasets, of about 1 − `fraction` and `fraction` of the samples, in the order of the file.
@@ -347,12 +365,12 @@ class LlavaDataset(Dataset):
         return self._subset(~mask), self._subset(mask)
 
     def _subset(self, mask: np.ndarray) -> LlavaDataset:
-        part = copy(self)
-        part._rows = self._rows[mask]
-        part.lengths = [self.lengths[i] for i in np.flatnonzero(mask)]
-        part.n_images = [self.n_images[i] for i in np.flatnonzero(mask)]
-        part._cache = None if self._cache is None else {}
-        return part
+        subset = copy(self)
+        subset._rows = self._rows[mask]
+        subset.lengths = [self.lengths[i] for i in np.flatnonzero(mask)]
+        subset.n_images = [self.n_images[i] for i in np.flatnonzero(mask)]
+        subset._cache = None if self._cache is None else {}
+        return subset
 
     # Samples
 
@@ -384,21 +402,21 @@ class LlavaDataset(Dataset):
 
     def tokens(self, index: int) -> tuple[list[int], list[int]]:
         """A sample's token ids and labels; no image is read."""
-        turns, images = parse_row(self.row(index))
-        ids, labels = encode(self._pieces(turns, images), self.processor)
-        return ids[: self.max_length], labels[: self.max_length]
+        ids, labels = self._expanded(self._rows[index])
+        return ids.tolist(), labels.tolist()
+
+    def _expanded(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        return expand(self._tokens[row], self.processor.image_token_id, self._n_image_tokens)
 
     def _load(self, row: int) -> dict[str, torch.Tensor]:
-        turns, images = parse_row(self._content(row))
-        ids, labels = encode(self._pieces(turns, images), self.processor)
-        height, width = self.processor.image_size
-        pixels_nHWC = np.empty((len(images), height, width, 3), dtype=np.uint8)
-        folder = self._folders[self._places[row, 0]]
+        ids, labels = self._expanded(row)
+        images = self._image_files(row)
+        pixels_nHWC = np.empty((len(images), *self.processor.image_size, 3), dtype=np.uint8)
         for i, image in enumerate(images):
-            pixels_nHWC[i] = self.processor.image_pixels(folder.resolve(image))
+            pixels_nHWC[i] = self.processor.image_pixels(image)
         return {
-            "input_ids": torch.tensor(ids[: self.max_length]),
-            "labels": torch.tensor(labels[: self.max_length]),
+            "input_ids": torch.from_numpy(ids),
+            "labels": torch.from_numpy(labels),
             "pixel_values": torch.from_numpy(pixels_nHWC),
         }
 

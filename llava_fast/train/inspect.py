@@ -20,10 +20,9 @@ from tqdm import tqdm
 
 from llava_fast.errors import one_line
 from llava_fast.train.data import LlavaDataset
-from llava_fast.train.encode import IGNORE
 from llava_fast.train.memory import Prediction, predict, read_config
 from llava_fast.train.recipe import Recipe
-from llava_fast.train.rows import ERRORS, NoRows, Problem, parse_row
+from llava_fast.train.rows import ERRORS, IGNORE, NoRows, Problem, image_names
 from llava_fast.train.trainer import GroupedSampler, load_data, load_processor
 
 _SUPERVISION_SAMPLES = 1000  # samples that the share of supervised tokens is taken from
@@ -147,11 +146,11 @@ def inspect(recipe: Recipe, *, samples: int = 3, threads: int | None = None) -> 
         train, validation = load_data(recipe, processor)
     except NoRows as error:
         return Inspection(problems=error.problems, memory=str(error))
-    parts = [train] if validation is None else [train, validation]
+    datasets = [train] if validation is None else [train, validation]
     problems = list(train.problems)
     if validation is not None and validation.sources is not train.sources:
         problems += validation.problems
-    unreadable, n_images = check_images(parts, threads or os.cpu_count() or 1)
+    unreadable, n_images = check_images(datasets, threads or os.cpu_count() or 1)
 
     packs = list(_packs(recipe, train))
     padded = sum(len(pack) * max(pack) for pack in packs)
@@ -172,15 +171,15 @@ def inspect(recipe: Recipe, *, samples: int = 3, threads: int | None = None) -> 
     )
 
 
-def check_images(parts: Sequence[LlavaDataset], threads: int) -> tuple[list[Problem], int]:
+def check_images(datasets: Sequence[LlavaDataset], threads: int) -> tuple[list[Problem], int]:
     """Decode and resize every image once; the rows whose images fail, and how many files there are."""
     users: dict[str, list[tuple[LlavaDataset, int]]] = {}
-    for part in parts:
-        first = {part.place(i): i for i in reversed(range(len(part)))}  # a repeated row is one row
+    for dataset in datasets:
+        first = {dataset.place(i): i for i in reversed(range(len(dataset)))}  # a repeated row is one row
         for i in first.values():
-            for path in dict.fromkeys(part.images(i)) if part.n_images[i] else ():
-                users.setdefault(path, []).append((part, i))
-    pixels = parts[0].processor.image_pixels
+            for path in dict.fromkeys(dataset.images(i)) if dataset.n_images[i] else ():
+                users.setdefault(path, []).append((dataset, i))
+    pixels = datasets[0].processor.image_pixels
 
     def failure(path: str) -> str | None:
         try:
@@ -194,7 +193,7 @@ def check_images(parts: Sequence[LlavaDataset], threads: int) -> tuple[list[Prob
         bar = tqdm(users.items(), "Checking images", unit=" files", disable=None)
         for (_, rows), words in zip(bar, _map(pool, failure, users)):
             if words is not None:
-                problems += [part.unreadable(i, words) for part, i in rows]
+                problems += [dataset.unreadable(i, words) for dataset, i in rows]
     return problems, len(users)
 
 
@@ -243,7 +242,7 @@ def _supervised_share(dataset: LlavaDataset) -> float:
 def _view(dataset: LlavaDataset, index: int) -> SampleView:
     ids, labels = dataset.tokens(index)
     names = dataset.processor.tokenizer.convert_ids_to_tokens(ids)
-    images, size = iter(parse_row(dataset.row(index))[1]), dataset.processor.num_image_tokens()
+    images, size = iter(image_names(dataset.row(index))), dataset.processor.num_image_tokens()
     runs: list[tuple[str, list[str]]] = []
     at = 0
     while at < len(ids):

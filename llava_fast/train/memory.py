@@ -65,10 +65,11 @@ def read_config(recipe: Recipe) -> LlavaConfig:
     if recipe.model is not None:
         folder = recipe.model
         return open_checkpoint(Path(base_of(folder, None)) if is_adapter(folder) else folder).config
-    with blaming(recipe.vision_tower):
-        vision = AutoConfig.from_pretrained(recipe.vision_tower, trust_remote_code=False)
-    with blaming(recipe.language_model):
-        text = AutoConfig.from_pretrained(recipe.language_model, trust_remote_code=False)
+    vision_tower, language_model = recipe.assembled_from
+    with blaming(vision_tower):
+        vision = AutoConfig.from_pretrained(vision_tower, trust_remote_code=False)
+    with blaming(language_model):
+        text = AutoConfig.from_pretrained(language_model, trust_remote_code=False)
     return LlavaConfig(vision_config=getattr(vision, "vision_config", vision), text_config=text)
 
 
@@ -77,16 +78,16 @@ def count_parameters(config: LlavaConfig, lora_rank: int = 0) -> Parameters:
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     tower, projector, total = (
-        sum(parameter.numel() for parameter in part.parameters())
-        for part in (model.model.vision_tower, model.model.multi_modal_projector, model)
+        sum(parameter.numel() for parameter in module.parameters())
+        for module in (model.model.vision_tower, model.model.multi_modal_projector, model)
     )
-    linears = [part for part in model.model.language_model.modules() if isinstance(part, nn.Linear)]
+    linears = [module for module in model.model.language_model.modules() if isinstance(module, nn.Linear)]
     return Parameters(
         tower=tower,
         projector=projector,
         language=total - tower - projector,
         lora=lora_rank * sum(linear.in_features + linear.out_features for linear in linears),
-        adapted_per_layer=len(linears) // config.text_config.num_hidden_layers,
+        adapted_per_layer=len(linears) // config.get_text_config().num_hidden_layers,
     )
 
 
@@ -100,7 +101,7 @@ def predict(recipe: Recipe, config: LlavaConfig, pack_tokens: int) -> Prediction
     n = count_parameters(config, rank)
     trained = n.projector + {"projector": 0, "full": n.language, "lora": n.lora}[recipe.stage]
     frozen = n.tower + (0 if recipe.stage == "full" else n.language)
-    text, item = config.text_config, _ITEM_BYTES[recipe.dtype]
+    text, item = config.get_text_config(), _ITEM_BYTES[recipe.dtype]
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
     layer = 2 * text.hidden_size + 2 * queries + 2 * keys + 2 * text.intermediate_size + rank * n.adapted_per_layer

@@ -1,4 +1,4 @@
-"""Rows of LLaVA's data files: read, checked and named. Nothing in them is trusted.
+"""From a data file to tokens: which rows a run takes, how one is read and checked, and how its prompt is tokenised.
 
 A data file is a JSON list, or JSONL: one object a line. A row is
 
@@ -6,28 +6,48 @@ A data file is a JSON list, or JSONL: one object a line. A row is
                                                     {"from": "gpt", "value": "A cat."}]}
 
 where `image` may be a list of names or missing, and a leading turn that is not human's is dropped. Other keys are
-ignored. What does not fit is a ValueError of one line.
+ignored. Nothing in a file is trusted: what does not fit is a ValueError of one line.
+
+Which rows are taken follows from the sources, their sizes and the seed alone; docs/data.md says how. As in LLaVA-NeXT
+counts are of rows in the file, before any are left out, and a percentage is rounded up. Unlike there the draw follows
+the recipe's seed and keeps the order of the file: the sampler shuffles anyway.
+
+Token ids are those of the original code: a prompt is cut at its `<image>` marks, every chunk is tokenised on its own
+(so each has a SentencePiece vocabulary's leading space), one BOS is kept and every mark becomes its image tokens.
+Labels are not the original's arithmetic on token counts, which gives up when they disagree: a token is
+supervised if any of its characters is, by the tokenizer's own character offsets.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from tokenizers import Encoding
+
 from llava_fast.errors import one_line
-from llava_fast.train.recipe import RecipeError
+from llava_fast.processor.processor import LlavaProcessor
+from llava_fast.processor.templates import IMAGE_MARK, Piece
+from llava_fast.train.recipe import DataSource, RecipeError
 
 MAX_CHARACTERS = 1_000_000  # of all turns of a row; tokenising more only to cut it off takes minutes
 ERRORS = ("malformed", "image_count", "image_missing", "unreadable")  # what `on_error` and `max_errors` are about
 EXAMPLES = 3
+IGNORE = -100  # the label of a token that is not supervised
 
 _ROLES = ("human", "gpt")
+_logger = logging.getLogger(__name__)
 
 
 class RowError(RecipeError):
@@ -111,13 +131,6 @@ class Report:
             elif name != "examples":
                 yield name, value
 
-    def __str__(self) -> str:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
-        return (
-            f"{self.samples} samples ({self.with_images} with images) of {self.rows} rows; "
-            f"dropped: {reasons or 'none'}; truncated: {self.truncated}; unreadable: {self.unreadable}"
-        )
-
 
 def count_problems(problems: Sequence[Problem]) -> tuple[dict[str, int], dict[str, list[str]]]:
     """How many problems there are of each reason, and the first few in words."""
@@ -186,12 +199,10 @@ def _finite(text: str) -> float:
 _DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite)
 
 
-def encode_row(content: dict[str, Any]) -> bytes:
-    """A row as bytes, which worker processes share; `json.loads` of it decoded with "surrogatepass" gives it back."""
-    try:
-        return json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+def encode_name(row: dict[str, Any]) -> bytes:
+    """A row's `id`, if it is one, and `image`, as JSON: all that is needed of it besides its tokens."""
+    keys = ["id"] * isinstance(row.get("id"), (str, int)) + ["image"] * ("image" in row)
+    return json.dumps({key: row[key] for key in keys}).encode()
 
 
 def identity(content: Any) -> str:
@@ -222,13 +233,20 @@ def parse_row(row: Any) -> tuple[list[str], list[str]]:
     if characters > MAX_CHARACTERS:
         raise ValueError(f"{characters} characters of text are more than the limit of {MAX_CHARACTERS}")
     for i, text in enumerate(texts):
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"turn {i} is no Unicode text: half of a surrogate pair")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"turn {i} is no Unicode text: half of a surrogate pair") from None
+    return texts, image_names(row)
+
+
+def image_names(row: dict[str, Any]) -> list[str]:
+    """A row's images; ValueError for what is no name."""
     images = row.get("image") or []
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise ValueError("'image' must be a file name or a list of them")
-    return texts, images
+    return images
 
 
 class ImageFolder:
@@ -274,3 +292,142 @@ class ImageFolder:
 
     def forget_listings(self) -> None:
         self._listings.clear()
+
+
+# Which rows
+
+
+def choose_rows(sources: Sequence[DataSource], sizes: Sequence[int], seed: int) -> list[np.ndarray]:
+    """The rows each source gives, int64 [count] row numbers in the order of its file (`repeat`: pass by pass).
+
+    Args:
+        sizes: rows in each source's file.
+    Raises:
+        ValueError: for a source that is to give more rows than it has.
+    """
+    counts = _counts(sources, sizes)
+    return [
+        _choose(source.sampling, size, count, np.random.default_rng([seed, i]))
+        for i, (source, size, count) in enumerate(zip(sources, sizes, counts))
+    ]
+
+
+def _counts(sources: Sequence[DataSource], sizes: Sequence[int]) -> list[int]:
+    weights = [source.weight for source in sources if source.weight is not None]  # of all sources, or of none
+    if weights:
+        total = sum(weights)
+        wanted = [(size * total / weight, source) for size, weight, source in zip(sizes, weights, sources)]
+        once = [rows for rows, source in wanted if source.sampling != "repeat"]
+        rows = min(once) if once else max(rows for rows, _ in wanted)
+        return [math.floor(rows * weight / total + 1e-9) for weight in weights]
+    counts = []
+    for source, size in zip(sources, sizes):
+        count = _count(source.count, size)
+        if source.sampling != "repeat" and count > size:
+            raise ValueError(
+                f"{source.path}: count {source.count} asks for {count} of {size} rows; sampling: repeat gives rows "
+                "more than once"
+            )
+        counts.append(count)
+    return counts
+
+
+def _count(count: int | str | None, size: int) -> int:
+    """The rows to take of a file of `size` rows; a percentage is rounded up."""
+    if isinstance(count, str):
+        return math.ceil(size * Fraction(count.removesuffix("%")) / 100)
+    return size if count is None else count
+
+
+def _choose(sampling: str, size: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    if sampling == "last":
+        return np.arange(size - count, size)
+    if sampling == "first":
+        return np.arange(count)
+    if size == 0:
+        return np.arange(0)
+    whole, rest = divmod(count, size)  # whole passes and, for `random` as for a last pass, some rows drawn
+    passes = [np.arange(size)] * whole + [np.sort(rng.choice(size, rest, replace=False))]
+    return np.concatenate(passes)
+
+
+# Tokens
+
+
+def tokenise(prompts: Sequence[Sequence[Piece]], processor: LlavaProcessor) -> list[np.ndarray]:
+    """Tokenise training prompts, all in one call, which a fast tokenizer spreads over the cores.
+
+    Args:
+        prompts: each from `Template.pieces`.
+    Returns:
+        For each prompt its token ids, int64 [n]: a token that is not supervised is `~id`, which is below zero, and an
+        `<image>` mark is one image token. `expand` makes input ids and labels of them.
+    """
+    if not prompts:
+        return []
+    texts = ["".join(text for text, _ in pieces).split(IMAGE_MARK) for pieces in prompts]
+    chunks = [chunk for text in texts for chunk in text]
+    encoded = processor.tokenizer(
+        chunks, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
+    )
+    encodings = zip(encoded["input_ids"], encoded.encodings)
+    first = ~np.array(bos(processor.tokenizer), dtype=np.int64)
+    image = ~np.array([processor.image_token_id], dtype=np.int64)
+    tokenised = []
+    for pieces, text in zip(prompts, texts):
+        ends = list(accumulate(len(piece) for piece, _ in pieces))
+        answers = [(end - len(piece), end) for (piece, supervised), end in zip(pieces, ends) if supervised and piece]
+        arrays: list[np.ndarray] = []
+        at = 0
+        for chunk, (listed, encoding) in zip(text, encodings):
+            ids = np.array(listed, dtype=np.int64)
+            tokens = ~ids
+            for start, end in answers:
+                if at < end and start < at + len(chunk):
+                    answer = _tokens_of(encoding, start - at, min(end - at, len(chunk)))
+                    tokens[answer] = ids[answer]
+            arrays += [image if arrays else first, tokens]
+            at += len(chunk) + len(IMAGE_MARK)
+        tokenised.append(np.concatenate(arrays))
+    return tokenised
+
+
+def _tokens_of(encoding: Encoding, start: int, end: int) -> slice:
+    """The tokens that have any of the characters from `start` to `end`, by binary search: offsets never decrease."""
+
+    def first(token: int) -> int:
+        return (encoding.token_to_chars(token) or (0, 0))[0]  # None is for special tokens, and none are added
+
+    def last(token: int) -> int:
+        # A token of no width, such as a lone leading space, goes with the character it stands before.
+        at, stop = encoding.token_to_chars(token) or (0, 0)
+        return max(at + 1, stop)
+
+    tokens = range(len(encoding))
+    return slice(bisect_right(tokens, start, key=last), bisect_left(tokens, end, key=first))
+
+
+def expand(tokens: np.ndarray, image_token_id: int, n_image_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Input ids and labels (−100 where not supervised), int64, of a prompt from `tokenise`; images in full."""
+    tokens = tokens.astype(np.int64)
+    tokens = np.repeat(tokens, np.where(tokens == ~image_token_id, n_image_tokens, 1))
+    return np.where(tokens < 0, ~tokens, tokens), np.where(tokens < 0, IGNORE, tokens)
+
+
+def bos(tokenizer: Any) -> list[int]:
+    """What the tokenizer itself puts in front of a text: [BOS], or nothing."""
+    ids = tokenizer("")["input_ids"]
+    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
+
+
+def check_spaces(processor: LlavaProcessor) -> None:
+    """Warn where a prompt's tokens after an image will differ from the ones trained on."""
+    tokenizer, after = processor.tokenizer, "\nx"
+    trained = [processor.image_token_id, *tokenizer(after, add_special_tokens=False)["input_ids"]]
+    prompted = tokenizer(processor.image_token + after, add_special_tokens=False)["input_ids"]
+    if prompted != trained:
+        _logger.warning(
+            "this tokenizer puts a leading space at the start of a text only, so after %s a prompt lacks the space "
+            "token that LLaVA is trained with; loaded with legacy=True it has it",
+            processor.image_token,
+        )

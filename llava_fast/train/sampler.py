@@ -86,7 +86,7 @@ class FilledUp(Dataset):
     accelerate would repeat samples instead, and so count them twice.
     """
 
-    def __init__(self, dataset: Dataset, multiple: int) -> None:
+    def __init__(self, dataset: LlavaDataset, multiple: int) -> None:
         self.dataset = dataset
         self.size = -(-len(dataset) // multiple) * multiple
 

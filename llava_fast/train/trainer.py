@@ -1,9 +1,8 @@
 """LLaVA's training stages on transformers' Trainer: what trains, in which order, and what is saved.
 
-`run(recipe)` is the whole of it. Launching, sharding, mixed precision, accumulation and resuming
-are the Trainer's and accelerate's; this file adds what LLaVA needs: the three stages, packed batches
-grouped by modality and length, a learning rate for the projector, a token-weighted evaluation
-loss, and checkpoints in the layout that `from_pretrained` reads.
+`run(recipe)` does all of it. Launching, sharding, mixed precision, accumulation and resuming are the Trainer's and
+accelerate's; this file adds what LLaVA needs: the three stages, packed batches grouped by modality and length, a rate
+for the projector, a token-weighted evaluation loss, and checkpoints in the layout that `from_pretrained` reads.
 """
 
 from __future__ import annotations
@@ -22,13 +21,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers.trainer_utils import EvalLoopOutput
 
 from llava_fast.drop_in import LlavaForConditionalGeneration
 from llava_fast.processor.processor import LlavaProcessor
 from llava_fast.processor.templates import get_template
 from llava_fast.train import checkpoints
 from llava_fast.train.data import LlavaDataset, PackedCollator
-from llava_fast.train.recipe import Recipe, RecipeError, Source
+from llava_fast.train.recipe import DataSource, Lora, Recipe, RecipeError
 from llava_fast.train.sampler import FilledUp, GroupedSampler
 
 logger = logging.getLogger(__name__)
@@ -68,9 +68,9 @@ def run(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> TrainResul
         set_seed(recipe.seed)
         processor = load_processor(recipe)
         train, validation = load_data(recipe, processor)
-        model = prepare_model(recipe, processor)
+        model = prepare_model(recipe, processor, checkpoint)
         made_from = checkpoints.made_from(recipe, train.lengths, model)
-        if manifest is not None:
+        if checkpoint is not None and manifest is not None:
             checkpoints.check_same(recipe, checkpoint, made_from, manifest["made_from"])
             with checkpoints.reading(checkpoint):
                 TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -122,7 +122,11 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     # The recipe decides, whatever the file given to `accelerate launch` says.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no" if recipe.dtype == "fp32" else recipe.dtype
     known = {field.name for field in fields(TrainingArguments)}
-    checkpointing = "activation" if "activation_checkpointing" in known else "gradient"  # renamed in 5.23
+    name = "activation" if "activation_checkpointing" in known else "gradient"  # renamed in transformers 5.23
+    checkpointing: dict[str, Any] = {
+        f"{name}_checkpointing": recipe.gradient_checkpointing,
+        f"{name}_checkpointing_kwargs": {"use_reentrant": False},
+    }
     arguments = TrainingArguments(
         output_dir=str(recipe.output_dir),
         per_device_train_batch_size=recipe.per_device_batch_size,
@@ -153,10 +157,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         label_names=["labels"],
         ddp_find_unused_parameters=False,  # text-only batches keep the projector in the graph
         report_to=recipe.report_to,
-        **{
-            f"{checkpointing}_checkpointing": recipe.gradient_checkpointing,
-            f"{checkpointing}_checkpointing_kwargs": {"use_reentrant": False},
-        },
+        **checkpointing,
     )
     # One process drives one device: DataParallel cannot split a pack, and torchrun uses them all.
     arguments._n_gpu = min(arguments.n_gpu, 1)
@@ -167,7 +168,7 @@ def load_processor(recipe: Recipe) -> LlavaProcessor:
     """The recipe's processor, or the model's, with the recipe's image aspect and conversation style."""
     folder = recipe.processor or recipe.model
     if folder is None:
-        processor = LlavaProcessor.assemble(recipe.vision_tower, recipe.language_model)
+        processor = LlavaProcessor.assemble(*recipe.assembled_from)
     else:
         processor = LlavaProcessor.from_pretrained(folder)
     processor.pad_to_square = recipe.image_aspect == "pad"
@@ -179,7 +180,7 @@ def load_processor(recipe: Recipe) -> LlavaProcessor:
 def load_data(recipe: Recipe, processor: LlavaProcessor) -> tuple[LlavaDataset, LlavaDataset | None]:
     """Training samples, and validation samples where the recipe asks for them."""
 
-    def read(sources: list[Source]) -> LlavaDataset:
+    def read(sources: list[DataSource]) -> LlavaDataset:
         return LlavaDataset(
             sources,
             None,
@@ -198,21 +199,19 @@ def load_data(recipe: Recipe, processor: LlavaProcessor) -> tuple[LlavaDataset, 
         return train.split(recipe.validation, recipe.seed)
     if recipe.validation is None:
         return train, None
-    return train, read([Source(recipe.validation, image_folder=sources[0].image_folder)])
+    return train, read([DataSource(recipe.validation, image_folder=sources[0].image_folder)])
 
 
-def prepare_model(recipe: Recipe, processor: LlavaProcessor) -> nn.Module:
-    """The model of the recipe (or of the checkpoint it resumes from), set up for its stage.
+def prepare_model(recipe: Recipe, processor: LlavaProcessor, checkpoint: Path | None = None) -> nn.Module:
+    """The model of the recipe, or of the checkpoint it resumes from, set up for its stage.
 
     What trains is fp32, what does not has the recipe's dtype. Stage lora returns a `PeftModel`.
     """
-    checkpoint = recipe.checkpoint()
     folder = recipe.model if checkpoint is None or recipe.stage == "lora" else checkpoint
     if folder is None:
+        vision_tower, language_model = recipe.assembled_from
         model = LlavaForConditionalGeneration.assemble(
-            vision_tower=recipe.vision_tower,
-            language_model=recipe.language_model,
-            tokenizer=processor.tokenizer,
+            vision_tower=vision_tower, language_model=language_model, tokenizer=processor.tokenizer
         )
     else:  # absolute, because an adapter refers to its base by this path
         model = LlavaForConditionalGeneration.from_pretrained(folder.absolute(), dtype=torch.float32)
@@ -238,11 +237,12 @@ def lora_config(recipe: Recipe, model: LlavaForConditionalGeneration) -> LoraCon
     """
     modules = model.model.language_model.named_modules()
     leaves = sorted({name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)})
+    lora = recipe.lora or Lora()
     return LoraConfig(
         task_type="CAUSAL_LM",
-        r=recipe.lora.r,
-        lora_alpha=recipe.lora.alpha,
-        lora_dropout=recipe.lora.dropout,
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
         target_modules=rf"(?:.*\.)?language_model\.(?:.*\.)?(?:{'|'.join(leaves)})",
         modules_to_save=[PROJECTOR],
     )
@@ -253,24 +253,22 @@ class LlavaTrainer(Trainer):
 
     def __init__(self, *, recipe: Recipe, made_from: dict[str, Any], progress: dict[str, Any], **kwargs: Any) -> None:
         base = kwargs["model"].get_base_model() if recipe.stage == "lora" else kwargs["model"]
-        self.samples, arguments = kwargs["train_dataset"], kwargs["args"]
+        self.samples: LlavaDataset = kwargs["train_dataset"]
+        self.validation: LlavaDataset | None = kwargs["eval_dataset"]
+        arguments, n_filler = kwargs["args"], 0
         if arguments.world_size > 1:
             per_pass = arguments.world_size * arguments.per_device_train_batch_size
-            kwargs["train_dataset"] = FilledUp(self.samples, per_pass)
+            kwargs["train_dataset"] = filled_up = FilledUp(self.samples, per_pass)
+            n_filler = len(filled_up) - len(self.samples)
         super().__init__(**kwargs)
-        # The Trainer has turned the cache off in the config, and so in what is saved. Steps pass use_cache=False.
+        # The Trainer has set use_cache=False in the config, which would be saved. Training steps pass it themselves.
         vars(base.config).pop("use_cache", None)
         self.recipe = recipe
         self.made_from = made_from
         self.progress = progress
         self.vision_tower = base.model.vision_tower
         self.sampler = GroupedSampler(
-            self.samples,
-            recipe.group_by,
-            recipe.per_device_batch_size,
-            recipe.global_batch_size,
-            recipe.seed,
-            n_filler=len(self.train_dataset) - len(self.samples),
+            self.samples, recipe.group_by, recipe.per_device_batch_size, recipe.global_batch_size, recipe.seed, n_filler
         )
         self._n_tokens = 0
         self._eval_sums = torch.zeros(2)
@@ -295,8 +293,9 @@ class LlavaTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         if self.recipe.projector_learning_rate is None:
             return optimizer
-        named = (model or self.model).named_parameters()
-        projector = {id(parameter) for name, parameter in named if PROJECTOR in name}
+        trained = model or self.model
+        assert trained is not None
+        projector = {id(parameter) for name, parameter in trained.named_parameters() if PROJECTOR in name}
         groups = []
         for group in optimizer.param_groups:
             for own, lr in ((False, group["lr"]), (True, self.recipe.projector_learning_rate)):
@@ -307,19 +306,19 @@ class LlavaTrainer(Trainer):
         optimizer.param_groups[:] = sorted(groups, key=lambda group: id(group["params"][0]) in projector)
         return optimizer
 
-    def _run_epoch(self, **kwargs: Any) -> None:
-        # The Trainer would take another step where a run was interrupted after its last one.
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Resumed from the checkpoint of the last step, the Trainer would take one more.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
-            super()._run_epoch(**kwargs)
+            super()._run_epoch(*args, **kwargs)
 
     def restore_progress(self) -> None:
-        """Take up the running mean of the loss where the checkpoint has left it, between two lines of the log."""
+        """Restore the sum of losses since the last line of the log, which the Trainer does not save."""
         if self.progress:
             self._globalstep_last_logged = self.progress["logged_step"]
             self._tr_loss += self.progress["loss_since"]
-            self._total_loss_scalar -= self.progress["loss_since"]  # which is the mean over this call alone
+            self._total_loss_scalar -= self.progress["loss_since"]  # train_loss is of this call's steps alone
             if self.progress["processes"] != self.args.world_size:
                 logger.warning(
                     f"the checkpoint was written by {self.progress['processes']} process(es), this is a run of "
@@ -331,28 +330,36 @@ class LlavaTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, torch.Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """The step's loss: summed over this pack, divided by the supervised tokens of the whole step."""
-        self.vision_tower.eval()  # model.train() has just woken it
+        self.vision_tower.eval()  # the Trainer has just called model.train()
         self._n_tokens += inputs["input_ids"].numel()
         if num_items_in_batch is not None:
-            num_items_in_batch = num_items_in_batch.clamp(min=1)
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
         # Samples that fill up an epoch have no labels: their loss, and its gradients, are zeros.
         return super().compute_loss(model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch)
 
     # Evaluation
 
-    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if self.args.world_size > 1:
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        dataset = self.validation if eval_dataset is None else eval_dataset
+        if isinstance(dataset, LlavaDataset) and self.args.world_size > 1:
             dataset = FilledUp(dataset, self.args.world_size * self.args.per_device_eval_batch_size)
         return super().get_eval_dataloader(dataset)
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         """The Trainer's loop, with the loss averaged over supervised tokens instead of batches."""
         self._eval_sums = torch.zeros(2, device=self.args.device)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        assert output.metrics is not None
         loss, n_tokens = self.accelerator.reduce(self._eval_sums).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = loss / max(n_tokens, 1)
         return output
@@ -378,7 +385,7 @@ class LlavaTrainer(Trainer):
         return str(self.recipe.output_dir / checkpoints.UNFINISHED)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """The Trainer's checkpoint, written aside and moved to its place when all processes have done their part."""
+        """The Trainer's checkpoint, written in `.unfinished` and renamed when all processes have written theirs."""
         step = self.state.global_step
         target = self.recipe.output_dir / f"checkpoint-{step}"
         progress = {
@@ -413,12 +420,13 @@ class LlavaTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if self._save_dtype is not None and self.args.should_save:
+            assert self.model is not None
             state_dict = self.model.state_dict() if state_dict is None else state_dict
             state_dict = {name: tensor.to("cpu", self._save_dtype) for name, tensor in state_dict.items()}
         super()._save(output_dir, state_dict)
 
     def save_result(self) -> None:
-        """Write the trained model, in the recipe's dtype, and its processor to `output_dir`, once all is on disk."""
+        """Write the trained model, in the recipe's dtype, and its processor, and move them to `output_dir`."""
         folder = Path(self._get_output_dir()) / "model"
         with checkpoints.writing(self.recipe.output_dir, folder):
             if self.recipe.stage == "lora":
@@ -427,6 +435,7 @@ class LlavaTrainer(Trainer):
                 if self.args.should_save:  # read back, which works alike however training was sharded
                     merged = LlavaForConditionalGeneration.from_pretrained(adapter, dtype=torch.float32)
                     merged.to(DTYPES[self.recipe.dtype]).save_pretrained(folder)
+                    assert isinstance(self.processing_class, LlavaProcessor)
                     self.processing_class.save_pretrained(folder)
             else:
                 self._save_dtype = DTYPES[self.recipe.dtype]
@@ -454,8 +463,8 @@ class LlavaTrainer(Trainer):
     def counts(self) -> dict[str, int]:
         """What became of the rows of the data files, by name; see `data.Report`."""
         counts = dict(self.samples.report.items())
-        if self.eval_dataset is not None:
-            counts |= {f"validation_{name}": n for name, n in self.eval_dataset.report.items()}
+        if self.validation is not None:
+            counts |= {f"validation_{name}": n for name, n in self.validation.report.items()}
         return counts
 
     def count_tokens(self) -> int:
@@ -472,7 +481,7 @@ class _Hooks(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.restore_progress()
-        self.trainer.log(self.trainer.counts())
+        self.trainer.log(dict[str, float](self.trainer.counts()))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.sampler.epoch = int((state.epoch or 0) + 1e-6)

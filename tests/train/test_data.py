@@ -15,10 +15,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from llava_fast.processor.processor import LlavaProcessor
-from llava_fast.processor.templates import Vicuna
+from llava_fast.processor.templates import Vicuna, get_template
 from llava_fast.sequence import pack
 from llava_fast.train import data
 from llava_fast.train.data import IGNORE, LlavaDataset, PackedCollator
+from llava_fast.train.recipe import DataSource
+from llava_fast.train.rows import expand, parse_row, tokenise
 
 SYSTEM = 24  # <s> and the words of the v1 system prompt
 IMAGE = 4  # tokens of an image
@@ -72,13 +74,13 @@ def test_samples_of_all_kinds(folder, processor):
 
 
 def test_json_lines_read_the_same(folder, processor):
-    rows = [PICTURE, TEXT, row("what\u2028is", "one\u0085two")]
+    rows = [PICTURE, TEXT, row("what\u2028is", "one\u0085two", id="c\u2028d", image=[], more=1)]
     expected = [sample["input_ids"].tolist() for sample in load(folder, processor, rows)]
     lines = folder / "data.jsonl"
     lines.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n\n", encoding="utf-8-sig")
     dataset = LlavaDataset(lines, folder, processor)
     assert [sample["input_ids"].tolist() for sample in dataset] == expected
-    assert dataset.row(2) == rows[2]
+    assert dataset.row(2) == {"id": "c\u2028d", "image": []}
 
 
 def test_text_rows_need_no_image_folder(folder, processor):
@@ -113,6 +115,43 @@ def test_lengths_need_no_image_to_be_decoded(folder, processor, monkeypatch):
     assert lengths == [len(sample["input_ids"]) for sample in dataset]
     assert max(lengths) == 44
     assert dataset.report.truncated == lengths.count(44) - 1 > 0  # one row is exactly that long
+
+
+def test_what_the_scan_measured_is_what_is_trained_on(folder, processor, monkeypatch):
+    """Every kind of row: ids and labels are those of the row alone, and nothing is tokenised after the scan."""
+    monkeypatch.setattr(data, "_SCAN_ROWS", 3)
+    kinds = [
+        PICTURE,
+        TEXT,
+        row("<image> what", "one", "is <image>", "two", image=["1.png", "2.png"]),
+        row("left over", "what", "one", first="gpt"),
+        row("what", "", "this", "two three"),
+        row("<image> what", "one " * 40, image="3.png"),  # cut
+        row("what", "one " * 9, "is", "two " * 30),  # cut within the second answer
+        row("what", "one " * 40, "<image>", "two", image="3.png"),  # left out
+        row("what " * 60, "one"),  # left out
+    ]
+    (folder / "kinds.json").write_text(json.dumps(kinds))
+    source = DataSource(folder / "kinds.json", sampling="repeat", count="200%")
+    template, max_length, image = get_template("v1"), 48, processor.image_token_id
+    dataset = LlavaDataset([source], folder, processor, template, max_length)
+    expected = []
+    for turns, images in map(parse_row, kinds[:7]):
+        (tokens,) = tokenise([template.pieces(template.prepare(turns) if images else turns)], processor)
+        expected.append([array[:max_length].tolist() for array in expand(tokens, image, IMAGE)])
+    assert len(dataset) == 14 and dataset.report.dropped == {"image_truncated": 1, "fully_masked": 1}
+    assert dataset.report.truncated == 4
+    monkeypatch.setattr(type(processor.tokenizer), "__call__", None)
+    train, validation = dataset.split(0.3)
+    assert len(train) + len(validation) == 14
+    for part in (dataset, train, validation, pickle.loads(pickle.dumps(dataset))):
+        for i in range(len(part)):
+            sample, (ids, labels) = part[i], expected[part.place(i)[1]]
+            assert sample["input_ids"].tolist() == ids and sample["labels"].tolist() == labels
+            assert part.tokens(i) == (ids, labels) and part.lengths[i] == len(ids) <= max_length
+            assert len(sample["pixel_values"]) == part.n_images[i] == ids.count(image) // IMAGE
+    for batch in DataLoader(dataset, 7, num_workers=1, collate_fn=list):
+        assert [sample["input_ids"].tolist() for sample in batch] == [ids for ids, _ in expected]
 
 
 def test_cache_keeps_samples(folder, processor):
@@ -250,7 +289,6 @@ def test_rows_that_cannot_be_used_are_counted(folder, processor, caplog):
         "dropped_image_missing": 2,
         "dropped_fully_masked": 2,
     }
-    assert str(report).startswith("2 samples (1 with images) of 9 rows; dropped: 2 fully_masked, 3 image_count")
     assert sum("dropped" in record.message for record in caplog.records) == 3
 
 

@@ -171,7 +171,7 @@ def test_two_processes_train_as_one_does(sharding, recipes):
         assert curve(history(folder), "grad_norm") == pytest.approx(curve(recipes.single[stage], "grad_norm"), rel=1e-5)
         assert curve(history(resumed), "loss") == curve(history(folder), "loss")
         assert (resumed / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-        for step, path in checkpoints.by_step(folder).items():
+        for step, path in checkpoints.checkpoints_by_step(folder).items():
             assert step in (7, 12)
             checkpoints.read_manifest(path)
             model = LlavaForConditionalGeneration.from_pretrained(path).state_dict()
@@ -196,7 +196,7 @@ def test_when_one_process_dies_the_other_ends(recipes):
     assert done.returncode != 0 and time.monotonic() - started < 90
     assert "rank      : 1" in done.stderr and "SIGKILL" in done.stderr
     folder = recipes.folder / "dies"
-    assert list(checkpoints.by_step(folder)) == [7]
+    assert list(checkpoints.checkpoints_by_step(folder)) == [7]
     checkpoints.read_manifest(folder / "checkpoint-7")
 
 

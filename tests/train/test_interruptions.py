@@ -86,7 +86,7 @@ def outcome(folder: Path) -> dict:
 
 def all_whole(folder: Path) -> list[int]:
     """The steps of the checkpoints in a folder, each with all of its files in full."""
-    steps = checkpoints.by_step(folder)
+    steps = checkpoints.checkpoints_by_step(folder)
     for path in steps.values():
         checkpoints.read_manifest(path)
     return sorted(steps)
@@ -324,7 +324,7 @@ def test_going_back_to_an_earlier_checkpoint(copied, finished):
     (folder / "checkpoint-9").mkdir()
     (folder / "checkpoint-4" / "mine.txt").write_text("of the abandoned run")
     run(replace(copied, resume=folder / "checkpoint-2", save_total_limit=2))
-    assert sorted(checkpoints.by_step(folder)) == [4, 6]
+    assert sorted(checkpoints.checkpoints_by_step(folder)) == [4, 6]
     assert not (folder / "checkpoint-4" / "mine.txt").exists()
     assert (folder / "model.safetensors").read_bytes() == (finished.output_dir / "model.safetensors").read_bytes()
 

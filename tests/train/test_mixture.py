@@ -4,77 +4,14 @@ import json
 import logging
 from pathlib import Path
 
-import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
 from llava_fast.train.__main__ import main
 from llava_fast.train.data import LlavaDataset
-from llava_fast.train.mixture import choose_rows
-from llava_fast.train.recipe import Recipe, RecipeError, Source, load_recipe
+from llava_fast.train.recipe import DataSource, Recipe, RecipeError, load_recipe
+from llava_fast.train.rows import choose_rows
 from llava_fast.train.trainer import GroupedSampler, load_data, load_processor, run
-
-
-def chosen(sizes: list[int], *sources: dict, seed: int = 0) -> list[list[int]]:
-    rows = choose_rows([Source("a.json", **source) for source in sources], sizes, seed)
-    return [numbers.tolist() for numbers in rows]
-
-
-@pytest.mark.parametrize(
-    ("source", "rows"),
-    [
-        ({}, [*range(10)]),
-        ({"count": 3}, [0, 1, 2]),
-        ({"sampling": "last", "count": 3}, [7, 8, 9]),
-        ({"count": "10%"}, [0]),
-        ({"count": "11%"}, [0, 1]),  # rounded up, as in LLaVA-NeXT
-        ({"count": "0.5%"}, [0]),
-        ({"count": "100%"}, [*range(10)]),
-        ({"sampling": "random"}, [*range(10)]),
-        ({"sampling": "repeat", "count": "200%"}, [*range(10)] * 2),
-        ({"sampling": "repeat", "count": 10}, [*range(10)]),
-    ],
-)
-def test_rows_of_one_source(source, rows):
-    assert chosen([10], source) == [rows]
-
-
-def test_a_draw_follows_the_seed():
-    (drawn,) = chosen([1000], {"sampling": "random", "count": 300})
-    assert drawn == sorted(set(drawn)) and len(drawn) == 300
-    assert 400 < np.mean(drawn) < 600
-    assert chosen([1000], {"sampling": "random", "count": 300}) == [drawn]
-    assert chosen([1000], {"sampling": "random", "count": 300}, seed=1) != [drawn]
-    first, second = chosen([1000, 1000], *[{"sampling": "random", "count": 300}] * 2)
-    assert first == drawn != second  # sources are drawn apart
-
-
-def test_repetitions_are_whole_passes_and_a_draw():
-    (rows,) = chosen([10], {"sampling": "repeat", "count": 24})
-    assert rows[:20] == [*range(10)] * 2
-    assert len(set(rows[20:])) == 4
-
-
-def test_weights_are_proportions():
-    # 0.5 : 0.25 : 0.25; the second source, of 10 rows, is the scarcest.
-    sizes = [len(r) for r in chosen([100, 10, 50], {"weight": 2}, {"weight": 1, "sampling": "random"}, {"weight": 1})]
-    assert sizes == [20, 10, 10]
-    # Without it the first one is, and the second is repeated.
-    sizes = [len(r) for r in chosen([100, 10, 50], {"weight": 2}, {"weight": 1, "sampling": "repeat"}, {"weight": 1})]
-    assert sizes == [100, 50, 50]
-    # If all repeat, every row is seen.
-    sizes = [
-        len(r) for r in chosen([100, 10], {"weight": 1, "sampling": "repeat"}, {"weight": 3, "sampling": "repeat"})
-    ]
-    assert sizes == [100, 300]
-
-
-def test_more_rows_than_there_are():
-    with pytest.raises(ValueError, match=r"a\.json: count 11 asks for 11 of 10 rows; sampling: repeat gives rows more"):
-        chosen([10], {"sampling": "random", "count": 11})
-    with pytest.raises(ValueError, match=r"count 101% asks for 11 of 10 rows"):
-        chosen([10], {"count": "101%"})
-
 
 # Datasets of several files
 
@@ -89,14 +26,14 @@ def write(path: Path, ids: range, image: bool, lines: bool = False) -> Path:
 
 
 @pytest.fixture
-def sources(folder) -> list[Source]:
+def sources(folder) -> list[DataSource]:
     """Five pictures in a list, three times; four of eight texts in lines."""
     pictures, texts = folder / "pictures.json", folder / "texts.jsonl"
     write(pictures, range(1, 6), image=True)
     write(texts, range(11, 19), image=False, lines=True)
     return [
-        Source(pictures, image_folder=folder, sampling="repeat", count="300%"),
-        Source(texts, sampling="random", count="50%"),
+        DataSource(pictures, image_folder=folder, sampling="repeat", count="300%"),
+        DataSource(texts, sampling="random", count="50%"),
     ]
 
 
@@ -123,8 +60,8 @@ def test_a_source_has_an_image_folder_of_its_own(sources, folder, processor, tmp
     elsewhere.mkdir()
     (folder / "1.png").rename(elsewhere / "1.png")
     write(folder / "more.json", range(1, 2), image=True)
-    more = Source(folder / "more.json", image_folder=elsewhere)
-    dataset = LlavaDataset([Source(sources[0].path), more], folder, processor)
+    more = DataSource(folder / "more.json", image_folder=elsewhere)
+    dataset = LlavaDataset([DataSource(sources[0].path), more], folder, processor)
     assert dataset.report.dropped == {"image_missing": 2}  # rows 1 and 5 of the first source
     assert dataset[len(dataset) - 1]["pixel_values"].shape == (1, 28, 28, 3)
     assert dataset.images(len(dataset) - 1) == [str(elsewhere / "1.png")]
@@ -266,7 +203,7 @@ def test_a_recipe_with_a_mixture(tmp_path):
 
 
 def test_image_folders_default_to_the_files_own(tmp_path):
-    recipe = Recipe(stage="full", model="m", output_dir="o", data=[{"path": "x/a.json"}, Source("y/b.json")])
+    recipe = Recipe(stage="full", model="m", output_dir="o", data=[{"path": "x/a.json"}, DataSource("y/b.json")])
     assert [source.image_folder for source in recipe.sources()] == [Path("x"), Path("y")]
     assert Recipe(stage="full", model="m", output_dir="o", data="z/c.json").sources()[0].image_folder == Path("z")
 

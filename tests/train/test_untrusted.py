@@ -23,10 +23,9 @@ from llava_fast.processor.images import read_rgb
 from llava_fast.processor.templates import TEMPLATES, get_template
 from llava_fast.train import rows
 from llava_fast.train.data import LlavaDataset
-from llava_fast.train.encode import IGNORE
 from llava_fast.train.inspect import check_images
-from llava_fast.train.mixture import choose_rows
-from llava_fast.train.recipe import Source
+from llava_fast.train.recipe import DataSource
+from llava_fast.train.rows import IGNORE, choose_rows
 
 SHARED = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture], "derandomize": True}
 
@@ -495,7 +494,7 @@ def test_any_mixture_takes_rows_that_are_there(sizes, seed, data):
         sampling = data.draw(st.sampled_from(["first", "last", "random", "repeat"]))
         count = data.draw(st.integers(1, 80) | st.integers(1, 300).map(lambda n: f"{n}%"))
         size = {"weight": data.draw(st.floats(0.01, 100))} if weighted else {"count": count}
-        sources.append(Source("a.json", sampling=sampling, **size))
+        sources.append(DataSource("a.json", sampling=sampling, **size))
     try:
         chosen = choose_rows(sources, sizes, seed)
     except ValueError as error:

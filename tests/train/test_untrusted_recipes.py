@@ -31,6 +31,10 @@ RECIPES = {
         "data: [{pth: chat.json}]",
         "unknown key 'data[0].pth'; the nearest known key is 'data[0].path'",
     ),
+    "an unknown key that is a number": (
+        "data: [{path: chat.json, 3: 4}]",
+        "unknown key 'data[0].3'; the nearest known key is 'data[0].weight'",
+    ),
     "an unknown sampling": ("data: [{path: chat.json, sampling: all}]", "data[0].sampling: expected first, last"),
     "no rows": ("data: [{path: chat.json, count: 0}]", "data[0].count: must be positive, got 0"),
     "no share": ("data: [{path: chat.json, count: 0%}]", "data[0].count: must be positive, got 0%"),
