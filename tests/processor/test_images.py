@@ -11,8 +11,8 @@ from PIL import Image, ImageSequence
 from transformers.image_utils import load_image
 
 from llava_fast.errors import one_line
-from llava_fast.processor import images
-from llava_fast.processor.images import FORMATS, expand_to_square, read_rgb
+from llava_fast.processor import processor as images
+from llava_fast.processor.processor import FORMATS, expand_to_square, read_rgb
 from tests.processor.made import PHOTOS, assert_within_one, clip, hf_pixels, make, named
 
 SIZE = (31, 23)

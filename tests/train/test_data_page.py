@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llava_fast import cli
-from llava_fast.processor.images import FORMATS
+from llava_fast.processor.processor import FORMATS
 from llava_fast.train.recipe import load_recipe
 from llava_fast.train.rows import ERRORS, parse_row
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import llava_fast
-from llava_fast.processor.images import read_rgb
+from llava_fast.processor.processor import read_rgb
 from llava_fast.processor.templates import TEMPLATES, get_template
 from llava_fast.train import rows
 from llava_fast.train.data import LlavaDataset

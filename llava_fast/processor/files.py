@@ -1,0 +1,93 @@
+"""A processor from transformers' files and back, and made for a vision tower and a language model."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import TYPE_CHECKING, Any, cast
+
+import transformers
+from transformers import AutoConfig, AutoTokenizer, CLIPVisionConfig, LlavaImageProcessorPil
+
+from llava_fast.errors import blaming
+from llava_fast.model.pixels import read_normalisation
+from llava_fast.ops.patch_embed import Normalisation
+from llava_fast.processor.templates import get_template
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class FilesMixin(transformers.LlavaProcessor):
+    """What `LlavaProcessor` reads, writes and is put together from."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, *args: Any, **kwargs: Any) -> Self:
+        # Left out, transformers asks on the terminal whether to run code of the checkpoint, and a pipe may answer.
+        with blaming(pretrained_model_name_or_path):
+            return super().from_pretrained(
+                pretrained_model_name_or_path, *args, **{"trust_remote_code": False, **kwargs}
+            )
+
+    @classmethod
+    def assemble(
+        cls,
+        vision_tower: str | PathLike,
+        language_model: str | PathLike,
+        *,
+        template: str = "v1",
+        pad_to_square: bool = False,
+        vision_feature_select_strategy: str = "default",
+    ) -> Self:
+        """Make the processor of a new LLaVA from a CLIP directory and a language model's directory.
+
+        The tokenizer gets an `<image>` token if it has none, so the model's embeddings may need resizing.
+        """
+        with blaming(language_model):
+            tokenizer = AutoTokenizer.from_pretrained(language_model, trust_remote_code=False)
+        if "<image>" not in tokenizer.get_vocab():
+            tokenizer.add_tokens(["<image>"], special_tokens=True)
+        with blaming(vision_tower):
+            config = AutoConfig.from_pretrained(vision_tower, trust_remote_code=False)
+        found = read_normalisation(vision_tower)
+        return cls.for_tower(
+            getattr(config, "vision_config", config),
+            tokenizer,
+            Normalisation() if found is None else found[0],
+            template=template,
+            pad_to_square=pad_to_square,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+        )
+
+    @classmethod
+    def for_tower(
+        cls,
+        vision: CLIPVisionConfig,
+        tokenizer: Any,
+        normalisation: Normalisation,
+        *,
+        template: str = "v1",
+        pad_to_square: bool,
+        vision_feature_select_strategy: str,
+    ) -> Self:
+        """The processor that makes square images of a tower's size, and so many tokens of each."""
+        side = vision.image_size
+        image_processor = LlavaImageProcessorPil(
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
+            do_pad=pad_to_square,
+            image_mean=list(normalisation.mean),
+            image_std=list(normalisation.std),
+        )
+        return cls(
+            image_processor,
+            tokenizer,
+            patch_size=cast(int, vision.patch_size),
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=get_template(template).chat_template,
+        )
+
+    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        # transformers 5 does not write down a Llama tokenizer's `legacy`, and reads another tokenizer back.
+        if hasattr(self.tokenizer, "legacy"):
+            self.tokenizer.init_kwargs["legacy"] = self.tokenizer.legacy
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
