@@ -11,7 +11,6 @@ of the whole. On a GPU it is LLaVA-1.5-7B with 8 of the 32 layers.
 """
 
 import copy
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache

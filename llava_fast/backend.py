@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ ENVIRONMENT_VARIABLE = "LLAVA_FAST_BACKEND"
 # benchmark shows it ahead: Triton's `supports` then says no for those shapes.
 _PREFERENCE = ("triton", "cuda", "reference")
 
-Supports = Callable[..., Literal[True] | str]
+Supports = Callable[..., bool | str]
 
 
 class BackendUnavailable(RuntimeError):

@@ -18,24 +18,16 @@ BLOCK_H heads of one token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 
 from llava_fast.backend import choose, register
-from llava_fast.ops._launch import launch, tile, tile_table
+from llava_fast.ops._launch import Example, launch, tile, tile_table
+from llava_fast.ops._rotation import angles_per_token, head_dim_key, load_angles, load_halves, rotated, store_halves
 from llava_fast.ops._triton import inlined, jit, takes, tl
-from llava_fast.ops.rotary import (
-    MAX_HEAD_DIM,
-    _angles,
-    _head_dim_key,
-    _load_halves,
-    _rotated,
-    _store_halves,
-    rotary_reference,
-)
+from llava_fast.ops.rotary import MAX_HEAD_DIM, rotary_reference
 
 LEVELS = 127
 TINY = 1e-30  # a vector below it is taken for zeros: 127 / max|x| would overflow
@@ -89,7 +81,7 @@ def _store_new(
         low, high = tl.floor(low * steps[:, None] + 0.5), tl.floor(high * steps[:, None] + 0.5)
         at = scale_ptr + (batch * heads + head) * slots + slot
         tl.store(at, peak * (1.0 / 127.0), mask=head < heads)
-    _store_halves(ptr + batch * x_batch + slot * x_slot, low, high, head, heads, x_head, half, BLOCK_D)
+    store_halves(ptr + batch * x_batch + slot * x_slot, low, high, head, heads, x_head, half, BLOCK_D)
 
 
 @jit
@@ -104,32 +96,31 @@ def _cache_write_kernel(
     batch, token = row // tokens, row % tokens
     slot = tl.load(at_ptr).to(tl.int64) + token
     angle = batch * angle_batch + token * angle_stride
-    cos_low, cos_high, sin_low, sin_high = _angles(cos_ptr + angle, sin_ptr + angle, half, BLOCK_D)
+    cos_low, cos_high, sin_low, sin_high = load_angles(cos_ptr + angle, sin_ptr + angle, half, BLOCK_D)
     query_blocks = tl.cdiv(query_heads, BLOCK_H)
     block = tl.program_id(1)
     if block < query_blocks:
         head = block * BLOCK_H + tl.arange(0, BLOCK_H)
-        low, high = _load_halves(q_ptr + batch * q_batch + token * q_stride, head, query_heads, q_head, half, BLOCK_D)
-        low, high = _rotated(low, high, cos_low, cos_high, sin_low, sin_high, False)
-        _store_halves(q_out_ptr + row * query_heads * (2 * half), low, high, head, query_heads, 2 * half, half, BLOCK_D)
+        low, high = load_halves(q_ptr + batch * q_batch + token * q_stride, head, query_heads, q_head, half, BLOCK_D)
+        low, high = rotated(low, high, cos_low, cos_high, sin_low, sin_high, False)
+        store_halves(q_out_ptr + row * query_heads * (2 * half), low, high, head, query_heads, 2 * half, half, BLOCK_D)
     # There is no memory past the last slot.
     elif slot < slots:
         head = (block - query_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
-        low, high = _load_halves(k_ptr + batch * k_batch + token * k_stride, head, key_heads, k_head, half, BLOCK_D)
-        low, high = _rotated(low, high, cos_low, cos_high, sin_low, sin_high, False)
+        low, high = load_halves(k_ptr + batch * k_batch + token * k_stride, head, key_heads, k_head, half, BLOCK_D)
+        low, high = rotated(low, high, cos_low, cos_high, sin_low, sin_high, False)
         _store_new(
             keys_ptr, key_scale_ptr, low, high, batch, head, slot, key_heads, slots, keys_batch, keys_head, keys_slot,
             half, BLOCK_D,
         )  # fmt: skip
-        low, high = _load_halves(v_ptr + batch * v_batch + token * v_stride, head, key_heads, v_head, half, BLOCK_D)
+        low, high = load_halves(v_ptr + batch * v_batch + token * v_stride, head, key_heads, v_head, half, BLOCK_D)
         _store_new(
             values_ptr, value_scale_ptr, low, high, batch, head, slot, key_heads, slots,
             values_batch, values_head, values_slot, half, BLOCK_D,
         )  # fmt: skip
 
 
-@torch.library.custom_op("llava_fast::cache_write", mutates_args=("keys", "values", "key_scales", "value_scales"))
-def _cache_write_op(
+def _cache_write(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -144,11 +135,9 @@ def _cache_write_op(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     batch, tokens, key_heads, head_dim = k.shape
     if batch * tokens:
-        q, k, v, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, cos, sin))
-        cos, sin = cos.expand(batch, tokens, head_dim), sin.expand(batch, tokens, head_dim)
-        if sin.stride() != cos.stride():
-            cos, sin = cos.contiguous(), sin.contiguous()
-        key = _head_dim_key(head_dim)
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        cos, sin = angles_per_token(cos, sin, q)
+        key = head_dim_key(head_dim)
         choice = tile("cache_write", key, q.device)
         blocks = sum(-(-heads // choice["BLOCK_H"]) for heads in (q.shape[2], key_heads))
         launch(
@@ -162,6 +151,11 @@ def _cache_write_op(
             BLOCK_D=key // 2,
         )
     return out
+
+
+_cache_write_op = torch.library.custom_op(
+    "llava_fast::cache_write", _cache_write, mutates_args=("keys", "values", "key_scales", "value_scales")
+)
 
 
 @_cache_write_op.register_fake
@@ -237,31 +231,29 @@ def write_cache(
     return choose("cache_write", *arguments)(*arguments)
 
 
-def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
-    """Calls that between them launch the kernel with every shipped tile, for the compile report."""
-    for key in tile_table("cache_write")["sm_80"]["tiles"]:
-        q, k, angles = (torch.empty(2, 32, *shape, int(key), dtype=dtype) for shape in ((32,), (8,), ()))
-        at = torch.empty((), dtype=torch.int64)
-        cache = torch.empty(2, 8, 64, int(key), dtype=dtype)
-        yield partial(_cache_write_op, q, k, k, angles, angles, at, cache, cache.clone(), None, None)
-        int8, scales = cache.to(torch.int8), torch.empty(2, 8, 64)
-        yield partial(_cache_write_op, q, k, k, angles, angles, at, int8, int8.clone(), scales, scales.clone())
-
-
-def tune_examples(
-    device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[str, int, Callable[[], Any], list[dict[str, int]]]]:
-    """(kernel, key, call, tiles worth trying) for each entry of the tile table: LLaVA's prefill on a GPU."""
-    tokens, heads = (640, 32) if device.type == "cuda" else (3, 4)
+def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
+    """LLaVA-1.5's prefill, into a cache of that dtype and, with a quarter of the key heads, of int8."""
+    tokens, heads = (640, 32) if device.type != "cpu" else (3, 4)
+    at = torch.zeros((), dtype=torch.int64, device=device)
     for key in map(int, tile_table("cache_write")["sm_80"]["tiles"]):
         q, k, v = torch.randn(3, 1, tokens, heads, key, device=device).to(dtype)
         cos, sin = torch.randn(2, 1, tokens, key, device=device).to(dtype)
         keys, values = torch.zeros(2, 1, heads, tokens, key, device=device, dtype=dtype)
-        at = torch.zeros((), dtype=torch.int64, device=device)
         tiles = [
             {"BLOCK_H": block, "num_warps": warps, "num_stages": 1}
             for block in (2, 4, 8, 16, 32)
             for warps in (1, 2, 4, 8)
             if 4 <= block * key // (32 * warps) <= 64  # elements per thread
         ]
-        yield "cache_write", key, partial(_cache_write_op, q, k, v, cos, sin, at, keys, values, None, None), tiles
+        call = partial(_cache_write, q, k, v, cos, sin, at, keys, values, None, None)
+        yield Example("cache_write", key, call, tiles)
+        k, v, keys, values = (
+            k[:, :, : heads // 4],
+            v[:, :, : heads // 4],
+            keys[:, : heads // 4],
+            values[:, : heads // 4],
+        )
+        scales = torch.zeros(1, heads // 4, tokens, device=device)
+        int8 = (keys.to(torch.int8), values.to(torch.int8), scales, torch.zeros_like(scales))
+        for cache in ((keys, values, None, None), int8):
+            yield Example("cache_write", key, partial(_cache_write, q, k, v, cos, sin, at, *cache))

@@ -13,15 +13,14 @@ Shapes: B batch, T tokens, V vocabulary, D width, M image tokens in all, R = B Â
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from llava_fast.backend import choose, register
-from llava_fast.ops._launch import as_rows, launch, tile
+from llava_fast.ops._launch import Example, as_rows, launch, tile
 from llava_fast.ops._triton import jit, takes, tl
 
 
@@ -295,42 +294,28 @@ def _mismatch(tokens: int | str, features: int) -> str:
     return f"Image features and image tokens do not match: tokens: {tokens}, features: {features}"
 
 
-def _examples(
-    rows: int, width: int, device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(kernel, call): a row in four is text; ids and embeddings as they come, and both gradients."""
+def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
+    """A sample in which a row in four is text, from ids and from embeddings; and both gradients.
+
+    Tiles are chosen for the look-up, and for the features' gradient alone.
+    """
+    rows, width = (832, 4096) if device.type != "cpu" else (5, 300)
     table, features = (torch.randn(rows, width, device=device).to(dtype) for _ in range(2))
     ids = torch.randint(0, rows, (1, rows), device=device)
     source = _sources(None, torch.arange(rows, device=device) % 4 != 0, rows, device)
-    for of_ids in (ids, None):
-        yield "merge_fwd", partial(_forward, table, of_ids, features, source)
-
-    def backward(text: bool):
-        gradients = torch.zeros_like(table) if text else None, torch.zeros_like(features)
-        _backward(table, source, *gradients)
-        return gradients
-
-    for text in (False, True):
-        yield "merge_bwd", partial(backward, text)
-
-
-def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
-    """Calls that between them launch every kernel variant, for the compile report."""
-    for _, call in _examples(64, 4096, torch.device("cpu"), dtype):
-        yield call
-
-
-def tune_examples(
-    device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[str, str, Callable[[], Any], list[dict[str, int]]]]:
-    """(kernel, key, call, tiles worth trying): from ids, to the features."""
-    rows, width = (832, 4096) if device.type == "cuda" else (5, 300)
     tiles = [
         {"BLOCK": block, "num_warps": warps, "num_stages": 1}
         for block in (512, 1024, 2048, 4096)
         for warps in (2, 4, 8)
         if 4 <= block // (32 * warps) <= 32
     ]
-    (_, forward), _, (_, backward), _ = _examples(rows, width, device, dtype)
-    yield "merge_fwd", "any", forward, tiles
-    yield "merge_bwd", "any", backward, tiles
+    yield Example("merge_fwd", "any", partial(_forward, table, ids, features, source), tiles)
+    yield Example("merge_fwd", "any", partial(_forward, table, None, features, source))
+
+    def backward(text: bool):
+        gradients = torch.zeros_like(table) if text else None, torch.zeros_like(features)
+        _backward(table, source, *gradients)
+        return gradients
+
+    yield Example("merge_bwd", "any", partial(backward, False), tiles)
+    yield Example("merge_bwd", "any", partial(backward, True))

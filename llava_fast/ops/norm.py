@@ -17,7 +17,7 @@ Shapes: R rows, D width; kernels work on [BLOCK_R, BLOCK_D] tiles with BLOCK_D =
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from torch.nn import functional as F
 
 from llava_fast.backend import choose, extension, register
-from llava_fast.ops._launch import as_rows, launch, multiprocessors, tile, tile_table
+from llava_fast.ops._launch import Example, as_rows, launch, multiprocessors, tile, tile_table
 from llava_fast.ops._triton import jit, takes, tl
 
 MAX_WIDTH = 8192
@@ -188,7 +188,7 @@ def _width_key(width: int) -> int:
     return max(128, 1 << (width - 1).bit_length())
 
 
-def _forward(
+def norm_forward(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -221,7 +221,7 @@ def _forward(
     return y, s, mean, rstd
 
 
-def _backward(
+def norm_backward(
     dy: torch.Tensor,
     dsum: torch.Tensor | None,
     s: torch.Tensor,
@@ -270,7 +270,7 @@ def _or_empty(*tensors: torch.Tensor | None, like: torch.Tensor) -> tuple[torch.
 def _norm_op(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    y, s, mean, rstd = _forward(x, weight, bias, residual, eps)
+    y, s, mean, rstd = norm_forward(x, weight, bias, residual, eps)
     return y, *_or_empty(s, like=x), *_or_empty(mean, like=rstd), rstd
 
 
@@ -292,7 +292,7 @@ def _norm_backward_op(
     centred: bool,
     want_dweight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dx, dweight, dbias = _backward(dy, dsum, s, weight, mean if centred else None, rstd, want_dweight)
+    dx, dweight, dbias = norm_backward(dy, dsum, s, weight, mean if centred else None, rstd, want_dweight)
     return dx, *_or_empty(dweight, dbias, like=weight)
 
 
@@ -425,34 +425,23 @@ def layer_norm(
     return choose("layer_norm", x, weight, residual)(x, weight, bias, eps, residual)
 
 
-def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
-    """Calls that between them launch each kernel with every shipped tile, for the compile report.
+def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
+    """Both norms at every width, with a residual: without one the kernels are the same, less a load and a store.
 
-    All are with a residual: without one the kernels are the same, less a load and a store.
+    Narrow norms are the vision tower's LayerNorms, wide ones the language model's RMSNorms: these decide about tiles.
     """
-    for key in tile_table("norm_fwd")["sm_80"]["tiles"]:
-        x = torch.empty(64, int(key), dtype=dtype)
-        weight, row = x[0], torch.empty(64)
-        for bias, mean in ((None, None), (weight, row)):
-            yield partial(_forward, x, weight, bias, x, 1e-5)
-            yield partial(_backward, x, x, x, weight, mean, row, True)
-
-
-def tune_examples(
-    device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[str, int, Callable[[], Any], list[dict[str, int]]]]:
-    """(kernel, key, call, tiles worth trying) for each entry of the tile tables, at about LLaVA's sizes on a GPU."""
     for key in map(int, tile_table("norm_fwd")["sm_80"]["tiles"]):
-        rows = 2**22 // key if device.type == "cuda" else 9
+        rows = 2**22 // key if device.type != "cpu" else 9
         x, residual, dy, dsum = torch.randn(4, rows, key, device=device).to(dtype)
         weight, rstd = torch.randn(key, device=device).to(dtype), torch.rand(rows, device=device)
-        # Narrow norms are the vision tower's LayerNorms, wide ones the language model's RMSNorms.
-        bias, mean = (weight, rstd) if key <= 1024 else (None, None)
         tiles = [
             {"BLOCK_R": block, "num_warps": warps, "num_stages": 1}
             for block in (1, 2, 4, 8, 16)
             for warps in (1, 2, 4, 8, 16)
             if 8 <= block * key // (32 * warps) <= 32  # elements per thread: wide loads, few registers
         ]
-        yield "norm_fwd", key, partial(_forward, x, weight, bias, residual, 1e-5), tiles
-        yield "norm_bwd", key, partial(_backward, dy, dsum, x, weight, mean, rstd, True), tiles
+        for bias, mean in ((weight, rstd), (None, None)):
+            timed = tiles if (bias is None) == (key > 1024) else []
+            yield Example("norm_fwd", key, partial(norm_forward, x, weight, bias, residual, 1e-5), timed)
+            backward = partial(norm_backward, dy, dsum, x, weight, mean, rstd, True)
+            yield Example("norm_bwd", key, backward, timed)

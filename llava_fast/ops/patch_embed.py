@@ -25,7 +25,7 @@ Shapes: B images, H × W pixels, C = 3 channels, P patch size, K = C P², N = (H
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,11 +34,9 @@ from torch.nn import functional as F
 
 from llava_fast.backend import choose, extension, register
 from llava_fast.ops import norm
-from llava_fast.ops._launch import launch, multiprocessors, tile
+from llava_fast.ops._launch import Example, launch, multiprocessors, tile
 from llava_fast.ops._patch_embed_kernels import _patch_embed_dweight_kernel, _patch_embed_fwd_kernel
 from llava_fast.ops._triton import takes
-
-_MEAN_STD = ((0.5,) * 3, (0.5,) * 3)  # of examples: pixels from -1 to 1
 
 
 def patch_embed_reference(
@@ -114,7 +112,7 @@ def _forward(
             tile=choice,
             **constexprs,
         )
-    out, _, row_mean, rstd = norm._forward(z, norm_weight_D, norm_bias_D, None, eps, out=None if keep_z else z)
+    out, _, row_mean, rstd = norm.norm_forward(z, norm_weight_D, norm_bias_D, None, eps, out=None if keep_z else z)
     return out, z if keep_z else None, row_mean, rstd
 
 
@@ -186,7 +184,7 @@ def _patch_embed_backward_op(
     want: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`want` and the results: pixels, weight, cls, position, norm weight, norm bias."""
-    dz, dnorm_weight, dnorm_bias = norm._backward(dout, None, z, norm_weight, row_mean, rstd, want[4] or want[5])
+    dz, dnorm_weight, dnorm_bias = norm.norm_backward(dout, None, z, norm_weight, row_mean, rstd, want[4] or want[5])
     gradients = (
         _dpixels(pixels, weight, dz) if want[0] else pixels.new_empty(0),
         _dweight(pixels, weight, dz, mean, std) if want[1] else None,
@@ -337,31 +335,14 @@ def patch_embed(
     return choose("patch_embed", *tensors)(*tensors, eps, mean, std)
 
 
-def _example(images: int, side: int, patch: int, width: int, device: Any, dtype: torch.dtype, as_bytes: bool):
-    """Arguments of `_forward` up to the norm's bias."""
-    tokens = 1 + (side // patch) ** 2
+def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
+    """CLIP ViT-L/14 at 336, from bytes, which decide about tiles, and from floats: of one image, and of 31, whose
+    number of rows is no multiple of 16, as with most batches."""
+    side, width, patch = (336, 1024, 14) if device.type != "cpu" else (28, 32, 14)
+    single, tokens = dtype == torch.float32, 1 + (side // patch) ** 2
     shapes = ((width, 3, patch, patch), (width,), (tokens, width), (width,), (width,))
-    parameters = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
-    if as_bytes:
-        return torch.randint(0, 256, (images, side, side, 3), dtype=torch.uint8, device=device), *parameters
-    return torch.randn(images, 3, side, side, device=device).to(dtype), *parameters
-
-
-def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
-    """Calls that between them launch each kernel with every shipped tile, for the compile report."""
-    for as_bytes in (True, False):
-        for images in (1, 4):
-            tensors = _example(images, 336, 14, 1024, "cpu", dtype, as_bytes)
-            yield partial(_forward, *tensors, 1e-5, *_MEAN_STD, False)
-        dz = torch.empty(4, 577, 1024, dtype=dtype)
-        yield partial(_dweight, tensors[0], tensors[1], dz, *_MEAN_STD)
-
-
-def tune_examples(
-    device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[str, str, Callable[[], Any], list[dict[str, int]]]]:
-    """(kernel, key, call, tiles worth trying) for each entry of the tile tables."""
-    single = dtype == torch.float32
+    weight, cls, position, norm_weight, norm_bias = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
+    mean_std = (0.5,) * 3, (0.5,) * 3  # pixels from -1 to 1
     tiles = [
         {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
         for m in (32, 64, 128)
@@ -371,11 +352,20 @@ def tune_examples(
         for stages in (2, 3, 4)
         if 16 <= m * n // (32 * warps) <= 64
     ]
-    side, width = (336, 1024) if device.type == "cuda" else (28, 32)
-    for images in (1, 32):
-        tensors = _example(images, side, 14, width, device, dtype, True)
-        dz = torch.randn(images, tensors[3].shape[0], width, device=device).to(dtype)
-        key = _tile_key(dtype, dz.shape[0] * dz.shape[1])
-        yield "patch_embed_fwd", key, partial(_forward, *tensors, 1e-5, *_MEAN_STD, False), tiles
-    key = "single" if single else "half"
-    yield "patch_embed_dweight", key, partial(_dweight, tensors[0], tensors[1], dz, *_MEAN_STD), tiles
+    for as_bytes in (True, False):
+        timed = tiles if as_bytes else []
+        for images in (1, 31):
+            pixels = torch.randint(0, 256, (images, side, side, 3), dtype=torch.uint8, device=device)
+            if not as_bytes:
+                pixels = pixels.permute(0, 3, 1, 2).to(dtype).contiguous()
+            call = partial(
+                _forward, pixels, weight, cls, position, norm_weight, norm_bias, 1e-5, *mean_std, keep_z=False
+            )
+            yield Example("patch_embed_fwd", _tile_key(dtype, images * tokens), call, timed)
+        dz = torch.randn(images, tokens, width, device=device).to(dtype)
+        yield Example(
+            "patch_embed_dweight",
+            "single" if single else "half",
+            partial(_dweight, pixels, weight, dz, *mean_std),
+            timed,
+        )

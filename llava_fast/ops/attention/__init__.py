@@ -28,15 +28,14 @@ would be 1.6 times the products). Other d are padded to the next of 16, 32, 64, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from llava_fast.backend import choose, register
-from llava_fast.ops._launch import Tile, launch, tile, tile_table
+from llava_fast.ops._launch import Example, Tile, launch, tile, tile_table
 from llava_fast.ops._triton import takes
 from llava_fast.ops.attention import decode
 from llava_fast.ops.attention.decode import decode_attention, takes_decode
@@ -378,28 +377,16 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
-    """Calls that between them launch each kernel with every shipped tile, for the compile report.
-
-    Head dimensions are those that hold a tile's columns fully, and 72, of vision towers. float16 compiles as bfloat16.
-    """
+def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
+    """LLaVA's tower (16 heads, all of 577 tokens see each other) at head dimension 64 and packs of its samples (32
+    heads, causal, 832 tokens) at 128, which decide about tiles; and with half the key heads every head dimension that
+    fills a tile, and 72, of vision towers. float16 compiles as bfloat16."""
+    large, single = device.type != "cpu", dtype == torch.float32
     keys = [key for key in tile_table("attention_fwd")["sm_80"]["tiles"] if not key.endswith("fp32")]
+    timed = {64: (16, 577, 16), 128: (5, 832, 32)} if large else {64: (1, 33, 2), 128: (2, 20, 2)}
     for dim in () if dtype == torch.float16 else (72, *map(int, keys)):
-        q = torch.empty(2, 832, 16, dim, dtype=dtype)
-        k, ranges, lse = q[:, :, :8], torch.empty(2, 832, dtype=torch.int32), torch.empty(2, 16, 832)
-        yield partial(_forward, q, k, k, ranges, ranges, ranges, 0.1)
-        yield partial(_backward_dq, q, None, q, k, k, ranges, ranges, ranges, q, lse, 0.1)
-        yield partial(_backward_dkdv, q, q, k, k, ranges, ranges, ranges.expand(3, 2, 832), lse, lse, 0.1)
-    yield from decode.compile_examples(dtype)
-
-
-def tune_examples(
-    device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[str, str, Callable[[], Any], list[dict[str, int]]]]:
-    """(kernel, key, call, tiles worth trying) for head dimensions 64 and 128: LLaVA's tower (16 heads, all of 577
-    tokens see each other) and packs of its samples (32 heads, causal, 832 tokens) on a GPU, little ones on a CPU."""
-    sizes = ((64, 16, 577, 16), (128, 5, 832, 32)) if device.type == "cuda" else ((64, 1, 33, 1), (128, 2, 20, 1))
-    for dim, samples, tokens, heads in sizes:
+        samples, tokens, heads = timed.get(dim, (2, 832, 16) if large else (1, 20, 2))
+        key = f"{tile_key(dim)}{' fp32' if single else ''}"
         index = torch.arange(samples * tokens, device=device, dtype=torch.int32)[None]
         start = index // tokens * tokens
         end = start + tokens if dim == 64 else index + 1
@@ -407,8 +394,7 @@ def tune_examples(
         # Of normal scores about log(number of keys) + ½; what is timed does not depend on it.
         lse = ((end - start).log() + 0.5).expand(1, heads, -1).contiguous()
         course, scale = walk(start, end, samples * tokens, backward=True), dim**-0.5
-        ranges = q, k, v, start, end
-        rows, columns = ((16, 32), (16, 32, 64)) if dtype == torch.float32 else ((64, 128), (32, 64, 128))
+        rows, columns = ((16, 32), (16, 32, 64)) if single else ((64, 128), (32, 64, 128))
         tiles = [
             {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
             for m in rows
@@ -416,13 +402,15 @@ def tune_examples(
             for warps in (4, 8)
             for stages in (2, 3)
             # Sums and scores in float32, per thread, decide what spills; a warp of a product has 16 rows at least.
-            if m * (dim + n) // (32 * warps) <= 160 and (m >= 16 * warps or dtype == torch.float32)
+            if m * (dim + n) // (32 * warps) <= 160 and (m >= 16 * warps or single)
         ]
-        turned = [{**t, "BLOCK_M": t["BLOCK_N"], "BLOCK_N": t["BLOCK_M"]} for t in tiles]
-        key = f"{dim} fp32" if dtype == torch.float32 else str(dim)
-        yield "attention_fwd", key, partial(_forward, *ranges, course.first_BT, scale), tiles
-        dq = partial(_backward_dq, dout, None, *ranges, course.first_BT, out, lse, scale)
-        yield "attention_bwd_dq", key, dq, tiles
-        dkdv = partial(_backward_dkdv, dout, *ranges, course.keys_3BS, lse, lse, scale)
-        yield "attention_bwd_dkdv", key, dkdv, turned
-    yield from decode.tune_examples(device, dtype)
+        for key_heads in (heads, heads // 2) if dim in timed else (heads // 2,):
+            ranges = q, k[:, :, :key_heads], v[:, :, :key_heads], start, end
+            offered = tiles if key_heads == heads else []
+            yield Example("attention_fwd", key, partial(_forward, *ranges, course.first_BT, scale), offered)
+            dq = partial(_backward_dq, dout, None, *ranges, course.first_BT, out, lse, scale)
+            yield Example("attention_bwd_dq", key, dq, offered)
+            dkdv = partial(_backward_dkdv, dout, *ranges, course.keys_3BS, lse, lse, scale)
+            turned = [{**t, "BLOCK_M": t["BLOCK_N"], "BLOCK_N": t["BLOCK_M"]} for t in offered]
+            yield Example("attention_bwd_dkdv", key, dkdv, turned)
+    yield from decode.examples(device, dtype)
