@@ -78,7 +78,8 @@ def _activation_bwd_kernel(
     tl.store(dx_ptr + row * columns + column, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
-def _forward(x: torch.Tensor, up: torch.Tensor | None, kind: str) -> torch.Tensor:
+def activation_forward(x: torch.Tensor, up: torch.Tensor | None, kind: str) -> torch.Tensor:
+    """Kind "swiglu" (with `up`), "quick_gelu" or "gelu", by the kernel, without autograd; for other operations too."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel():
         x_RC, up_RC = as_rows(x), None if up is None else as_rows(up)
@@ -117,7 +118,7 @@ def _backward(
 
 @torch.library.custom_op("llava_fast::swiglu", mutates_args=())
 def _swiglu_op(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return _forward(gate, up, "swiglu")
+    return activation_forward(gate, up, "swiglu")
 
 
 @torch.library.custom_op("llava_fast::swiglu_backward", mutates_args=())
@@ -129,7 +130,7 @@ def _swiglu_backward_op(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) 
 
 @torch.library.custom_op("llava_fast::activation", mutates_args=())
 def _activation_op(x: torch.Tensor, kind: str) -> torch.Tensor:
-    return _forward(x, None, kind)
+    return activation_forward(x, None, kind)
 
 
 @torch.library.custom_op("llava_fast::activation_backward", mutates_args=())
@@ -206,12 +207,25 @@ def quick_gelu(x: torch.Tensor) -> torch.Tensor:
 
     Returns:
         A new tensor of its shape and dtype. Differentiable.
+
+    Raises:
+        BackendUnavailable: when a backend was asked for by name that cannot take the tensor (Triton: float64).
     """
     return choose("quick_gelu", x)(x)
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
-    """Exact GELU, x · (1 + erf(x / sqrt(2))) / 2 (Hendrycks & Gimpel 2016); argument and result as for `quick_gelu`."""
+    """Exact GELU, x · (1 + erf(x / sqrt(2))) / 2 (Hendrycks & Gimpel 2016), as in LLaVA's projector.
+
+    Args:
+        x: any shape, a floating dtype.
+
+    Returns:
+        A new tensor of its shape and dtype. Differentiable.
+
+    Raises:
+        BackendUnavailable: as for `quick_gelu`.
+    """
     return choose("gelu", x)(x)
 
 
@@ -224,8 +238,8 @@ def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
         for block in (512, 1024, 2048, 4096)
         for warps in (2, 4, 8)
     ]
-    yield Example("activation_fwd", "any", partial(_forward, x, up, "swiglu"), tiles)
+    yield Example("activation_fwd", "any", partial(activation_forward, x, up, "swiglu"), tiles)
     yield Example("activation_bwd", "any", partial(_backward, dy, x, up, "swiglu"), tiles)
     for kind in ("quick_gelu", "gelu"):
-        yield Example("activation_fwd", "any", partial(_forward, x, None, kind))
+        yield Example("activation_fwd", "any", partial(activation_forward, x, None, kind))
         yield Example("activation_bwd", "any", partial(_backward, dy, x, None, kind))

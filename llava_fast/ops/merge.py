@@ -40,6 +40,7 @@ def merge_reference(
     features_MD = features_MD.to(rows.dtype)
     if slots_M is not None:
         return rows.index_copy(0, slots_M, features_MD).view(table.shape)
+    assert mask_BT is not None
     mask = mask_BT.reshape(-1)
     # Row r of the output, if it is an image token, takes the feature with as many image tokens before it.
     source = (mask.cumsum(0) - 1).clamp(min=0, max=features_MD.shape[0] - 1)
@@ -104,6 +105,7 @@ def _sources(
     if slots_M is not None:
         order = torch.arange(slots_M.numel(), device=device, dtype=torch.int32)
         return torch.full((rows,), -1, device=device, dtype=torch.int32).index_copy_(0, slots_M, order)
+    assert mask_BT is not None
     mask = mask_BT.reshape(-1)
     return torch.where(mask, mask.cumsum(0, dtype=torch.int32) - 1, -1)
 
@@ -282,6 +284,8 @@ def _require_a_feature_each(
     if slots_M is not None:
         if slots_M.numel() != features:
             raise ValueError(_mismatch(slots_M.numel(), features))
+    elif mask_BT is None:
+        raise ValueError("merge: neither slots_M nor mask_BT says which tokens are the image's")
     elif mask_BT.device.type == "cpu" and not torch.compiler.is_compiling():
         tokens = int(mask_BT.sum())
         if tokens != features:

@@ -196,7 +196,8 @@ def norm_forward(
     eps: float,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-    """y (written to `out` if given, which may be x), s (None without a residual), mean (None for RMSNorm), rstd."""
+    """By the kernel and without autograd, for other operations too: y (written to `out` if given, which may be x), s
+    (None without a residual), mean (None for RMSNorm), rstd."""
     x_RD = as_rows(x)
     rows, width = x_RD.shape
     residual_RD = None if residual is None else as_rows(residual)
@@ -212,7 +213,7 @@ def norm_forward(
             _norm_fwd_kernel,
             (-(-rows // choice["BLOCK_R"]),),
             *(x_RD, residual_RD, weight, bias, y, s, mean, rstd, rows, width),
-            *(x_RD.stride(0), 0 if residual is None else residual_RD.stride(0), eps),
+            *(x_RD.stride(0), 0 if residual_RD is None else residual_RD.stride(0), eps),
             tile=choice,
             CENTRED=bias is not None,
             HAS_RESIDUAL=residual is not None,
@@ -249,7 +250,7 @@ def norm_backward(
             _norm_bwd_kernel,
             (programs,),
             *(dy_RD, dsum_RD, s_RD, weight.contiguous(), mean, rstd, dx, *partials, rows, width),
-            *(dy_RD.stride(0), 0 if dsum is None else dsum_RD.stride(0), s_RD.stride(0)),
+            *(dy_RD.stride(0), 0 if dsum_RD is None else dsum_RD.stride(0), s_RD.stride(0)),
             -(-tiles // programs),
             tile=choice,
             CENTRED=mean is not None,
@@ -262,8 +263,8 @@ def norm_backward(
 
 
 # An operator always returns tensors, so an output that is not wanted is an empty one.
-def _or_empty(*tensors: torch.Tensor | None, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(like.new_empty(0) if t is None else t for t in tensors)
+def _or_empty(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    return like.new_empty(0) if tensor is None else tensor
 
 
 @torch.library.custom_op("llava_fast::norm", mutates_args=())
@@ -271,7 +272,7 @@ def _norm_op(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     y, s, mean, rstd = norm_forward(x, weight, bias, residual, eps)
-    return y, *_or_empty(s, like=x), *_or_empty(mean, like=rstd), rstd
+    return y, _or_empty(s, like=x), _or_empty(mean, like=rstd), rstd
 
 
 @_norm_op.register_fake
@@ -293,7 +294,7 @@ def _norm_backward_op(
     want_dweight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dx, dweight, dbias = norm_backward(dy, dsum, s, weight, mean if centred else None, rstd, want_dweight)
-    return dx, *_or_empty(dweight, dbias, like=weight)
+    return dx, _or_empty(dweight, like=weight), _or_empty(dbias, like=weight)
 
 
 @_norm_backward_op.register_fake
@@ -399,16 +400,20 @@ register("layer_norm", "triton", _layer_norm_triton, _supports)
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, *, eps: float, residual: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """RMSNorm of `x` (+ `residual`).
+    """RMSNorm of `x` (+ `residual`): weight · s / sqrt(mean(s²) + eps) (Zhang & Sennrich 2019; rounded as Llama does).
 
     Args:
-        x: [..., D], any floating dtype.
+        x: [..., D], any floating dtype; statistics are at least float32.
         weight: [D].
         eps: added to the mean square.
         residual: [..., D], added to `x` first.
 
     Returns:
-        The normalised [..., D] in the dtype of `x`, and the sum that was normalised (`x` itself without a residual).
+        The normalised [..., D] in the dtype of `x`, and the sum s that was normalised (`x` itself without a residual).
+
+    Raises:
+        BackendUnavailable: when a backend was asked for by name that cannot take the tensors: Triton wants one dtype
+            of 32 or 16 bits, and D ≤ 8192. Shapes that do not fit are PyTorch's own errors.
     """
     return choose("rms_norm", x, weight, residual)(x, weight, eps, residual)
 
@@ -421,7 +426,20 @@ def layer_norm(
     eps: float,
     residual: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """LayerNorm of `x` (+ `residual`); arguments and results as for `rms_norm`, with a `bias` [D]."""
+    """LayerNorm of `x` (+ `residual`): weight · (s − mean(s)) / sqrt(var(s) + eps) + bias (Ba et al. 2016).
+
+    Args:
+        x: [..., D], any floating dtype; statistics are at least float32.
+        weight, bias: [D].
+        eps: added to the variance.
+        residual: [..., D], added to `x` first.
+
+    Returns:
+        The normalised [..., D] in the dtype of `x`, and the sum s that was normalised (`x` itself without a residual).
+
+    Raises:
+        BackendUnavailable: as for `rms_norm`.
+    """
     return choose("layer_norm", x, weight, residual)(x, weight, bias, eps, residual)
 
 

@@ -113,6 +113,7 @@ def _forward(
             **constexprs,
         )
     out, _, row_mean, rstd = norm.norm_forward(z, norm_weight_D, norm_bias_D, None, eps, out=None if keep_z else z)
+    assert row_mean is not None  # of a LayerNorm
     return out, z if keep_z else None, row_mean, rstd
 
 
@@ -185,15 +186,15 @@ def _patch_embed_backward_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`want` and the results: pixels, weight, cls, position, norm weight, norm bias."""
     dz, dnorm_weight, dnorm_bias = norm.norm_backward(dout, None, z, norm_weight, row_mean, rstd, want[4] or want[5])
-    gradients = (
+    nothing = z.new_empty(0)  # an output may not be another one
+    return (
         _dpixels(pixels, weight, dz) if want[0] else pixels.new_empty(0),
-        _dweight(pixels, weight, dz, mean, std) if want[1] else None,
-        dz[:, 0].sum(0) if want[2] else None,
-        dz.sum(0) if want[3] else None,
-        dnorm_weight if want[4] else None,
-        dnorm_bias if want[5] else None,
+        _dweight(pixels, weight, dz, mean, std) if want[1] else nothing,
+        dz[:, 0].sum(0) if want[2] else nothing.clone(),
+        dz.sum(0) if want[3] else nothing.clone(),
+        dnorm_weight if want[4] and dnorm_weight is not None else nothing.clone(),
+        dnorm_bias if want[5] and dnorm_bias is not None else nothing.clone(),
     )
-    return tuple(z.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 @_patch_embed_backward_op.register_fake

@@ -30,11 +30,11 @@ import torch
 from torch.nn import functional as F
 
 from llava_fast.backend import choose, register
-from llava_fast.ops import activation
 from llava_fast.ops._gemm import tile_order
 from llava_fast.ops._launch import Example, as_rows, forced_tile, launch, multiprocessors, tile
 from llava_fast.ops._math import gelu_slope, normal_below
 from llava_fast.ops._triton import jit, takes, tl
+from llava_fast.ops.activation import activation_forward
 
 FEW_ROWS = 2048  # up to three images of 576 tokens
 
@@ -147,7 +147,7 @@ def _linear(
     choice = tile("projector_fwd", _fwd_key(m, x.dtype), x.device)
     if choice["LIBRARY"] or k % choice["BLOCK_K"]:
         h = F.linear(as_rows(x), weight_NK, bias_N)
-        return activation.gelu(h) if gelu else h, h if gelu and save else None
+        return activation_forward(h, None, "gelu") if gelu else h, h if gelu and save else None
     x_RtK = x if x.dim() == 3 and x.stride(2) == 1 else as_rows(x)[None]
     a = torch.empty(m, n, dtype=x.dtype, device=x.device)
     kept = torch.empty_like(a) if gelu and save else None
@@ -222,7 +222,7 @@ def _backward(
         if further:
             da, a, dbiases[i - 1] = _through_gelu(dh @ weights[i], hidden[i - 1], want_dweights[i], want_dbiases[i - 1])
         else:
-            da, a = None, activation.gelu(hidden[i - 1]) if want_dweights[i] else None
+            da, a = None, activation_forward(hidden[i - 1], None, "gelu") if want_dweights[i] else None
         if a is not None:
             dweights[i] = dh.t() @ a
         if da is None:
@@ -325,10 +325,10 @@ register("projector", "triton", _projector_triton, _supports)
 
 
 def projector(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> torch.Tensor:
-    """Project vision features into the language model's embedding space.
+    """Project vision features into the language model's embedding space: linear layers, exact GELU between them.
 
     Args:
-        x: [..., D_in]; under autocast it, weights and biases are cast as `F.linear` casts them.
+        x: [..., D_in] of a floating dtype; under autocast it, weights and biases are cast as `F.linear` casts them.
         weights: per layer [D_out, D_in].
         biases: per layer [D_out] or None.
 

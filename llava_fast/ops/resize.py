@@ -234,7 +234,7 @@ def preprocess(
     for i, image in enumerate(images):
         if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[2] != 3 or image.numel() == 0:
             raise ValueError(f"image {i} is {image.dtype} {tuple(image.shape)}; expected uint8 [height, width, 3]")
-    plan = make_plan([tuple(image.shape[:2]) for image in images], size, fill)
+    plan = make_plan([(image.shape[0], image.shape[1]) for image in images], size, fill)
     if not images:
         return torch.empty(0, size, size, 3, dtype=torch.uint8, device=device)
     pixels = torch.cat([image.reshape(-1) for image in images]).to(device or images[0].device)

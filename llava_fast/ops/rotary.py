@@ -143,10 +143,10 @@ register("rotary", "triton", _rotary_triton, _supports)
 def rotary(
     q_BTHd: torch.Tensor, k_BTGd: torch.Tensor, cos_BTd: torch.Tensor, sin_BTd: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate queries and keys by the angles of their positions.
+    """Rotate queries and keys by the angles of their positions (Su et al. 2021), in Llama's half-split layout.
 
     Args:
-        q_BTHd, k_BTGd: queries and keys; the number of heads may differ (GQA), the head dimension is even.
+        q_BTHd, k_BTGd: queries and keys of a floating dtype; H and G may differ (GQA), the head dimension is even.
         cos_BTd, sin_BTd: cosines and sines per token, both halves of d filled; B may be 1.
 
     Returns:
