@@ -122,15 +122,15 @@ def wasteful(op: str, kernel: str, key: int | str, tile: Tile) -> bool:
 
 
 def write_table(kernel: str, tiles: dict[str, Tile], source_of_others: str) -> None:
-    """Put tiles into this architecture's part of the table, a line each, and say where they come from."""
+    """Put tiles into this architecture's entry of the table, a line each, and say where they come from."""
     table = json.loads(json.dumps(tile_table(kernel)))
-    part = table[architecture(DEVICE)]
+    entry = table[architecture(DEVICE)]
     source = f"tuned on {torch.cuda.get_device_name()}, {date.today()}"
-    others = [key for key in part["tiles"] if key not in tiles]
+    others = [key for key in entry["tiles"] if key not in tiles]
     if others:
         source += f"; {', '.join(others)}: {source_of_others}"
-    part["tiles"].update(tiles)
-    part["source"] = source
+    entry["tiles"].update(tiles)
+    entry["source"] = source
     path = _launch.TUNED / f"{kernel}.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(dump_table(table))
@@ -140,12 +140,12 @@ def write_table(kernel: str, tiles: dict[str, Tile], source_of_others: str) -> N
 
 def dump_table(table: dict[str, Any]) -> str:
     """The tables' own layout: a line per tile."""
-    parts = []
-    for name, part in table.items():
-        tiles = ",\n".join(f"   {json.dumps(key)}: {json.dumps(tile)}" for key, tile in part["tiles"].items())
-        source = json.dumps(part["source"], ensure_ascii=False)
-        parts.append(f' "{name}": {{\n  "source": {source},\n  "tiles": {{\n{tiles}\n  }}\n }}')
-    return "{\n" + ",\n".join(parts) + "\n}\n"
+    entries = []
+    for name, entry in table.items():
+        tiles = ",\n".join(f"   {json.dumps(key)}: {json.dumps(tile)}" for key, tile in entry["tiles"].items())
+        source = json.dumps(entry["source"], ensure_ascii=False)
+        entries.append(f' "{name}": {{\n  "source": {source},\n  "tiles": {{\n{tiles}\n  }}\n }}')
+    return "{\n" + ",\n".join(entries) + "\n}\n"
 
 
 def describe(tile: Tile) -> str:

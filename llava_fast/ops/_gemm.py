@@ -1,4 +1,4 @@
-"""Products over as many rows as a number on the device says, which the host never reads.
+"""GEMMs over the first rows of a matrix, as many as a number on the device says, which the host never reads.
 
 A library's GEMM takes its sizes from the host, so that "the rows that are labelled" would cost a synchronisation, or
 the product of all rows. Here the grid covers what there may be, and programs beyond `count` leave at once: a product

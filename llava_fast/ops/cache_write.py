@@ -104,7 +104,7 @@ def _cache_write_kernel(
         low, high = load_halves(q_ptr + batch * q_batch + token * q_stride, head, query_heads, q_head, half, BLOCK_D)
         low, high = rotated(low, high, cos_low, cos_high, sin_low, sin_high, False)
         store_halves(q_out_ptr + row * query_heads * (2 * half), low, high, head, query_heads, 2 * half, half, BLOCK_D)
-    # There is no memory past the last slot.
+    # Tokens past the last slot are dropped.
     elif slot < slots:
         head = (block - query_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
         low, high = load_halves(k_ptr + batch * k_batch + token * k_stride, head, key_heads, k_head, half, BLOCK_D)

@@ -11,8 +11,8 @@ the gradient; here 16 MB at a time, read twice and written once (by the referenc
 
 The kernel takes a row of logits per program, in tiles of BLOCK_V: first the statistics, by online softmax (Milakov and
 Gimelshein 2018), then the gradient. Statistics and sums are float32 (float64 for float64). dW is summed over chunks in
-float32, and rounded once. In 16 bits dz is not divided by the number of rows before it is rounded (fp16 would lose it);
-backward scales, by what GradScaler says too.
+float32, and rounded once. In 16 bits dz is not divided by the number of items before it is rounded (fp16 would lose
+it): backward does that, with what GradScaler multiplies by.
 
 The labelled rows are found without a synchronisation. Given `num_labelled` (a collator knows it), one stable sort
 puts their indices in front and the library's GEMM multiplies exactly these. Without it the chunks cover all rows and
@@ -164,7 +164,7 @@ def _loss_kernel(
         peak = higher
     # Relative to the largest logit, so that nothing is lost to its size.
     loss = tl.log(exps) - (at_label - peak)
-    # A label outside the vocabulary must not pass for a row without one.
+    # A label outside the vocabulary gives NaN, not the 0 of a row without a label.
     tl.store(losses_ptr + row, tl.where(known, loss, float("nan")))
 
     if GRADIENT:
@@ -322,7 +322,7 @@ def _run(
 
 
 def _folds(dtype: torch.dtype) -> bool:
-    """Whether the gradients of the forward pass are scaled already: where rounding does not mind the size."""
+    """Whether the forward pass scales its gradients itself: not in 16 bits, where small numbers lose their digits."""
     return dtype.itemsize >= 4
 
 
@@ -376,7 +376,7 @@ def _autograd(ctx, dloss, *_):
 
 
 def _is_one(factor: torch.Tensor) -> bool:
-    """Whether multiplying by `factor` is a waste, where it costs nothing to look."""
+    """Whether `factor` is 1; False where reading it would wait for a device or break a trace."""
     # A saved gradient that is passed on as it is stays saved: autograd copies it if it is kept for another backward.
     return type(factor) is torch.Tensor and factor.device.type == "cpu" and not _tracing() and factor.item() == 1
 

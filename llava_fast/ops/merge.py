@@ -75,7 +75,7 @@ def _merge_fwd_kernel(
             token = tl.load(ids_ptr + row)
         known = (token >= 0) & (token < vocabulary)
         value = tl.load(table_ptr + token * table_stride + column, mask=inside & known, other=0.0).to(tl.float32)
-    # What there is no row for must not pass for one.
+    # An id or a feature that does not exist gives NaN, which is noticed.
     value = tl.where(known, value, float("nan"))
     tl.store(out_ptr, value.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -134,7 +134,7 @@ def _backward(
     dtext: torch.Tensor | None,
     dfeatures_MD: torch.Tensor | None,
 ) -> None:
-    """Write the gradients that there is room for."""
+    """Write the gradients whose tensors are given."""
     dout_RD = as_rows(dout)
     if dout_RD.numel() and not (dtext is None and (dfeatures_MD is None or not dfeatures_MD.numel())):
         choice = tile("merge_bwd", "any", dout.device)
@@ -150,7 +150,7 @@ def _backward(
 def _table_gradient(
     dout: torch.Tensor, ids: torch.Tensor, source_R: torch.Tensor, vocabulary: int, padding_id: int
 ) -> torch.Tensor:
-    """The gradient of a look-up, whose padding token is one beyond the vocabulary: image rows and padding become it."""
+    """The gradient of a look-up. Image rows and padding get an id past the vocabulary, whose row is cut off again."""
     ids = ids.reshape(-1)
     ids = torch.where((source_R >= 0) | (ids == padding_id), vocabulary, ids)
     return torch.ops.aten.embedding_dense_backward(as_rows(dout), ids, vocabulary + 1, vocabulary, False)[:vocabulary]

@@ -137,7 +137,7 @@ def _dweight(
 
 
 def _dpixels(pixels: torch.Tensor, weight_DCPP: torch.Tensor, dz_BTD: torch.Tensor) -> torch.Tensor:
-    """Of float pixels; rarely wanted, so by PyTorch. A pixel belongs to one patch, or to none at the margin."""
+    """The gradient of float pixels; rarely wanted, so by PyTorch. A pixel is in one patch, or at the margin in none."""
     images, channels, height, width = pixels.shape
     patch = weight_DCPP.shape[-1]
     rows, columns = height // patch, width // patch

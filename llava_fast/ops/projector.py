@@ -12,10 +12,9 @@ PyTorch's GELU backward and sum move 8·M·D with a kept). Sums go by partial su
 is frozen costs nothing. The rows of x may be two-level, as the patches of images without their CLS token are: the GEMM
 reads them where they are.
 
-One rule says whose GEMM it is: each entry of `tuned/projector_fwd.json` has `LIBRARY`. 1 leaves the product to the
-library, with GELU as a pass of its own; 0 takes the fused kernel, where K is a multiple of BLOCK_K. Everything ships
-with 1 until the tuner, which times both, has seen the fused kernel ahead. Gradients of weights and inputs are the
-library's products either way.
+`LIBRARY` of an entry of `tuned/projector_fwd.json` chooses the GEMM: 1 is the library's, with GELU as a pass of its
+own; 0 is the fused kernel, where K is a multiple of BLOCK_K. Everything ships with 1 until the tuner, which times both,
+has measured the fused kernel to be faster. Gradients of weights and inputs are the library's products either way.
 
 Shapes: M rows, K columns of a layer's input, N of its output; tiles are BLOCK_M × BLOCK_N, in steps of BLOCK_K.
 """
@@ -349,9 +348,9 @@ def projector(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
-    """LLaVA-1.5's two layers, of one image and of 32, by the fused kernel whosever GEMM the tile asks for.
+    """LLaVA-1.5's first layer, of one image and of 32, which decides about tiles: the library's GEMM is among them.
 
-    The first layer decides about tiles; the library's GEMM is among them.
+    The fused kernel is launched whether or not the tile that ships leaves the product to the library.
     """
     large, half = device.type != "cpu", dtype.itemsize == 2
     into, width = (1024, 4096) if large else (64, 40)

@@ -49,7 +49,7 @@ _PILLOW = tuple(int(number) for number in PIL.__version__.split(".")[:2])
 
 
 @dataclass(frozen=True)
-class Plan:
+class ResizePlan:
     """How to resize a batch.
 
     images: int64 [B, 13], see `FIELDS`.
@@ -90,7 +90,7 @@ def axis_table(length: int, resized: int, first: int, size: int) -> np.ndarray:
 
 
 def columns_first(height: int, width: int, resized_height: int, resized_width: int) -> bool:
-    """Whether PIL resizes columns before rows. The rounding in between makes it show."""
+    """Whether PIL resizes columns before rows. Values are rounded to 8 bits in between, so the results differ."""
     shrinks = resized_height < height
     if _PILLOW >= (13, 0):
         return shrinks and height - resized_height > 2 * (width - resized_width)
@@ -122,7 +122,7 @@ def _axes(height: int, width: int, size: int, fill: tuple[int, int, int] | None)
     return by_columns, (axes[0], axes[1]) if by_columns else (axes[1], axes[0])
 
 
-def make_plan(shapes: Sequence[tuple[int, int]], size: int, fill: tuple[int, int, int] | None) -> Plan:
+def make_plan(shapes: Sequence[tuple[int, int]], size: int, fill: tuple[int, int, int] | None) -> ResizePlan:
     """The plan for images of these heights and widths; see `preprocess`."""
     if size < 1:
         raise ValueError(f"size is {size}; it must be 1 or more")
@@ -145,7 +145,7 @@ def make_plan(shapes: Sequence[tuple[int, int]], size: int, fill: tuple[int, int
         pixels += 3 * height * width
         lines_before += lines
     flat = np.concatenate(tables)
-    return Plan(size, fill or (0, 0, 0), lines_before, torch.from_numpy(images), torch.from_numpy(flat))
+    return ResizePlan(size, fill or (0, 0, 0), lines_before, torch.from_numpy(images), torch.from_numpy(flat))
 
 
 def _pass(x_NLC: torch.Tensor, table: torch.Tensor, start: int, fill_C: torch.Tensor) -> torch.Tensor:
@@ -161,7 +161,7 @@ def _pass(x_NLC: torch.Tensor, table: torch.Tensor, start: int, fill_C: torch.Te
     return (sums_NSC >> FRACTION_BITS).clamp(0, 255).to(torch.uint8)
 
 
-def resize_reference(pixels: torch.Tensor, plan: Plan) -> torch.Tensor:
+def resize_reference(pixels: torch.Tensor, plan: ResizePlan) -> torch.Tensor:
     out = torch.empty(len(plan.images), plan.size, plan.size, 3, dtype=torch.uint8, device=pixels.device)
     fill_C = torch.tensor(plan.fill, dtype=torch.int32, device=pixels.device)
     tables = plan.tables.to(pixels.device)
@@ -180,7 +180,7 @@ def resize_reference(pixels: torch.Tensor, plan: Plan) -> torch.Tensor:
     return out
 
 
-def _resize_cuda(pixels: torch.Tensor, plan: Plan) -> torch.Tensor:
+def _resize_cuda(pixels: torch.Tensor, plan: ResizePlan) -> torch.Tensor:
     device = pixels.device
     out = torch.empty(len(plan.images), plan.size, plan.size, 3, dtype=torch.uint8, device=device)
     between = torch.empty(plan.lines, plan.size, 3, dtype=torch.uint8, device=device)

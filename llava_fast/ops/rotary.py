@@ -34,7 +34,7 @@ def rotary_reference(
 
 
 class _RotaryReference(torch.autograd.Function):
-    """Half the passes of products, negation, concatenation and sum, and autograd keeps the angles alone."""
+    """Half as many passes over memory as products, negation, concatenation and sum; autograd keeps the angles only."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
