@@ -25,6 +25,53 @@ from llava_fast.ops._math import gelu_slope, normal_below
 from llava_fast.ops._triton import jit, takes, tl
 
 
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """SwiGLU product, silu(gate) · up (Shazeer 2020).
+
+    Args:
+        gate, up: one shape [..., C] and floating dtype; they may be two halves of one tensor.
+
+    Returns:
+        [..., C], a new tensor in their dtype. Differentiable.
+
+    Raises:
+        ValueError: when the shapes or dtypes differ.
+    """
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(f"swiglu: gate is {gate.dtype} {tuple(gate.shape)}, up is {up.dtype} {tuple(up.shape)}")
+    return choose("swiglu", gate, up)(gate, up)
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """x · sigmoid(1.702 x), CLIP's approximation of GELU (Hendrycks & Gimpel 2016).
+
+    Args:
+        x: any shape, a floating dtype.
+
+    Returns:
+        A new tensor of its shape and dtype. Differentiable.
+
+    Raises:
+        BackendUnavailable: when a backend was asked for by name that cannot take the tensor (Triton: float64).
+    """
+    return choose("quick_gelu", x)(x)
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """Exact GELU, x · (1 + erf(x / sqrt(2))) / 2 (Hendrycks & Gimpel 2016), as in LLaVA's projector.
+
+    Args:
+        x: any shape, a floating dtype.
+
+    Returns:
+        A new tensor of its shape and dtype. Differentiable.
+
+    Raises:
+        BackendUnavailable: as for `quick_gelu`.
+    """
+    return choose("gelu", x)(x)
+
+
 def swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
@@ -180,53 +227,6 @@ register("quick_gelu", "reference", quick_gelu_reference)
 register("quick_gelu", "triton", _quick_gelu_triton, takes)
 register("gelu", "reference", gelu_reference)
 register("gelu", "triton", _gelu_triton, takes)
-
-
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """SwiGLU product, silu(gate) · up (Shazeer 2020).
-
-    Args:
-        gate, up: one shape [..., C] and floating dtype; they may be two halves of one tensor.
-
-    Returns:
-        [..., C], a new tensor in their dtype. Differentiable.
-
-    Raises:
-        ValueError: when the shapes or dtypes differ.
-    """
-    if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(f"swiglu: gate is {gate.dtype} {tuple(gate.shape)}, up is {up.dtype} {tuple(up.shape)}")
-    return choose("swiglu", gate, up)(gate, up)
-
-
-def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """x · sigmoid(1.702 x), CLIP's approximation of GELU (Hendrycks & Gimpel 2016).
-
-    Args:
-        x: any shape, a floating dtype.
-
-    Returns:
-        A new tensor of its shape and dtype. Differentiable.
-
-    Raises:
-        BackendUnavailable: when a backend was asked for by name that cannot take the tensor (Triton: float64).
-    """
-    return choose("quick_gelu", x)(x)
-
-
-def gelu(x: torch.Tensor) -> torch.Tensor:
-    """Exact GELU, x · (1 + erf(x / sqrt(2))) / 2 (Hendrycks & Gimpel 2016), as in LLaVA's projector.
-
-    Args:
-        x: any shape, a floating dtype.
-
-    Returns:
-        A new tensor of its shape and dtype. Differentiable.
-
-    Raises:
-        BackendUnavailable: as for `quick_gelu`.
-    """
-    return choose("gelu", x)(x)
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:

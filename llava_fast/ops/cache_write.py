@@ -33,6 +33,56 @@ LEVELS = 127
 TINY = 1e-30  # a vector below it is taken for zeros: 127 / max|x| would overflow
 
 
+def write_cache(
+    q_BTHd: torch.Tensor,
+    k_BTGd: torch.Tensor,
+    v_BTGd: torch.Tensor,
+    cos_BTd: torch.Tensor,
+    sin_BTd: torch.Tensor,
+    at: torch.Tensor,
+    keys_BGSd: torch.Tensor,
+    values_BGSd: torch.Tensor,
+    *,
+    key_scales_BGS: torch.Tensor | None = None,
+    value_scales_BGS: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rotate queries and keys, and put keys and values into a cache.
+
+    Args:
+        q_BTHd, k_BTGd, v_BTGd: new queries, keys and values; H may be 0.
+        cos_BTd, sin_BTd: see `rotary`.
+        at: integer tensor of one element, the slot of the first token; at + T ≤ S (the kernel drops the rest).
+        keys_BGSd, values_BGSd: the cache, written to; float, or int8 with scales.
+        key_scales_BGS, value_scales_BGS: float32, contiguous, written to.
+
+    Returns:
+        The rotated queries, a new tensor.
+
+    Raises:
+        ValueError: for an odd head dimension, or tensors that do not fit together.
+    """
+    batch, _, key_heads, dim = k_BTGd.shape
+    if dim % 2 or cos_BTd.shape[-1] != dim:
+        raise ValueError(f"write_cache: the head dimension {dim} must be even and that of the angles")
+    for cache, scales in ((keys_BGSd, key_scales_BGS), (values_BGSd, value_scales_BGS)):
+        if (*cache.shape[:2], cache.shape[3]) != (batch, key_heads, dim) or v_BTGd.shape != k_BTGd.shape:
+            raise ValueError(
+                f"write_cache: k {tuple(k_BTGd.shape)} and v {tuple(v_BTGd.shape)} do not fit a cache "
+                f"[B, G, S, d] of {tuple(cache.shape)}"
+            )
+        if k_BTGd.shape[1] > cache.shape[2]:
+            raise ValueError(f"write_cache: {k_BTGd.shape[1]} tokens for a cache of {cache.shape[2]} slots")
+        if (scales is not None) != (cache.dtype == torch.int8) or (
+            scales is not None and (scales.shape != cache.shape[:3] or scales.dtype != torch.float32)
+        ):
+            raise ValueError("write_cache: an int8 cache, and no other, has float32 scales [B, G, S]")
+    arguments = (
+        *(q_BTHd, k_BTGd, v_BTGd, cos_BTd, sin_BTd, at, keys_BGSd, values_BGSd),
+        *(key_scales_BGS, value_scales_BGS),
+    )
+    return choose("cache_write", *arguments)(*arguments)
+
+
 def quantise_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 [..., d] and float32 [...], the scale of each vector; that of zeros is 0."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -179,56 +229,6 @@ def _supports(q, k, v, cos, sin, at, keys, values, key_scales, value_scales) -> 
 
 register("cache_write", "reference", write_cache_reference)
 register("cache_write", "triton", _cache_write_op, _supports)
-
-
-def write_cache(
-    q_BTHd: torch.Tensor,
-    k_BTGd: torch.Tensor,
-    v_BTGd: torch.Tensor,
-    cos_BTd: torch.Tensor,
-    sin_BTd: torch.Tensor,
-    at: torch.Tensor,
-    keys_BGSd: torch.Tensor,
-    values_BGSd: torch.Tensor,
-    *,
-    key_scales_BGS: torch.Tensor | None = None,
-    value_scales_BGS: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Rotate queries and keys, and put keys and values into a cache.
-
-    Args:
-        q_BTHd, k_BTGd, v_BTGd: new queries, keys and values; H may be 0.
-        cos_BTd, sin_BTd: see `rotary`.
-        at: integer tensor of one element, the slot of the first token; at + T ≤ S (the kernel drops the rest).
-        keys_BGSd, values_BGSd: the cache, written to; float, or int8 with scales.
-        key_scales_BGS, value_scales_BGS: float32, contiguous, written to.
-
-    Returns:
-        The rotated queries, a new tensor.
-
-    Raises:
-        ValueError: for an odd head dimension, or tensors that do not fit together.
-    """
-    batch, _, key_heads, dim = k_BTGd.shape
-    if dim % 2 or cos_BTd.shape[-1] != dim:
-        raise ValueError(f"write_cache: the head dimension {dim} must be even and that of the angles")
-    for cache, scales in ((keys_BGSd, key_scales_BGS), (values_BGSd, value_scales_BGS)):
-        if (*cache.shape[:2], cache.shape[3]) != (batch, key_heads, dim) or v_BTGd.shape != k_BTGd.shape:
-            raise ValueError(
-                f"write_cache: k {tuple(k_BTGd.shape)} and v {tuple(v_BTGd.shape)} do not fit a cache "
-                f"[B, G, S, d] of {tuple(cache.shape)}"
-            )
-        if k_BTGd.shape[1] > cache.shape[2]:
-            raise ValueError(f"write_cache: {k_BTGd.shape[1]} tokens for a cache of {cache.shape[2]} slots")
-        if (scales is not None) != (cache.dtype == torch.int8) or (
-            scales is not None and (scales.shape != cache.shape[:3] or scales.dtype != torch.float32)
-        ):
-            raise ValueError("write_cache: an int8 cache, and no other, has float32 scales [B, G, S]")
-    arguments = (
-        *(q_BTHd, k_BTGd, v_BTGd, cos_BTd, sin_BTd, at, keys_BGSd, values_BGSd),
-        *(key_scales_BGS, value_scales_BGS),
-    )
-    return choose("cache_write", *arguments)(*arguments)
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:

@@ -24,6 +24,84 @@ from llava_fast.ops._launch import Example, as_rows, launch, tile
 from llava_fast.ops._triton import jit, takes, tl
 
 
+def merge(
+    embeds_BTD: torch.Tensor,
+    features_MD: torch.Tensor,
+    *,
+    slots_M: torch.Tensor | None = None,
+    mask_BT: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Write image features over the embeddings of the image tokens.
+
+    Args:
+        embeds_BTD: token embeddings.
+        features_MD: [M, D] image features in reading order, any floating dtype.
+        slots_M: int64 [M], the flat position (row · T + column) of each image token, each once; or
+        mask_BT: bool, True at image tokens.
+
+    Returns:
+        A new [B, T, D] tensor in the dtype of the embeddings.
+
+    Raises:
+        ValueError: when the numbers of image tokens and features differ (with a mask on a GPU this is asserted on
+            the device, without waiting for it).
+    """
+    _require_a_feature_each(features_MD, slots_M, mask_BT)
+    if features_MD.shape[0] == 0:
+        return embeds_BTD
+    return choose("merge", embeds_BTD, features_MD)(embeds_BTD, None, features_MD, slots_M, mask_BT, -1)
+
+
+def embed_merge(
+    ids_BT: torch.Tensor,
+    table_VD: torch.Tensor,
+    features_MD: torch.Tensor,
+    *,
+    slots_M: torch.Tensor | None = None,
+    mask_BT: torch.Tensor | None = None,
+    padding_id: int | None = None,
+) -> torch.Tensor:
+    """Look up the tokens' embeddings and put image features in the slots, in one pass.
+
+    Args:
+        ids_BT: int64; the kernel does not read those of image tokens.
+        table_VD: embedding table.
+        features_MD, slots_M, mask_BT: as `merge` takes them.
+        padding_id: token that gives its row of the table no gradient (`nn.Embedding.padding_idx`).
+
+    Returns:
+        [B, T, D] in the dtype of the table. For an id outside the vocabulary the kernel writes NaN; on a CPU it is an
+        `IndexError`.
+
+    Raises:
+        ValueError: as `merge`.
+    """
+    _require_a_feature_each(features_MD, slots_M, mask_BT)
+    padding_id = -1 if padding_id is None else padding_id % table_VD.shape[0]
+    return choose("merge", table_VD, features_MD)(table_VD, ids_BT, features_MD, slots_M, mask_BT, padding_id)
+
+
+def _require_a_feature_each(
+    features_MD: torch.Tensor, slots_M: torch.Tensor | None, mask_BT: torch.Tensor | None
+) -> None:
+    features = features_MD.shape[0]
+    if slots_M is not None:
+        if slots_M.numel() != features:
+            raise ValueError(_mismatch(slots_M.numel(), features))
+    elif mask_BT is None:
+        raise ValueError("merge: neither slots_M nor mask_BT says which tokens are the image's")
+    elif mask_BT.device.type == "cpu" and not torch.compiler.is_compiling():
+        tokens = int(mask_BT.sum())
+        if tokens != features:
+            raise ValueError(_mismatch(tokens, features))
+    else:
+        torch._assert_async(mask_BT.sum() == features, _mismatch("a different number", features))
+
+
+def _mismatch(tokens: int | str, features: int) -> str:
+    return f"Image features and image tokens do not match: tokens: {tokens}, features: {features}"
+
+
 def merge_reference(
     table: torch.Tensor,
     ids_BT: torch.Tensor | None,
@@ -218,84 +296,6 @@ def _merge_triton(table, ids_BT, features_MD, slots_M, mask_BT, padding_id):
 
 register("merge", "reference", merge_reference)
 register("merge", "triton", _merge_triton, takes)
-
-
-def merge(
-    embeds_BTD: torch.Tensor,
-    features_MD: torch.Tensor,
-    *,
-    slots_M: torch.Tensor | None = None,
-    mask_BT: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Write image features over the embeddings of the image tokens.
-
-    Args:
-        embeds_BTD: token embeddings.
-        features_MD: [M, D] image features in reading order, any floating dtype.
-        slots_M: int64 [M], the flat position (row · T + column) of each image token, each once; or
-        mask_BT: bool, True at image tokens.
-
-    Returns:
-        A new [B, T, D] tensor in the dtype of the embeddings.
-
-    Raises:
-        ValueError: when the numbers of image tokens and features differ (with a mask on a GPU this is asserted on
-            the device, without waiting for it).
-    """
-    _require_a_feature_each(features_MD, slots_M, mask_BT)
-    if features_MD.shape[0] == 0:
-        return embeds_BTD
-    return choose("merge", embeds_BTD, features_MD)(embeds_BTD, None, features_MD, slots_M, mask_BT, -1)
-
-
-def embed_merge(
-    ids_BT: torch.Tensor,
-    table_VD: torch.Tensor,
-    features_MD: torch.Tensor,
-    *,
-    slots_M: torch.Tensor | None = None,
-    mask_BT: torch.Tensor | None = None,
-    padding_id: int | None = None,
-) -> torch.Tensor:
-    """Look up the tokens' embeddings and put image features in the slots, in one pass.
-
-    Args:
-        ids_BT: int64; the kernel does not read those of image tokens.
-        table_VD: embedding table.
-        features_MD, slots_M, mask_BT: as `merge` takes them.
-        padding_id: token that gives its row of the table no gradient (`nn.Embedding.padding_idx`).
-
-    Returns:
-        [B, T, D] in the dtype of the table. For an id outside the vocabulary the kernel writes NaN; on a CPU it is an
-        `IndexError`.
-
-    Raises:
-        ValueError: as `merge`.
-    """
-    _require_a_feature_each(features_MD, slots_M, mask_BT)
-    padding_id = -1 if padding_id is None else padding_id % table_VD.shape[0]
-    return choose("merge", table_VD, features_MD)(table_VD, ids_BT, features_MD, slots_M, mask_BT, padding_id)
-
-
-def _require_a_feature_each(
-    features_MD: torch.Tensor, slots_M: torch.Tensor | None, mask_BT: torch.Tensor | None
-) -> None:
-    features = features_MD.shape[0]
-    if slots_M is not None:
-        if slots_M.numel() != features:
-            raise ValueError(_mismatch(slots_M.numel(), features))
-    elif mask_BT is None:
-        raise ValueError("merge: neither slots_M nor mask_BT says which tokens are the image's")
-    elif mask_BT.device.type == "cpu" and not torch.compiler.is_compiling():
-        tokens = int(mask_BT.sum())
-        if tokens != features:
-            raise ValueError(_mismatch(tokens, features))
-    else:
-        torch._assert_async(mask_BT.sum() == features, _mismatch("a different number", features))
-
-
-def _mismatch(tokens: int | str, features: int) -> str:
-    return f"Image features and image tokens do not match: tokens: {tokens}, features: {features}"
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:

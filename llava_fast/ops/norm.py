@@ -31,6 +31,52 @@ from llava_fast.ops._triton import jit, takes, tl
 MAX_WIDTH = 8192
 
 
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, *, eps: float, residual: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMSNorm of `x` (+ `residual`): weight · s / sqrt(mean(s²) + eps) (Zhang & Sennrich 2019; rounded as Llama does).
+
+    Args:
+        x: [..., D], any floating dtype; statistics are at least float32.
+        weight: [D].
+        eps: added to the mean square.
+        residual: [..., D], added to `x` first.
+
+    Returns:
+        The normalised [..., D] in the dtype of `x`, and the sum s that was normalised (`x` itself without a residual).
+
+    Raises:
+        BackendUnavailable: when a backend was asked for by name that cannot take the tensors: Triton wants one dtype
+            of 32 or 16 bits, and D ≤ 8192. Shapes that do not fit are PyTorch's own errors.
+    """
+    return choose("rms_norm", x, weight, residual)(x, weight, eps, residual)
+
+
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    eps: float,
+    residual: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """LayerNorm of `x` (+ `residual`): weight · (s − mean(s)) / sqrt(var(s) + eps) + bias (Ba et al. 2016).
+
+    Args:
+        x: [..., D], any floating dtype; statistics are at least float32.
+        weight, bias: [D].
+        eps: added to the variance.
+        residual: [..., D], added to `x` first.
+
+    Returns:
+        The normalised [..., D] in the dtype of `x`, and the sum s that was normalised (`x` itself without a residual).
+
+    Raises:
+        BackendUnavailable: as for `rms_norm`.
+    """
+    return choose("layer_norm", x, weight, residual)(x, weight, bias, eps, residual)
+
+
 def rms_norm_reference(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -395,52 +441,6 @@ register("rms_norm", "triton", _rms_norm_triton, _supports)
 register("rms_norm", "cuda", _rms_norm_cuda, _supports_cuda)
 register("layer_norm", "reference", layer_norm_reference)
 register("layer_norm", "triton", _layer_norm_triton, _supports)
-
-
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, *, eps: float, residual: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """RMSNorm of `x` (+ `residual`): weight · s / sqrt(mean(s²) + eps) (Zhang & Sennrich 2019; rounded as Llama does).
-
-    Args:
-        x: [..., D], any floating dtype; statistics are at least float32.
-        weight: [D].
-        eps: added to the mean square.
-        residual: [..., D], added to `x` first.
-
-    Returns:
-        The normalised [..., D] in the dtype of `x`, and the sum s that was normalised (`x` itself without a residual).
-
-    Raises:
-        BackendUnavailable: when a backend was asked for by name that cannot take the tensors: Triton wants one dtype
-            of 32 or 16 bits, and D ≤ 8192. Shapes that do not fit are PyTorch's own errors.
-    """
-    return choose("rms_norm", x, weight, residual)(x, weight, eps, residual)
-
-
-def layer_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    *,
-    eps: float,
-    residual: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """LayerNorm of `x` (+ `residual`): weight · (s − mean(s)) / sqrt(var(s) + eps) + bias (Ba et al. 2016).
-
-    Args:
-        x: [..., D], any floating dtype; statistics are at least float32.
-        weight, bias: [D].
-        eps: added to the variance.
-        residual: [..., D], added to `x` first.
-
-    Returns:
-        The normalised [..., D] in the dtype of `x`, and the sum s that was normalised (`x` itself without a residual).
-
-    Raises:
-        BackendUnavailable: as for `rms_norm`.
-    """
-    return choose("layer_norm", x, weight, residual)(x, weight, bias, eps, residual)
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:

@@ -39,6 +39,49 @@ from llava_fast.ops._patch_embed_kernels import _patch_embed_dweight_kernel, _pa
 from llava_fast.ops._triton import takes
 
 
+def patch_embed(
+    pixels: torch.Tensor,
+    weight_DCPP: torch.Tensor,
+    cls_D: torch.Tensor,
+    position_TD: torch.Tensor,
+    norm_weight_D: torch.Tensor,
+    norm_bias_D: torch.Tensor,
+    *,
+    eps: float,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> torch.Tensor:
+    """Embed a batch of images.
+
+    Args:
+        pixels: uint8 [B, H, W, 3] as decoded, or floating [B, 3, H, W] already normalised.
+        weight_DCPP: [D, 3, P, P], the weight of CLIP's patch convolution.
+        cls_D: [D] class embedding.
+        position_TD: [1 + N, D] position embeddings, CLS first.
+        norm_weight_D, norm_bias_D: [D] pre-LayerNorm.
+        eps: of the LayerNorm.
+        mean, std: per channel, for pixels scaled to 0–1; used with uint8 only.
+
+    Returns:
+        [B, 1 + N, D] in the dtype of the weight.
+
+    Raises:
+        ValueError: when the pixels have neither shape, or do not give N patches.
+    """
+    expected = "uint8 [images, height, width, 3] or floating [images, 3, height, width]"
+    if pixels.dim() != 4 or pixels.shape[3 if pixels.dtype == torch.uint8 else 1] != weight_DCPP.shape[1]:
+        raise ValueError(f"pixel_values is {pixels.dtype} {tuple(pixels.shape)}; expected {expected}")
+    height, width = pixels.shape[1:3] if pixels.dtype == torch.uint8 else pixels.shape[2:4]
+    patch = weight_DCPP.shape[-1]
+    if (height // patch) * (width // patch) + 1 != position_TD.shape[0]:
+        raise ValueError(
+            f"pixel_values of {height}×{width} give {(height // patch) * (width // patch)} patches of {patch}; "
+            f"the position embedding has {position_TD.shape[0] - 1}"
+        )
+    tensors = (pixels, weight_DCPP, cls_D, position_TD, norm_weight_D, norm_bias_D)
+    return choose("patch_embed", *tensors)(*tensors, eps, mean, std)
+
+
 def patch_embed_reference(
     pixels: torch.Tensor,
     weight_DCPP: torch.Tensor,
@@ -291,49 +334,6 @@ def _supports_cuda(pixels: torch.Tensor, weight: torch.Tensor, *others: torch.Te
 register("patch_embed", "reference", patch_embed_reference)
 register("patch_embed", "triton", _patch_embed_triton, _supports)
 register("patch_embed", "cuda", _patch_embed_cuda, _supports_cuda)
-
-
-def patch_embed(
-    pixels: torch.Tensor,
-    weight_DCPP: torch.Tensor,
-    cls_D: torch.Tensor,
-    position_TD: torch.Tensor,
-    norm_weight_D: torch.Tensor,
-    norm_bias_D: torch.Tensor,
-    *,
-    eps: float,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-) -> torch.Tensor:
-    """Embed a batch of images.
-
-    Args:
-        pixels: uint8 [B, H, W, 3] as decoded, or floating [B, 3, H, W] already normalised.
-        weight_DCPP: [D, 3, P, P], the weight of CLIP's patch convolution.
-        cls_D: [D] class embedding.
-        position_TD: [1 + N, D] position embeddings, CLS first.
-        norm_weight_D, norm_bias_D: [D] pre-LayerNorm.
-        eps: of the LayerNorm.
-        mean, std: per channel, for pixels scaled to 0–1; used with uint8 only.
-
-    Returns:
-        [B, 1 + N, D] in the dtype of the weight.
-
-    Raises:
-        ValueError: when the pixels have neither shape, or do not give N patches.
-    """
-    expected = "uint8 [images, height, width, 3] or floating [images, 3, height, width]"
-    if pixels.dim() != 4 or pixels.shape[3 if pixels.dtype == torch.uint8 else 1] != weight_DCPP.shape[1]:
-        raise ValueError(f"pixel_values is {pixels.dtype} {tuple(pixels.shape)}; expected {expected}")
-    height, width = pixels.shape[1:3] if pixels.dtype == torch.uint8 else pixels.shape[2:4]
-    patch = weight_DCPP.shape[-1]
-    if (height // patch) * (width // patch) + 1 != position_TD.shape[0]:
-        raise ValueError(
-            f"pixel_values of {height}×{width} give {(height // patch) * (width // patch)} patches of {patch}; "
-            f"the position embedding has {position_TD.shape[0] - 1}"
-        )
-    tensors = (pixels, weight_DCPP, cls_D, position_TD, norm_weight_D, norm_bias_D)
-    return choose("patch_embed", *tensors)(*tensors, eps, mean, std)
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:

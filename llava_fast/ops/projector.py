@@ -38,6 +38,30 @@ from llava_fast.ops.activation import activation_forward
 FEW_ROWS = 2048  # up to three images of 576 tokens
 
 
+def projector(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """Project vision features into the language model's embedding space: linear layers, exact GELU between them.
+
+    Args:
+        x: [..., D_in] of a floating dtype; under autocast it, weights and biases are cast as `F.linear` casts them.
+        weights: per layer [D_out, D_in].
+        biases: per layer [D_out] or None.
+
+    Returns:
+        [..., D_out] of the last layer.
+
+    Raises:
+        ValueError: when there are not as many biases as weights.
+    """
+    if len(biases) != len(weights):
+        raise ValueError(f"projector: {len(weights)} weights, {len(biases)} biases")
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
+        biases = [bias if bias is None else bias.to(dtype) for bias in biases]
+    present = [bias for bias in biases if bias is not None]
+    return choose("projector", x, *weights, *present)(x, weights, biases)
+
+
 def projector_reference(
     x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
 ) -> torch.Tensor:
@@ -321,30 +345,6 @@ def _supports(x: torch.Tensor, *parameters: torch.Tensor) -> bool | str:
 
 register("projector", "reference", projector_reference)
 register("projector", "triton", _projector_triton, _supports)
-
-
-def projector(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> torch.Tensor:
-    """Project vision features into the language model's embedding space: linear layers, exact GELU between them.
-
-    Args:
-        x: [..., D_in] of a floating dtype; under autocast it, weights and biases are cast as `F.linear` casts them.
-        weights: per layer [D_out, D_in].
-        biases: per layer [D_out] or None.
-
-    Returns:
-        [..., D_out] of the last layer.
-
-    Raises:
-        ValueError: when there are not as many biases as weights.
-    """
-    if len(biases) != len(weights):
-        raise ValueError(f"projector: {len(weights)} weights, {len(biases)} biases")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
-        biases = [bias if bias is None else bias.to(dtype) for bias in biases]
-    present = [bias for bias in biases if bias is not None]
-    return choose("projector", x, *weights, *present)(x, weights, biases)
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:

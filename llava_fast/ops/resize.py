@@ -48,6 +48,38 @@ FIELDS = (
 _PILLOW = tuple(int(number) for number in PIL.__version__.split(".")[:2])
 
 
+def preprocess(
+    images: Sequence[torch.Tensor],
+    *,
+    size: int,
+    fill: tuple[int, int, int] | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Resize decoded images for the vision tower, as LLaVA's image processors do it with PIL, to the bit.
+
+    Args:
+        images: uint8 [H, W, 3] each, all on one device.
+        size: side of the result in pixels.
+        fill: colour of the square that each image is centred on before it is resized; None: the shorter side is
+            resized to `size`, and the middle is cut out.
+        device: where to do it and leave the result; None: where the images are. All images go there in one copy.
+
+    Returns:
+        uint8 [B, size, size, 3].
+
+    Raises:
+        ValueError: for an image of another shape or type or without pixels, naming its index; a bad size or fill.
+    """
+    for i, image in enumerate(images):
+        if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[2] != 3 or image.numel() == 0:
+            raise ValueError(f"image {i} is {image.dtype} {tuple(image.shape)}; expected uint8 [height, width, 3]")
+    plan = make_plan([(image.shape[0], image.shape[1]) for image in images], size, fill)
+    if not images:
+        return torch.empty(0, size, size, 3, dtype=torch.uint8, device=device)
+    pixels = torch.cat([image.reshape(-1) for image in images]).to(device or images[0].device)
+    return choose("resize", pixels)(pixels, plan)
+
+
 @dataclass(frozen=True)
 class ResizePlan:
     """How to resize a batch.
@@ -207,35 +239,3 @@ def _supports_cuda(pixels: torch.Tensor, _plan: Any = None) -> bool | str:
 
 register("resize", "reference", resize_reference)
 register("resize", "cuda", _resize_cuda, _supports_cuda)
-
-
-def preprocess(
-    images: Sequence[torch.Tensor],
-    *,
-    size: int,
-    fill: tuple[int, int, int] | None = None,
-    device: torch.device | str | None = None,
-) -> torch.Tensor:
-    """Resize decoded images for the vision tower, as LLaVA's image processors do it with PIL, to the bit.
-
-    Args:
-        images: uint8 [H, W, 3] each, all on one device.
-        size: side of the result in pixels.
-        fill: colour of the square that each image is centred on before it is resized; None: the shorter side is
-            resized to `size`, and the middle is cut out.
-        device: where to do it and leave the result; None: where the images are. All images go there in one copy.
-
-    Returns:
-        uint8 [B, size, size, 3].
-
-    Raises:
-        ValueError: for an image of another shape or type or without pixels, naming its index; a bad size or fill.
-    """
-    for i, image in enumerate(images):
-        if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[2] != 3 or image.numel() == 0:
-            raise ValueError(f"image {i} is {image.dtype} {tuple(image.shape)}; expected uint8 [height, width, 3]")
-    plan = make_plan([(image.shape[0], image.shape[1]) for image in images], size, fill)
-    if not images:
-        return torch.empty(0, size, size, 3, dtype=torch.uint8, device=device)
-    pixels = torch.cat([image.reshape(-1) for image in images]).to(device or images[0].device)
-    return choose("resize", pixels)(pixels, plan)

@@ -26,6 +26,30 @@ from llava_fast.ops._triton import jit, takes, tl
 MAX_HEAD_DIM = 256
 
 
+def rotary(
+    q_BTHd: torch.Tensor, k_BTGd: torch.Tensor, cos_BTd: torch.Tensor, sin_BTd: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate queries and keys by the angles of their positions (Su et al. 2021), in Llama's half-split layout.
+
+    Args:
+        q_BTHd, k_BTGd: queries and keys of a floating dtype; H and G may differ (GQA), the head dimension is even.
+        cos_BTd, sin_BTd: cosines and sines per token, both halves of d filled; B may be 1.
+
+    Returns:
+        The rotated queries and keys, new tensors of the same shapes and dtypes.
+
+    Raises:
+        ValueError: for an odd head dimension, or angles of another one, or that want a gradient: there is none.
+    """
+    if q_BTHd.shape[-1] % 2 or cos_BTd.shape[-1] != q_BTHd.shape[-1]:
+        raise ValueError(
+            f"rotary: the head dimension {q_BTHd.shape[-1]} must be even and that of the angles ({cos_BTd.shape[-1]})"
+        )
+    if torch.is_grad_enabled() and (cos_BTd.requires_grad or sin_BTd.requires_grad):
+        raise ValueError("rotary: the angles require a gradient, which there is not")
+    return choose("rotary", q_BTHd, k_BTGd, cos_BTd, sin_BTd)(q_BTHd, k_BTGd, cos_BTd, sin_BTd)
+
+
 def rotary_reference(
     q_BTHd: torch.Tensor, k_BTGd: torch.Tensor, cos_BTd: torch.Tensor, sin_BTd: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,30 +162,6 @@ def _rotary_triton(q, k, cos, sin):
 
 register("rotary", "reference", rotary_reference)
 register("rotary", "triton", _rotary_triton, _supports)
-
-
-def rotary(
-    q_BTHd: torch.Tensor, k_BTGd: torch.Tensor, cos_BTd: torch.Tensor, sin_BTd: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate queries and keys by the angles of their positions (Su et al. 2021), in Llama's half-split layout.
-
-    Args:
-        q_BTHd, k_BTGd: queries and keys of a floating dtype; H and G may differ (GQA), the head dimension is even.
-        cos_BTd, sin_BTd: cosines and sines per token, both halves of d filled; B may be 1.
-
-    Returns:
-        The rotated queries and keys, new tensors of the same shapes and dtypes.
-
-    Raises:
-        ValueError: for an odd head dimension, or angles of another one, or that want a gradient: there is none.
-    """
-    if q_BTHd.shape[-1] % 2 or cos_BTd.shape[-1] != q_BTHd.shape[-1]:
-        raise ValueError(
-            f"rotary: the head dimension {q_BTHd.shape[-1]} must be even and that of the angles ({cos_BTd.shape[-1]})"
-        )
-    if torch.is_grad_enabled() and (cos_BTd.requires_grad or sin_BTd.requires_grad):
-        raise ValueError("rotary: the angles require a gradient, which there is not")
-    return choose("rotary", q_BTHd, k_BTGd, cos_BTd, sin_BTd)(q_BTHd, k_BTGd, cos_BTd, sin_BTd)
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
