@@ -2,8 +2,9 @@
 
     python -m benchmarks.compile_report [--op norm] [--out build/compile-report.json]
 
-Each operation file has `compile_examples(dtype)`: calls that between them launch its kernels in all variants. They are
-run dry, so that the recorded launches give the exact signature and constexprs a GPU would see. Triton's own toolchain
+Each operation has `examples(device, dtype)`: calls that between them launch its kernels in all variants. They are run
+dry on the device "meta", so that the recorded launches give the exact signature and constexprs a GPU would see, at a
+GPU's sizes, without memory. Triton's own toolchain
 compiles them; the binary's resource report gives registers and spills (STACK: LOCAL is always 0), and the SASS is read
 for local loads and stores (spills again, and whether any lie inside a loop) and tensor-core instructions. With nvcc,
 the CUDA C++ kernels of `csrc/` are read likewise (`--op csrc`); their shared memory is only what the binary fixes.
@@ -31,7 +32,7 @@ from typing import Any
 import torch
 
 from llava_fast import ops
-from llava_fast.ops._launch import ARCHITECTURES, Launch, recorded
+from llava_fast.ops._launch import ARCHITECTURES, Example, Launch, recorded
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CUDA_TYPES = {"13__nv_bfloat16": "bf16", "6__half": "fp16", "f": "fp32"}  # as they begin a mangled template
@@ -57,13 +58,18 @@ def operation_modules() -> list[str]:
     return [module.name for module in pkgutil.iter_modules(ops.__path__) if not module.name.startswith("_")]
 
 
+def examples_of(op: str, device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
+    """The operation's examples; none of one without kernels."""
+    module = importlib.import_module(f"llava_fast.ops.{op}")
+    return module.examples(device, dtype) if hasattr(module, "examples") else iter(())
+
+
 def launches(op: str, architecture: str, dtype: str) -> Iterator[Launch]:
     """One launch for each distinct kernel variant of an operation."""
-    module = importlib.import_module(f"llava_fast.ops.{op}")
     seen = set()
-    for example in getattr(module, "compile_examples", lambda dtype: ())(DTYPES[dtype]):
+    for example in examples_of(op, torch.device("meta"), DTYPES[dtype]):
         with recorded(dry=True, architecture=architecture) as record:
-            example()
+            example.call()
         for launch in record:
             identity = repr(signature(launch)) + repr((launch.name, launch.num_warps, launch.num_stages))
             if identity not in seen:

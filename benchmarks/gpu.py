@@ -74,8 +74,12 @@ def tune_commands(subject: str | None) -> list[Command]:
 
 
 def tests_commands(subject: str | None) -> list[Command]:
+    files = (ROOT / "tests").rglob("test_*.py")
+    if subject is not None:  # tests/ops/test_norm.py, tests/ops/attention/*, tests/ops/attention/test_decode.py
+        names = {f"test_{subject}.py", f"test_{subject.removesuffix('_attention')}.py"}
+        of_ops = (ROOT / "tests/ops").rglob("test_*.py")
+        files = (path for path in of_ops if path.name in names or path.parent.name == subject)
     # Other test files are not even imported: they need packages that a GPU machine may lack.
-    files = (ROOT / "tests").rglob("test_*.py") if subject is None else (ROOT / "tests/ops").glob(f"test_{subject}.py")
     files = [path for path in files if re.search(r"mark\.gpu|\bDEVICES\b", path.read_text(encoding="utf-8"))]
     return [[sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--durations=10", *sorted(files)]] if files else []
 

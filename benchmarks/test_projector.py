@@ -1,8 +1,8 @@
-"""LLaVA-1.5's projector over the patches of 1, 8 and 32 images, and in one the rows' way into the embeddings.
+"""LLaVA-1.5's projector over the patches of 1, 8 and 32 images.
 
 With backward, the gradients of its weights and biases: features come from a frozen tower. `triton` is what the tile
-tables choose, whosever GEMM that is; `triton-fused` is the kernel with bias and GELU in its epilogue, whatever they
-say. Rows are 576 an image.
+tables choose, the library's GEMM or the fused kernel; `triton-fused` is always the kernel with bias and GELU in its
+epilogue. Rows are 576 an image.
 """
 
 from collections.abc import Callable

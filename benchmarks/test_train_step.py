@@ -10,6 +10,7 @@ MLP, layers, vocabulary): with an MLP of LLaVA-1.5-7B's proportions, and with a 
 of the whole. On a GPU it is LLaVA-1.5-7B with 8 of the 32 layers.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -82,9 +83,7 @@ def step_case(stage: str, size: Size, dtype: torch.dtype) -> Case:
         if pixels.dtype == dtype:
             model = stock()
         else:  # the truth
-            model = Stock(_config(size)).to(DEVICE, pixels.dtype)
-            model.load_state_dict(stock().state_dict())
-            _freeze(model.train(), stage)
+            model = copy.deepcopy(stock()).to(pixels.dtype)
         return _provider(model, _loss)({"pixels": pixels, **others})()
 
     @cache

@@ -2,16 +2,16 @@
 
     python -m benchmarks.tune [--op norm] [--seconds 150]
 
-An operation file offers `tune_examples(device, dtype)`: (kernel, key, call, tiles) for entries of its tile tables. Each
-tile must give the shipped tile's results; then the fastest wins that spills in no dtype and is at least 2 % faster than
-the shipped one. Entries for other architectures stay as they are. In Triton's interpreter nothing can be timed: there
-the results are compared, and the tables stay.
+Each operation has `examples(device, dtype)`; those with tiles worth trying are entries of its tile tables. Each tile
+must give the shipped tile's results; then the fastest wins that spills in no dtype and is at least 2 % faster than the
+shipped one. bf16's entries come first, of all operations, then float32's. Entries for other architectures stay as they
+are. In Triton's interpreter nothing can be timed: there the results are compared, and the tables stay.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import itertools
 import json
 import sys
 import time
@@ -21,46 +21,56 @@ from typing import Any
 
 import torch
 
-from benchmarks.compile_report import DTYPES, SHARED_LIMIT, compile_launch, operation_modules
+from benchmarks.compile_report import DTYPES, SHARED_LIMIT, compile_launch, examples_of, operation_modules
 from benchmarks.records import DEVICE
 from llava_fast import backend
 from llava_fast.ops import _launch
-from llava_fast.ops._launch import Tile, architecture, forced_tile, recorded, tile_table
+from llava_fast.ops._launch import Example, Tile, architecture, forced_tile, recorded, tile_table
 
 WORTHWHILE = 0.98  # a new tile's time, as a share of the shipped one's
 
 
-def tune(op: str, deadline: float) -> Iterator[str]:
-    """Tune one operation file, and write its tables; a line per entry."""
-    module = importlib.import_module(f"llava_fast.ops.{op}")
-    if not hasattr(module, "tune_examples"):
-        yield f"{op}: offers no tiles to choose from"
-        return
-    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+def tune(ops: Sequence[str], deadline: float) -> Iterator[str]:
+    """Tune these operations, and write their tables; a line per entry."""
+    # The interpreter has no products in bfloat16.
+    dtypes = (torch.bfloat16, torch.float32) if DEVICE.type == "cuda" else (torch.float32, torch.float16)
     chosen: dict[str, dict[str, Tile]] = {}
-    for kernel, key, call, tiles in module.tune_examples(DEVICE, dtype):
-        if time.monotonic() > deadline:
-            yield f"{op}: out of time before {kernel} {key}; what is not measured stays"
+    sources: dict[str, str] = {}
+    for dtype, op in itertools.product(dtypes, ops):
+        changed = set()
+        for example in examples_of(op, DEVICE, dtype):
+            kernel, key = example.kernel, str(example.key)
+            if not example.tiles or key in chosen.setdefault(kernel, {}):
+                continue
+            if time.monotonic() > deadline:
+                yield f"{op}: out of time before {kernel} {key}; what is not measured stays"
+                break
+            chosen[kernel][key], line = _tuned(op, example)
+            changed.add(kernel)
+            yield line
+        for kernel in changed if DEVICE.type == "cuda" else ():
+            source = sources.setdefault(kernel, tile_table(kernel)[architecture(DEVICE)]["source"])
+            write_table(kernel, chosen[kernel], source)
+
+
+def _tuned(op: str, example: Example) -> tuple[Tile, str]:
+    """The tile that ships from now on, and what to say about it."""
+    kernel, key = example.kernel, example.key
+    shipped = _launch.tile(kernel, key, DEVICE)
+    good = verified(kernel, example.call, shipped, example.tiles)
+    if DEVICE.type == "cpu":
+        return shipped, f"{kernel} {key}: {len(good)} tiles agree; not timed, there is no GPU"
+    times = sorted(((milliseconds(kernel, example.call, tile), i) for i, tile in enumerate(good)))
+    usual = milliseconds(kernel, example.call, shipped)
+    best, best_ms = shipped, usual
+    for ms, i in times:
+        if ms > WORTHWHILE * usual:
             break
-        shipped = _launch.tile(kernel, key, DEVICE)
-        good = verified(kernel, call, shipped, tiles)
-        if DEVICE.type == "cpu":
-            yield f"{kernel} {key}: {len(good)} tiles agree; not timed, there is no GPU"
-            continue
-        times = sorted(((milliseconds(kernel, call, tile), i) for i, tile in enumerate(good)))
-        usual = milliseconds(kernel, call, shipped)
-        best, best_ms = shipped, usual
-        for ms, i in times:
-            if ms > WORTHWHILE * usual:
-                break
-            if not wasteful(module, kernel, key, good[i]):
-                best, best_ms = good[i], ms
-                break
-        chosen.setdefault(kernel, {})[str(key)] = best
-        now, before = (f"{describe(t)} {1e3 * ms:.1f} µs" for t, ms in ((best, best_ms), (shipped, usual)))
-        yield f"{kernel} {key}: {now}, before {before}"
-    for kernel, tiles in chosen.items():
-        write_table(kernel, tiles)
+        if not wasteful(op, kernel, key, good[i]):
+            best, best_ms = good[i], ms
+            break
+    now, before = (f"{describe(t)} {1e3 * ms:.1f} µs" for t, ms in ((best, best_ms), (shipped, usual)))
+    return best, f"{kernel} {key}: {now}, before {before}"
 
 
 def verified(kernel: str, call: Any, shipped: Tile, tiles: Sequence[Tile]) -> list[Tile]:
@@ -93,15 +103,14 @@ def milliseconds(kernel: str, call: Any, tile: Tile) -> float:
         return do_bench(call, warmup=10, rep=40, return_mode="median")
 
 
-def wasteful(module: Any, kernel: str, key: Any, tile: Tile) -> bool:
-    """Whether the compiler spills with this tile, in any dtype, or needs more shared memory than there is."""
+def wasteful(op: str, kernel: str, key: int | str, tile: Tile) -> bool:
+    """Whether the compiler spills with this tile in any dtype or variant, or needs more shared memory than there is."""
     here = architecture(DEVICE)
     for dtype in DTYPES.values():
-        # On CPU tensors and dry: the launches say all that the compiler needs.
-        for of_kernel, of_key, call, _ in module.tune_examples(torch.device("cpu"), dtype):
-            if (of_kernel, of_key) == (kernel, key):
+        for example in examples_of(op, torch.device("meta"), dtype):
+            if (example.kernel, str(example.key)) == (kernel, str(key)):
                 with forced_tile(kernel, tile), recorded(dry=True, architecture=here) as launches:
-                    call()
+                    example.call()
                 for found in (compile_launch(launch, here) for launch in launches):
                     if (
                         found["spill_bytes"]
@@ -112,16 +121,16 @@ def wasteful(module: Any, kernel: str, key: Any, tile: Tile) -> bool:
     return False
 
 
-def write_table(kernel: str, tiles: dict[str, Tile]) -> None:
-    """Put tiles into this architecture's part of the table, a line each, and say where they come from."""
+def write_table(kernel: str, tiles: dict[str, Tile], source_of_others: str) -> None:
+    """Put tiles into this architecture's entry of the table, a line each, and say where they come from."""
     table = json.loads(json.dumps(tile_table(kernel)))
-    part = table[architecture(DEVICE)]
+    entry = table[architecture(DEVICE)]
     source = f"tuned on {torch.cuda.get_device_name()}, {date.today()}"
-    others = [key for key in part["tiles"] if key not in tiles]
+    others = [key for key in entry["tiles"] if key not in tiles]
     if others:
-        source += f"; {', '.join(others)}: {part['source']}"
-    part["tiles"].update(tiles)
-    part["source"] = source
+        source += f"; {', '.join(others)}: {source_of_others}"
+    entry["tiles"].update(tiles)
+    entry["source"] = source
     path = _launch.TUNED / f"{kernel}.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(dump_table(table))
@@ -131,12 +140,12 @@ def write_table(kernel: str, tiles: dict[str, Tile]) -> None:
 
 def dump_table(table: dict[str, Any]) -> str:
     """The tables' own layout: a line per tile."""
-    parts = []
-    for name, part in table.items():
-        tiles = ",\n".join(f"   {json.dumps(key)}: {json.dumps(tile)}" for key, tile in part["tiles"].items())
-        source = json.dumps(part["source"], ensure_ascii=False)
-        parts.append(f' "{name}": {{\n  "source": {source},\n  "tiles": {{\n{tiles}\n  }}\n }}')
-    return "{\n" + ",\n".join(parts) + "\n}\n"
+    entries = []
+    for name, entry in table.items():
+        tiles = ",\n".join(f"   {json.dumps(key)}: {json.dumps(tile)}" for key, tile in entry["tiles"].items())
+        source = json.dumps(entry["source"], ensure_ascii=False)
+        entries.append(f' "{name}": {{\n  "source": {source},\n  "tiles": {{\n{tiles}\n  }}\n }}')
+    return "{\n" + ",\n".join(entries) + "\n}\n"
 
 
 def describe(tile: Tile) -> str:
@@ -152,9 +161,8 @@ def main(argv: list[str] | None = None) -> int:
     if missing:
         parser.error(missing)
     deadline = time.monotonic() + arguments.seconds
-    for op in arguments.op or operation_modules():
-        for line in tune(op, deadline):
-            print(line, flush=True)
+    for line in tune(arguments.op or operation_modules(), deadline):
+        print(line, flush=True)
     return 0
 
 

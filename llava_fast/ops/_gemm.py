@@ -1,10 +1,10 @@
-"""Products over as many rows as a number on the device says, which the host never reads.
+"""GEMMs over the first rows of a matrix, as many as a number on the device says, which the host never reads.
 
 A library's GEMM takes its sizes from the host, so that "the rows that are labelled" would cost a synchronisation, or
 the product of all rows. Here the grid covers what there may be, and programs beyond `count` leave at once: a product
 of no rows costs a launch.
 
-    rows_product(a, b)     a[:left] · b (+ bias)               left = clamp(count − start, 0, rows of a)
+    rows_product(a, b)     a[:left] · b                        left = clamp(count − start, 0, rows of a)
     add_outer(out, a, b)   out += a[:left]ᵀ · b[:left]
 
 fp32 accumulation; fp32 operands are multiplied as such (no TF32). What lies in rows from `left` on, NaN too, is never
@@ -16,14 +16,27 @@ from __future__ import annotations
 import torch
 
 from llava_fast.ops._launch import launch, tile
-from llava_fast.ops._triton import jit, tl
+from llava_fast.ops._triton import inlined, jit, tl
+
+
+@inlined
+def tile_order(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First row and column of this program's tile, of any kernel that computes [M, N] = a · b.
+
+    Programs that run together share 8 rows of tiles of a, and go along b: both stay in the L2 cache.
+    """
+    tiles_m = tl.cdiv(m, BLOCK_M)
+    tiles_n = tl.cdiv(n, BLOCK_N)
+    group = tl.program_id(0) // (8 * tiles_n)
+    within = tl.program_id(0) % (8 * tiles_n)
+    height = tl.minimum(tiles_m - group * 8, 8)
+    return (group * 8 + within % height) * BLOCK_M, (within // height) * BLOCK_N
 
 
 @jit
 def _gemm_kernel(
     a_ptr,
     b_ptr,
-    bias_ptr,
     out_ptr,
     count_ptr,
     start,
@@ -35,7 +48,6 @@ def _gemm_kernel(
     b_stride_k,
     b_stride_n,
     out_stride,
-    HAS_BIAS: tl.constexpr,
     COUNT_K: tl.constexpr,
     ADD: tl.constexpr,
     ZERO_REST: tl.constexpr,
@@ -44,15 +56,7 @@ def _gemm_kernel(
     BLOCK_K: tl.constexpr,
 ):
     left = tl.maximum(tl.load(count_ptr) - start, 0)
-    # Programs that run together share a few rows of tiles of a, and go along b: both stay in the L2 cache.
-    tiles_m = tl.cdiv(m, BLOCK_M)
-    tiles_n = tl.cdiv(n, BLOCK_N)
-    group = tl.program_id(0) // (8 * tiles_n)
-    within = tl.program_id(0) % (8 * tiles_n)
-    height = tl.minimum(tiles_m - group * 8, 8)
-    first_m = (group * 8 + within % height) * BLOCK_M
-    first_n = (within // height) * BLOCK_N
-
+    first_m, first_n = tile_order(m, n, BLOCK_M, BLOCK_N)
     rows = m
     depth = k
     if COUNT_K:
@@ -90,8 +94,6 @@ def _gemm_kernel(
     wanted = (row < m)[:, None] & (column < n)[None, :]
     if not COUNT_K and not ZERO_REST:
         wanted = (row < rows)[:, None] & (column < n)[None, :]
-    if HAS_BIAS:
-        sums += tl.load(bias_ptr + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
     if ADD:
         sums += tl.load(out_tile, mask=wanted, other=0.0).to(tl.float32)
     tl.store(out_tile, sums.to(out_ptr.dtype.element_ty), mask=wanted)
@@ -100,7 +102,6 @@ def _gemm_kernel(
 def _gemm(
     a_MK: torch.Tensor,
     b_KN: torch.Tensor,
-    bias_N: torch.Tensor | None,
     out_MN: torch.Tensor,
     count: torch.Tensor,
     start: int,
@@ -112,9 +113,8 @@ def _gemm(
         launch(
             _gemm_kernel,
             (-(-m // choice["BLOCK_M"]) * -(-n // choice["BLOCK_N"]),),
-            *(a_MK, b_KN, bias_N, out_MN, count, start, m, n, k, *a_MK.stride(), *b_KN.stride(), out_MN.stride(0)),
+            *(a_MK, b_KN, out_MN, count, start, m, n, k, *a_MK.stride(), *b_KN.stride(), out_MN.stride(0)),
             tile=choice,
-            HAS_BIAS=bias_N is not None,
             **flags,
         )
 
@@ -125,18 +125,14 @@ def rows_product(
     count: torch.Tensor,
     start: int,
     *,
-    bias_N: torch.Tensor | None = None,
     zero_rest: bool = False,
 ) -> torch.Tensor:
-    """a[:left] · b + bias [M, N] in the dtype of `a`.
-
-    The rows from `left` on are not written; with `zero_rest`, which is for products without a bias, they are zero.
-    """
+    """a[:left] · b [M, N] in the dtype of `a`. Rows from `left` on are zero with `zero_rest`, else not written."""
     out_MN = torch.empty(a_MK.shape[0], b_KN.shape[1], dtype=a_MK.dtype, device=a_MK.device)
-    _gemm(a_MK, b_KN, bias_N, out_MN, count, start, COUNT_K=False, ADD=False, ZERO_REST=zero_rest)
+    _gemm(a_MK, b_KN, out_MN, count, start, COUNT_K=False, ADD=False, ZERO_REST=zero_rest)
     return out_MN
 
 
 def add_outer(out_MN: torch.Tensor, a_KM: torch.Tensor, b_KN: torch.Tensor, count: torch.Tensor, start: int) -> None:
     """out += a[:left]ᵀ · b[:left], in place; `out` in any dtype, with contiguous rows."""
-    _gemm(a_KM.t(), b_KN, None, out_MN, count, start, COUNT_K=True, ADD=True, ZERO_REST=False)
+    _gemm(a_KM.t(), b_KN, out_MN, count, start, COUNT_K=True, ADD=True, ZERO_REST=False)

@@ -11,7 +11,7 @@ Tiles (block sizes, warps, stages) are data: `tuned/<kernel>.json` holds, per ar
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +24,21 @@ TUNED = Path(__file__).parent / "tuned"
 ARCHITECTURES = ("sm_80", "sm_90")
 
 Tile = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A call of an operation that launches `kernel` with the tile of `key`, as `tuned/<kernel>.json` names both.
+
+    Each operation's `examples(device, dtype)` yields them: between them they launch its kernels in all variants, with
+    every tile that ships. The compile report runs all of them dry, with tensors on "meta"; the tuner times those that
+    have tiles worth trying, on a GPU, or on a CPU in small compares their results.
+    """
+
+    kernel: str
+    key: int | str
+    call: Callable[[], Any]
+    tiles: Sequence[Tile] = ()
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,8 @@ _forced: dict[str, Tile] = {}
 def recorded(*, dry: bool = False, architecture: str | None = None) -> Iterator[list[Launch]]:
     """List the launches inside the block; with `dry` only list them, as if on a GPU of `architecture`."""
     global _dry, _architecture
-    before, record = (_dry, _architecture), []
+    before = (_dry, _architecture)
+    record: list[Launch] = []
     _dry, _architecture = dry or _dry, architecture or _architecture
     _records.append(record)
     try:
@@ -117,6 +133,13 @@ def tile(kernel: str, key: int | str, device: torch.device) -> Tile:
 
 
 @cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def multiprocessors(device: torch.device) -> int:
-    """Number of multiprocessors: how many programs a persistent kernel should have (few where there is no GPU)."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    """Number of multiprocessors: how many programs a persistent kernel should have. On a CPU few, on "meta" as many as
+    a GPU of the architecture has."""
+    if device.type == "cuda":
+        return _multiprocessors(device)
+    return {"sm_80": 108, "sm_90": 132}[architecture(device)] if device.type == "meta" else 4

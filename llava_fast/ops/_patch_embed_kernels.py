@@ -10,29 +10,49 @@ from llava_fast.ops._triton import inlined, jit, tl
 
 
 @inlined
-def _patch_offset(token, height, width, BYTES: tl.constexpr, C: tl.constexpr, P: tl.constexpr):
-    """Where a patch starts in its image, in elements; token 0 is the CLS, which has none."""
+def _patch_rows(
+    first_m, rows, tokens, height, width,
+    BYTES: tl.constexpr, C: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Of the rows of a tile: where its first image starts (64-bit, in elements), where each patch starts from there
+    (32-bit), and whether there is one; token 0 is the CLS, which has none."""
+    row = first_m + tl.arange(0, BLOCK_M)
+    image = first_m // tokens
+    token = row % tokens
     patch = tl.maximum(token - 1, 0)
     columns = width // P
     first = (patch // columns) * P * width + (patch % columns) * P
     if BYTES:
         first = first * C
-    return first
+    image_size = height * width * C
+    start = (row // tokens - image) * image_size + first
+    return tl.cast(image, tl.int64) * image_size, start, (row < rows) & (token > 0)
 
 
 @inlined
-def _pixel_offset(k, height, width, BYTES: tl.constexpr, C: tl.constexpr, P: tl.constexpr):
-    """Where element k of a patch lies from the start of the patch, in the order in which the image is stored."""
+def _patch_columns(
+    k, height, width, scale0, scale1, scale2, shift0, shift1, shift2,
+    BYTES: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Of elements k of a patch, in the order in which the image is stored: where they lie from its start, whether there
+    are such, and the scale and shift that normalise bytes."""
     if BYTES:  # [H, W, C]: a row of a patch is one run of bytes
         offset = (k // (C * P)) * width * C + k % (C * P)
     else:  # [C, H, W]
         offset = (k // (P * P)) * height * width + (k // P % P) * width + k % P
-    return offset
+    channel = k % C
+    scale = tl.where(channel == 0, scale0, tl.where(channel == 1, scale1, scale2))
+    shift = tl.where(channel == 0, shift0, tl.where(channel == 1, shift1, shift2))
+    return offset, k < C * P * P, scale, shift
 
 
 @inlined
-def _of_channel(channel, first, second, third):
-    return tl.where(channel == 0, first, tl.where(channel == 1, second, third))
+def _read_pixels(image_ptr, start, has_pixels, offset, inside, scale, shift, BYTES: tl.constexpr):
+    """A tile of patches: rows and columns as above, each broadcast along the other. Bytes are normalised in float32."""
+    values = tl.load(image_ptr + start + offset, mask=has_pixels & inside, other=0)
+    if BYTES:
+        values = values.to(tl.float32) * scale + shift
+    return values
 
 
 @jit
@@ -64,33 +84,26 @@ def _patch_embed_fwd_kernel(
     tiles_n = tl.cdiv(width_d, BLOCK_N)
     first_m = (tl.program_id(0) // tiles_n) * BLOCK_M
     first_n = (tl.program_id(0) % tiles_n) * BLOCK_N
-    row = first_m + tl.arange(0, BLOCK_M)
     column = first_n + tl.arange(0, BLOCK_N)
-    # 64-bit up to the tile's first image, 32-bit from there.
-    image = first_m // tokens
-    image_size = height * width * C
-    token = row % tokens
-    start = (row // tokens - image) * image_size + _patch_offset(token, height, width, BYTES, C, P)
-    has_pixels = (row < rows) & (token > 0)
-    pixels_ptr += image.to(tl.int64) * image_size
+    image, start, has_pixels = _patch_rows(first_m, rows, tokens, height, width, BYTES, C, P, BLOCK_M)
+    pixels_ptr += image
 
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first_k in range(0, C * P * P, BLOCK_K):
         k = first_k + tl.arange(0, BLOCK_K)
-        inside = k < C * P * P
-        offset = _pixel_offset(k, height, width, BYTES, C, P)
-        values = tl.load(
-            pixels_ptr + start[:, None] + offset[None, :], mask=has_pixels[:, None] & inside[None, :], other=0
-        )  # [BLOCK_M, BLOCK_K]
-        if BYTES:
-            scale = _of_channel(k % C, scale0, scale1, scale2)
-            shift = _of_channel(k % C, shift0, shift1, shift2)
-            values = values.to(tl.float32) * scale[None, :] + shift[None, :]
+        offset, inside, scale, shift = _patch_columns(
+            k, height, width, scale0, scale1, scale2, shift0, shift1, shift2, BYTES, C, P
+        )
+        values = _read_pixels(
+            pixels_ptr, start[:, None], has_pixels[:, None],
+            offset[None, :], inside[None, :], scale[None, :], shift[None, :], BYTES,
+        )  # fmt: skip
+        # values [BLOCK_M, BLOCK_K], weight [BLOCK_K, BLOCK_N]
         weight = tl.load(
             weight_ptr + k[:, None] * width_d + column[None, :],
             mask=inside[:, None] & (column < width_d)[None, :],
             other=0.0,
-        )  # [BLOCK_K, BLOCK_N]
+        )
         sums = tl.dot(values.to(weight_ptr.dtype.element_ty), weight, sums, input_precision="ieee")
 
     # Computed anew, so that the loop keeps its registers.
@@ -131,33 +144,24 @@ def _patch_embed_dweight_kernel(
     tiles_n = tl.cdiv(width_d, BLOCK_N)
     k = (tl.program_id(0) // tiles_n) * BLOCK_K + tl.arange(0, BLOCK_K)
     column = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = k < C * P * P
-    offset = _pixel_offset(k, height, width, BYTES, C, P)
-    image_size = height * width * C
-    if BYTES:
-        scale = _of_channel(k % C, scale0, scale1, scale2)
-        shift = _of_channel(k % C, shift0, shift1, shift2)
+    offset, inside, scale, shift = _patch_columns(
+        k, height, width, scale0, scale1, scale2, shift0, shift1, shift2, BYTES, C, P
+    )
 
     sums = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
     for first_m in range(0, rows, BLOCK_M):
-        row = first_m + tl.arange(0, BLOCK_M)
-        image = first_m // tokens
-        token = row % tokens
-        start = (row // tokens - image) * image_size + _patch_offset(token, height, width, BYTES, C, P)
-        has_pixels = (row < rows) & (token > 0)
-        values = tl.load(
-            pixels_ptr + tl.cast(image, tl.int64) * image_size + offset[:, None] + start[None, :],
-            mask=inside[:, None] & has_pixels[None, :],
-            other=0,
-        )  # [BLOCK_K, BLOCK_M]
-        if BYTES:
-            values = values.to(tl.float32) * scale[:, None] + shift[:, None]
+        image, start, has_pixels = _patch_rows(first_m, rows, tokens, height, width, BYTES, C, P, BLOCK_M)
+        values = _read_pixels(
+            pixels_ptr + image, start[None, :], has_pixels[None, :],
+            offset[:, None], inside[:, None], scale[:, None], shift[:, None], BYTES,
+        )  # fmt: skip
+        # values [BLOCK_K, BLOCK_M], dz [BLOCK_M, BLOCK_N]
         dz_tile = dz_ptr + tl.cast(first_m, tl.int64) * width_d
         dz = tl.load(
             dz_tile + tl.arange(0, BLOCK_M)[:, None] * width_d + column[None, :],
             mask=has_pixels[:, None] & (column < width_d)[None, :],  # which leaves out the CLS rows
             other=0.0,
-        )  # [BLOCK_M, BLOCK_N]
+        )
         sums = tl.dot(values.to(dz_ptr.dtype.element_ty), dz, sums, input_precision="ieee")
 
     channel, place = k // (P * P), k % (P * P)

@@ -19,7 +19,7 @@ except ModuleNotFoundError:
 
 
 def inlined(fn):
-    """`jit` for what kernels call. The interpreter runs it as it is: it would set itself up again at every call."""
+    """`jit` for what kernels call; in the interpreter the plain function, as a jit one is patched anew at each call."""
     return fn if interpreting() else jit(fn)
 
 

@@ -1,8 +1,6 @@
 """The head and its loss in one operation: cross entropy of hidden · weightᵀ, for labelled rows only, logits never kept.
 
-    z = hidden · weightᵀ + bias;   z ← softcap · tanh(z / softcap)                       (Gemma 2; optional)
-    loss = lse(z) − (1 − ε) · z[label] − ε · mean(z) + z_loss · lse(z)²     ε = label_smoothing (Szegedy et al. 2016);
-    dz   = (1 + 2 · z_loss · lse) · softmax(z) − ε / V − (1 − ε) · 1[label]                   z_loss (PaLM 2022)
+    z = hidden · weightᵀ;   loss = Σ (lse(z) − z[label]) / items;   dz = (softmax(z) − 1[label]) / items
 
 Rows with `ignore_index` never meet the head: of a LLaVA sample that is 69 % of them. The others are worked off in
 chunks of constant memory (`CHUNK_BYTES` of logits, at least 256 rows); dz overwrites the logits where they lie, and
@@ -11,39 +9,200 @@ what the hidden states' and the weight's gradients need of a chunk is taken from
 logits for 832 rows, 256 of them labelled, V = 32,000, bf16: PyTorch keeps 53 MB, 106 MB in float32 and as much for
 the gradient; here 16 MB at a time, read twice and written once (by the reference, which widens them to float32, 49 MB).
 
-Statistics and sums are float32 (float64 for float64). dW is summed over chunks in float32, and rounded once. In 16 bits
-dz is not divided by the number of rows before it is rounded (fp16 would lose it); backward scales, by what GradScaler
-says too.
+The kernel takes a row of logits per program, in tiles of BLOCK_V: first the statistics, by online softmax (Milakov and
+Gimelshein 2018), then the gradient. Statistics and sums are float32 (float64 for float64). dW is summed over chunks in
+float32, and rounded once. In 16 bits dz is not divided by the number of items before it is rounded (fp16 would lose
+it): backward does that, with what GradScaler multiplies by.
 
-How the labelled rows are found costs no synchronisation. Given `num_labelled` (a collator knows it), one stable sort
+The labelled rows are found without a synchronisation. Given `num_labelled` (a collator knows it), one stable sort
 puts their indices in front and the library's GEMM multiplies exactly these. Without it the chunks cover all rows and
 the kernels of `_gemm` stop at the count they read on the device: an empty chunk costs six launches and its share of
 dhidden, a full one what Triton's GEMM is slower than the library's, and dW is summed in float32 whenever *all* rows
 would be more than a chunk. "reference" counts on the host instead: free on a CPU, a synchronisation on a GPU.
-
-With reduction "none" every row has a gradient of its own. dhidden can still be scaled by row afterwards; dW cannot, so
-where the head is trained backward computes the logits again.
 
 Shapes: N rows, D width, V vocabulary, C rows of a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from llava_fast.backend import choose, register
-from llava_fast.ops._chunk_loss import SMALL_VOCABULARY, Options, chunk_loss_reference, chunk_loss_triton
 from llava_fast.ops._gemm import add_outer, rows_product
-from llava_fast.ops._launch import as_rows
-from llava_fast.ops._triton import takes
+from llava_fast.ops._launch import Example, as_rows, launch, tile
+from llava_fast.ops._triton import inlined, jit, takes, tl
 
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 128 * 2**20}
 MIN_CHUNK_ROWS = 256  # fewer would leave the GEMMs waiting for the weight
+SMALL_VOCABULARY = 1024
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    num_items: int | torch.Tensor | None = None,
+    num_labelled: int | None = None,
+) -> torch.Tensor:
+    """Mean cross entropy of `hidden · weightᵀ` against `labels`, without the logits.
+
+    Args:
+        hidden: [..., D] of a floating dtype; under autocast it and weight are cast as `F.linear` casts them.
+        weight: [V, D], in the dtype of `hidden`; may be the embedding too.
+        labels: [...] int64, those of the same row of `hidden` (the caller has shifted them).
+        ignore_index: label of the rows to leave out.
+        num_items: what the sum over labelled rows is divided by, in place of their number (transformers'
+            `num_items_in_batch`).
+        num_labelled: how many labels are not `ignore_index`, if the host knows. Must be right: checked on a CPU only.
+
+    Returns:
+        The loss, [], in float32 (float64 for float64). Without any labelled row it is 0, with gradients of zero
+        (PyTorch's mean is NaN). There are no second derivatives.
+
+    Raises:
+        ValueError: for shapes or dtypes that do not fit, or a wrong `num_labelled`.
+        IndexError: on a CPU, for a label outside the vocabulary; from the kernels the loss is NaN.
+    """
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if weight.dtype != hidden.dtype:
+        raise ValueError(f"hidden and weight must have one dtype, not {hidden.dtype}, {weight.dtype}")
+    if hidden.shape[:-1] != labels.shape or weight.shape[1:] != hidden.shape[-1:]:
+        shapes = [tuple(t.shape) for t in (hidden, weight, labels)]
+        raise ValueError(f"hidden [..., D], weight [V, D] and labels [...] do not fit: {shapes}")
+    items = num_labelled if num_items is None else num_items
+    if items is None:
+        items = (labels != ignore_index).sum()
+    if not isinstance(items, torch.Tensor):
+        items = torch.full((), items, device=labels.device)
+    scale = items.to(labels.device, _wide(hidden.dtype)).clamp(min=1).reciprocal()
+    run = choose("linear_cross_entropy", hidden, weight)
+    return run(hidden, weight, labels, scale, num_labelled, ignore_index)
+
+
+def linear_cross_entropy_reference(hidden, weight, labels, scale, num_labelled, ignore_index):
+    return _apply(hidden, weight, labels, scale, num_labelled, ignore_index, kernels=False)
+
+
+def _linear_cross_entropy_triton(hidden, weight, labels, scale, num_labelled, ignore_index):
+    return _apply(hidden, weight, labels, scale, num_labelled, ignore_index, kernels=True)
+
+
+register("linear_cross_entropy", "reference", linear_cross_entropy_reference)
+register("linear_cross_entropy", "triton", _linear_cross_entropy_triton, takes)
+
+
+def _chunk_loss_reference(
+    z_CV: torch.Tensor, labels_C: torch.Tensor, scale: torch.Tensor | None, gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses [C] of logits in float32 or float64, and the logits' gradient times `scale` ([] or None).
+
+    The logits are overwritten.
+    """
+    # Relative to the largest logit, so that nothing is lost to its size.
+    z_CV.sub_(z_CV.amax(1, keepdim=True))
+    losses = -z_CV.gather(1, labels_C[:, None])[:, 0]
+    sums = z_CV.exp_().sum(1, keepdim=True)
+    losses += sums[:, 0].log()
+    if gradient:
+        weight = torch.ones((), dtype=z_CV.dtype, device=z_CV.device) if scale is None else scale
+        z_CV.mul_(weight / sums)
+        z_CV.scatter_add_(1, labels_C[:, None], -weight.expand(len(z_CV), 1))
+    return losses, z_CV
+
+
+@inlined
+def _logits_at(logits_ptr, column, vocabulary):
+    """The logits of these columns in float32, −∞ beyond the vocabulary."""
+    inside = column < vocabulary
+    return tl.where(inside, tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32), float("-inf"))
+
+
+@jit
+def _loss_kernel(
+    logits_ptr,
+    rows_ptr,
+    labels_ptr,
+    scale_ptr,
+    losses_ptr,
+    vocabulary,
+    ignore_index,
+    HAS_SCALE: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    ZERO_REST: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    # One program per row of the chunk: statistics first, then the gradient over the logits.
+    logits_ptr += tl.program_id(0).to(tl.int64) * vocabulary
+    row = tl.load(rows_ptr + tl.program_id(0))
+    label = tl.load(labels_ptr + row)
+    lane = tl.arange(0, BLOCK_V)
+    if label == ignore_index:
+        if ZERO_REST:
+            for first in range(0, vocabulary, BLOCK_V):
+                column = first + lane
+                zeros = tl.zeros([BLOCK_V], logits_ptr.dtype.element_ty)
+                tl.store(logits_ptr + column, zeros, mask=column < vocabulary)
+        return
+
+    known = (label >= 0) & (label < vocabulary)
+    at_label = tl.load(logits_ptr + label, mask=known, other=0.0).to(tl.float32)
+    peak = float("-inf")
+    exps = 0.0
+    for first in range(0, vocabulary, BLOCK_V):
+        column = first + lane
+        z = _logits_at(logits_ptr, column, vocabulary)
+        higher = tl.maximum(peak, tl.max(z, axis=0))
+        exps = exps * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher), axis=0)
+        peak = higher
+    # Relative to the largest logit, so that nothing is lost to its size.
+    loss = tl.log(exps) - (at_label - peak)
+    # A label outside the vocabulary gives NaN, not the 0 of a row without a label.
+    tl.store(losses_ptr + row, tl.where(known, loss, float("nan")))
+
+    if GRADIENT:
+        weight = 1.0
+        if HAS_SCALE:
+            weight = tl.load(scale_ptr)
+        factor = weight / exps
+        for first in range(0, vocabulary, BLOCK_V):
+            column = first + lane
+            z = _logits_at(logits_ptr, column, vocabulary)
+            dz = factor * tl.exp(z - peak) - tl.where(column == label, weight, 0.0)
+            tl.store(logits_ptr + column, dz.to(logits_ptr.dtype.element_ty), mask=column < vocabulary)
+
+
+def _chunk_loss(
+    logits_CV: torch.Tensor,
+    rows_C: torch.Tensor,
+    labels_N: torch.Tensor,
+    scale: torch.Tensor | None,
+    losses_N: torch.Tensor,
+    ignore_index: int,
+    gradient: bool,
+    zero_rest: bool,
+) -> None:
+    """Write losses into `losses_N` and, with `gradient`, that of the logits over them, for the rows that have a label.
+
+    The others become zeros with `zero_rest`, and else stay as they are.
+    """
+    rows, vocabulary = logits_CV.shape
+    launch(
+        _loss_kernel,
+        (rows,),
+        *(logits_CV, rows_C, labels_N, scale, losses_N, vocabulary, ignore_index),
+        tile=tile("loss", "small" if vocabulary <= SMALL_VOCABULARY else "any", logits_CV.device),
+        HAS_SCALE=scale is not None,
+        GRADIENT=gradient,
+        ZERO_REST=zero_rest,
+    )
 
 
 def _labelled_rows(
@@ -70,12 +229,11 @@ def _chunks(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device
     return ((start, min(start + size, rows)) for start in range(0, rows, size))
 
 
-def _logits(hidden_CD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None) -> torch.Tensor:
-    if hidden_CD.is_cuda or hidden_CD.dtype != torch.float32:
-        return F.linear(hidden_CD, weight_VD, bias_V).contiguous()
+def _logits(hidden_CD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+    if hidden_CD.device.type != "cpu" or hidden_CD.dtype != torch.float32:
+        return F.linear(hidden_CD, weight_VD).contiguous()
     # A CPU's float32 GEMM takes 12–25 % less time this way round, the copy included (8 to 256 rows, V = 32,000).
-    logits_CV = (weight_VD @ hidden_CD.t()).t().contiguous()
-    return logits_CV if bias_V is None else logits_CV.add_(bias_V)
+    return (weight_VD @ hidden_CD.t()).t().contiguous()
 
 
 def _plus_outer(total: torch.Tensor | None, a_CM: torch.Tensor, b_CN: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -98,30 +256,28 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _run(
     hidden: torch.Tensor,
     weight_VD: torch.Tensor,
-    bias_V: torch.Tensor | None,
     labels: torch.Tensor,
     scale: torch.Tensor | None,
     num_labelled: int | None,
-    options: Options,
-    wanted: tuple[bool, bool, bool],
+    ignore_index: int,
+    wanted: Sequence[bool],
     kernels: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Losses [N], not scaled; and as `wanted` the gradients of hidden, weight and bias of their sum, times `scale`."""
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Losses [N], not scaled; and as `wanted` the gradients of hidden and weight of their sum, times `scale`."""
     hidden_ND, labels_N = as_rows(hidden), labels.reshape(-1)
-    bias_V = None if bias_V is None else bias_V.contiguous()
     (rows, width), vocabulary = hidden_ND.shape, weight_VD.shape[0]
-    want_dhidden, want_dweight, want_dbias = wanted
+    want_dhidden, want_dweight = wanted
     wide = _wide(hidden.dtype)
-    rows_n, count = _labelled_rows(labels_N, options.ignore_index, num_labelled, kernels)
+    rows_n, count = _labelled_rows(labels_N, ignore_index, num_labelled, kernels)
     labelled = rows_n.numel()
     everything = labelled == rows and count is None
     if not hidden.is_cuda and not kernels and labelled:
-        low, high = (int(bound) for bound in labels_N[rows_n].aminmax())
-        if low < 0 or high >= vocabulary:
-            raise IndexError(f"label {low if low < 0 else high} is outside the vocabulary of {vocabulary}")
+        least, most = (int(bound) for bound in labels_N[rows_n].aminmax())
+        if least < 0 or most >= vocabulary:
+            raise IndexError(f"label {least if least < 0 else most} is outside the vocabulary of {vocabulary}")
 
     losses_N = torch.zeros(rows, dtype=wide, device=hidden.device)
-    dhidden_ND = dweight = dbias = None
+    dhidden_ND = dweight = None
     if want_dhidden:
         # With a count on the device the chunks cover all rows, and so write all of them.
         make = torch.zeros if labelled < rows else torch.empty
@@ -130,52 +286,43 @@ def _run(
     sum_dtype = weight_VD.dtype if len(chunks) == 1 else wide
     if want_dweight and (count is not None or not chunks):
         dweight = torch.zeros(weight_VD.shape, dtype=sum_dtype, device=hidden.device)
-    if want_dbias:
-        dbias = torch.zeros(vocabulary, dtype=wide, device=hidden.device)
 
     for start, stop in chunks:
         rows_C = rows_n[start:stop]
         hidden_CD = hidden_ND[start:stop] if everything else hidden_ND.index_select(0, rows_C)
         if count is None:
-            logits_CV = _logits(hidden_CD, weight_VD, bias_V)
+            dz_CV = _logits(hidden_CD, weight_VD)
         else:
-            logits_CV = rows_product(hidden_CD, weight_VD.t(), count, start, bias_N=bias_V)
+            dz_CV = rows_product(hidden_CD, weight_VD.t(), count, start)
         if kernels:
-            zero_rest = any(wanted) and (count is None or want_dbias)
-            chunk_loss_triton(logits_CV, rows_C, labels_N, scale, losses_N, options, any(wanted), zero_rest)
-            dz_CV = logits_CV
+            zero_rest = any(wanted) and count is None
+            _chunk_loss(dz_CV, rows_C, labels_N, scale, losses_N, ignore_index, any(wanted), zero_rest)
         else:
-            z_CV = logits_CV.to(wide)
-            del logits_CV  # in 16 bits that was a copy
-            scale_C = scale if scale is None or scale.ndim == 0 else scale[rows_C]
-            losses_C, z_CV = chunk_loss_reference(z_CV, labels_N[rows_C], scale_C, options, any(wanted))
-            losses_N[rows_C] = losses_C
+            z_CV = dz_CV.to(wide)
+            del dz_CV  # in 16 bits that was a copy
+            losses_N[rows_C], z_CV = _chunk_loss_reference(z_CV, labels_N[rows_C], scale, any(wanted))
             dz_CV = z_CV.to(hidden.dtype)
-        if want_dhidden:
+        if dhidden_ND is not None:
             if count is not None:
                 dhidden_ND.index_copy_(0, rows_C, rows_product(dz_CV, weight_VD, count, start, zero_rest=True))
             elif everything:
                 torch.mm(dz_CV, weight_VD, out=dhidden_ND[start:stop])
             else:
                 dhidden_ND.index_copy_(0, rows_C, dz_CV @ weight_VD)
-        if want_dweight:
-            if count is None:
-                dweight = _plus_outer(dweight, dz_CV, hidden_CD, sum_dtype)
-            else:
-                add_outer(dweight, dz_CV, hidden_CD, count, start)
-        if want_dbias:
-            dbias += dz_CV.sum(0, dtype=wide)
+        if count is not None and dweight is not None:
+            add_outer(dweight, dz_CV, hidden_CD, count, start)
+        elif want_dweight:
+            dweight = _plus_outer(dweight, dz_CV, hidden_CD, sum_dtype)
 
     return (
         losses_N,
         None if dhidden_ND is None else dhidden_ND.view(hidden.shape),
         None if dweight is None else dweight.to(weight_VD.dtype),
-        None if dbias is None else dbias.to(bias_V.dtype),
     )
 
 
 def _folds(dtype: torch.dtype) -> bool:
-    """Whether the gradients of the forward pass are scaled already: where rounding does not mind the size."""
+    """Whether the forward pass scales its gradients itself: not in 16 bits, where small numbers lose their digits."""
     return dtype.itemsize >= 4
 
 
@@ -184,75 +331,52 @@ def _folds(dtype: torch.dtype) -> bool:
 def _op(
     hidden: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
     labels: torch.Tensor,
-    scale: torch.Tensor | None,
+    scale: torch.Tensor,
     num_labelled: int | None,
     ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
-    z_loss: float,
-    by_row: bool,
     wanted: list[bool],
     kernels: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    options = Options(ignore_index, label_smoothing, softcap, z_loss)
-    folded = scale if scale is None or scale.ndim or _folds(hidden.dtype) else None
-    losses_N, *gradients = _run(hidden, weight, bias, labels, folded, num_labelled, options, tuple(wanted), kernels)
-    loss = losses_N.view(labels.shape) if by_row else losses_N.sum()
-    if not by_row and scale is not None:
-        loss = (losses_N * scale).sum() if scale.ndim else loss * scale
-    return loss, *(hidden.new_empty(0) if g is None else g for g in gradients)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    folded = scale if _folds(hidden.dtype) else None
+    losses_N, dhidden, dweight = _run(hidden, weight, labels, folded, num_labelled, ignore_index, wanted, kernels)
+    empty = hidden.new_empty
+    return (
+        losses_N.sum() * scale,
+        empty(0) if dhidden is None else dhidden,
+        empty(0) if dweight is None else dweight,
+    )
 
 
 @_op.register_fake
-def _fake(hidden, weight, bias, labels, scale, num_labelled, ignore_index, label_smoothing, softcap, z_loss, *rest):
-    by_row, wanted, _ = rest
-    loss = hidden.new_empty(labels.shape if by_row else (), dtype=_wide(hidden.dtype))
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    return loss, *(hidden.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))
+def _fake(hidden, weight, labels, scale, num_labelled, ignore_index, wanted, kernels):
+    loss = hidden.new_empty((), dtype=_wide(hidden.dtype))
+    return loss, *(t.new_empty(t.shape if want else 0) for t, want in zip((hidden, weight), wanted, strict=True))
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, labels, scale, *ctx.settings, by_row, wanted, kernels = inputs
-    ctx.by_row, ctx.wanted, ctx.kernels, ctx.folds = by_row, wanted, kernels, _folds(hidden.dtype)
+    hidden, _, _, scale, _, _, ctx.wanted, _ = inputs
+    ctx.folds = _folds(hidden.dtype)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.deferred = by_row and not any(wanted)
-    if ctx.deferred:
-        ctx.save_for_backward(hidden, weight, bias, labels)
-    else:
-        ctx.save_for_backward(*output[1:], scale)
+    ctx.save_for_backward(*output[1:], scale)
 
 
 def _autograd(ctx, dloss, *_):
     if torch.is_grad_enabled():  # create_graph=True
         raise RuntimeError("linear_cross_entropy has no second derivative")
-    nothing = (None,) * 13
     if dloss is None:
-        return nothing
-    needed = [ctx.needs_input_grad[i] for i in range(3)]
-    if ctx.deferred:
-        hidden, weight, bias, labels = ctx.saved_tensors
-        scale = dloss.reshape(-1).contiguous()
-        _, *gradients = torch.ops.llava_fast.linear_cross_entropy(
-            hidden, weight, bias, labels, scale, *ctx.settings, False, needed, ctx.kernels
-        )
-    else:
-        *gradients, scale = ctx.saved_tensors
-        if ctx.by_row:
-            dhidden = gradients[0]
-            gradients[0] = (dhidden * dloss[..., None]).to(dhidden.dtype)
-        else:
-            factor = dloss if ctx.folds or scale is None else dloss * scale
-            if not _is_one(factor):
-                gradients = [gradient * factor for gradient in gradients]
-        needed = [need and want for need, want in zip(needed, ctx.wanted, strict=True)]
-    return *(g if need else None for g, need in zip(gradients, needed, strict=True)), *nothing[3:]
+        return (None,) * 8
+    *gradients, scale = ctx.saved_tensors
+    factor = dloss if ctx.folds else dloss * scale
+    if not _is_one(factor):
+        gradients = [gradient * factor for gradient in gradients]
+    needed = (need and want for need, want in zip(ctx.needs_input_grad, ctx.wanted))
+    return *(g if need else None for g, need in zip(gradients, needed, strict=True)), *(None,) * 6
 
 
 def _is_one(factor: torch.Tensor) -> bool:
-    """Whether multiplying by `factor` is a waste, where it costs nothing to look."""
+    """Whether `factor` is 1; False where reading it would wait for a device or break a trace."""
     # A saved gradient that is passed on as it is stays saved: autograd copies it if it is kept for another backward.
     return type(factor) is torch.Tensor and factor.device.type == "cpu" and not _tracing() and factor.item() == 1
 
@@ -264,107 +388,33 @@ def _tracing() -> bool:
 _op.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _apply(hidden, weight, bias, labels, scale, num_labelled, options: Options, by_row: bool, kernels: bool):
-    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    if by_row and any(wanted[1:]):
-        wanted = [False] * 3  # backward computes them
+def _apply(hidden, weight, labels, scale, num_labelled, ignore_index, kernels: bool):
+    wanted = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
     return torch.ops.llava_fast.linear_cross_entropy(
-        hidden, weight, bias, labels, scale, num_labelled, *options, by_row, wanted, kernels
+        hidden, weight, labels, scale, num_labelled, ignore_index, wanted, kernels
     )[0]
 
 
-def linear_cross_entropy_reference(hidden, weight, bias, labels, scale, num_labelled, options, by_row):
-    return _apply(hidden, weight, bias, labels, scale, num_labelled, options, by_row, kernels=False)
+def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
+    """LLaVA-1.5-7B's head over one sample; its kernels are timed over 2048 rows."""
+    large = device.type != "cpu"
+    half = dtype.itemsize == 2
+    rows, width, vocabularies = (832, 4096, (SMALL_VOCABULARY, 32000)) if large else (3, 32, (1024, 2048))
+    of_gemm = "half" if half else "single"
+    for key, vocabulary in zip(("small", "any"), vocabularies):
+        hidden, weight = (torch.randn(n, width, device=device).to(dtype) for n in (rows, vocabulary))
+        labels = torch.arange(rows, device=device) % vocabulary
+        scale = None if half else torch.ones((), device=device)
+        for num_labelled, wanted in ((None, (True, True)), (rows, (True, True)), (rows, (False, False))):
+            call = partial(_run, hidden, weight, labels, scale, num_labelled, -100, wanted, True)
+            yield Example("loss", key, call)
+        logits = torch.randn(2048 if large else 3, vocabulary, device=device).to(dtype)
+        order = torch.arange(logits.shape[0], device=device)
+        losses = torch.empty(order.shape, device=device)
 
-
-def _linear_cross_entropy_triton(hidden, weight, bias, labels, scale, num_labelled, options, by_row):
-    return _apply(hidden, weight, bias, labels, scale, num_labelled, options, by_row, kernels=True)
-
-
-register("linear_cross_entropy", "reference", linear_cross_entropy_reference)
-register("linear_cross_entropy", "triton", _linear_cross_entropy_triton, takes)
-
-
-def linear_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    ignore_index: int = -100,
-    bias: torch.Tensor | None = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    num_items: int | torch.Tensor | None = None,
-    num_labelled: int | None = None,
-) -> torch.Tensor:
-    """Cross entropy of `hidden · weightᵀ + bias` against `labels`, without the logits.
-
-    Args:
-        hidden: [..., D]; under autocast it, weight and bias are cast as `F.linear` casts them.
-        weight: [V, D], in the dtype of `hidden`; may be the embedding too.
-        labels: [...] int64, those of the same row of `hidden` (the caller has shifted them).
-        ignore_index: label of the rows to leave out.
-        bias: [V].
-        reduction: "mean" over the labelled rows, "sum", or "none".
-        label_smoothing: between 0 and 1, as in `F.cross_entropy`.
-        softcap: logits become softcap · tanh(logits / softcap).
-        z_loss: weight of the squared log-sum-exp that is added to each row's loss.
-        num_items: the "mean" divides the sum by this instead (transformers' `num_items_in_batch`).
-        num_labelled: how many labels are not `ignore_index`, if the host knows. Must be right: checked on a CPU only.
-
-    Returns:
-        The loss, [] or with "none" [...] with zeros where there is no label, in float32 (float64 for float64). Without
-        any labelled row it is 0, with gradients of zero (PyTorch's mean is NaN). A label outside the vocabulary raises
-        `IndexError` on a CPU; from the kernels its loss is NaN. There are no second derivatives.
-    """
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight, bias = (t if t is None else t.to(dtype) for t in (hidden, weight, bias))
-    if weight.dtype != hidden.dtype or (bias is not None and bias.dtype != hidden.dtype):
-        dtypes = [hidden.dtype, weight.dtype, *([] if bias is None else [bias.dtype])]
-        raise ValueError(f"hidden, weight and bias must have one dtype, not {', '.join(map(str, dtypes))}")
-    if hidden.shape[:-1] != labels.shape or weight.shape[1:] != hidden.shape[-1:]:
-        shapes = [tuple(t.shape) for t in (hidden, weight, labels)]
-        raise ValueError(f"hidden [..., D], weight [V, D] and labels [...] do not fit: {shapes}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias is {tuple(bias.shape)}, the vocabulary {weight.shape[0]}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction is {reduction!r}; it must be mean, sum or none")
-    if num_items is not None and reduction != "mean":
-        raise ValueError(f"num_items is what a mean is divided by; reduction is {reduction!r}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing is {label_smoothing}; it must be between 0 and 1")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap is {softcap}; it must be positive, or None")
-
-    scale = None
-    if reduction == "mean":
-        items = num_labelled if num_items is None else num_items
-        if items is None:
-            items = (labels != ignore_index).sum()
-        if not isinstance(items, torch.Tensor):
-            items = torch.full((), items, device=labels.device)
-        scale = items.to(labels.device, _wide(hidden.dtype)).clamp(min=1).reciprocal()
-    options = Options(ignore_index, float(label_smoothing), float(softcap or 0.0), float(z_loss))
-    run = choose("linear_cross_entropy", hidden, weight)
-    return run(hidden, weight, bias, labels, scale, num_labelled, options, reduction == "none")
-
-
-def tune_examples(
-    device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[str, str, Callable[[], Any], list[dict[str, int]]]]:
-    """(kernel, key, call, tiles worth trying) for each entry of the tile tables, at about LLaVA's sizes on a GPU."""
-    gpu = device.type == "cuda"
-    for key, vocabulary in (("small", SMALL_VOCABULARY), ("any", 32000 if gpu else 2 * SMALL_VOCABULARY)):
-        logits = torch.randn(2048 if gpu else 3, vocabulary, device=device).to(dtype)
-        rows = torch.arange(logits.shape[0], device=device)
-        losses, labels = torch.empty(rows.shape, device=device), rows % vocabulary
-
-        def loss(logits=logits, rows=rows, losses=losses, labels=labels):
+        def loss(logits=logits, order=order, losses=losses, scale=scale):
             dz = logits.clone()
-            chunk_loss_triton(dz, rows, labels, None, losses, Options(), gradient=True, zero_rest=True)
+            _chunk_loss(dz, order, order % logits.shape[1], scale, losses, -100, gradient=True, zero_rest=True)
             return losses, dz
 
         tiles = [
@@ -373,33 +423,23 @@ def tune_examples(
             for warps in (4, 8, 16, 32)
             if 8 <= block // (32 * warps) <= 32  # elements per thread: wide loads, few registers
         ]
-        yield "loss", key, loss, tiles
-    for key, of_dtype in (("half", dtype if dtype.itemsize == 2 else torch.float16), ("single", torch.float32)):
-        rows, width, vocabulary = (2048, 4096, 32000) if gpu else (70, 40, 90)
-        hidden, weight = (torch.randn(size, width, device=device).to(of_dtype) for size in (rows, vocabulary))
-        count = torch.full((), rows, device=device)
-        sizes = ((64, 64), (64, 128), (128, 128), (128, 256), (256, 128)) if key == "half" else ((32, 64), (64, 64))
-        tiles = [
-            {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
-            for m, n in sizes
-            for k in ((32, 64) if key == "half" else (16, 32))
-            for warps in (4, 8)
-            for stages in (2, 3, 4)
-            if 32 <= m * n // (32 * warps) <= 128 or key == "single"
-        ]
-        yield "gemm", key, partial(rows_product, hidden, weight.t(), count, 0), tiles
+        yield Example("loss", key, loss, tiles)
+    rows, width, vocabulary = (2048, 4096, 32000) if large else (70, 40, 90)
+    hidden, weight = (torch.randn(n, width, device=device).to(dtype) for n in (rows, vocabulary))
+    count = torch.full((), rows, device=device)
 
+    def several_chunks():  # whose dW is summed in float32
+        dweight, dz = torch.zeros(weight.shape, device=device), torch.randn(rows, vocabulary, device=device)
+        add_outer(dweight, dz.to(dtype), hidden, count, 0)
+        return dweight
 
-def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
-    """Calls that between them launch each kernel with every shipped tile, for the compile report."""
-    options = Options(label_smoothing=0.1, softcap=30.0, z_loss=1e-4)
-    labels, scale = torch.zeros(64, dtype=torch.int64), torch.ones(64)
-    for vocabulary in (SMALL_VOCABULARY, 2 * SMALL_VOCABULARY):
-        hidden, weight = torch.empty(64, 128, dtype=dtype), torch.empty(vocabulary, 128, dtype=dtype)
-        for bias, chosen, by_row in ((None, Options(), None), (weight[:, 0], options, scale)):
-            wanted = (True, True, bias is not None)
-            for num_labelled in (None, 64):
-                yield partial(_run, hidden, weight, bias, labels, by_row, num_labelled, chosen, wanted, True)
-        yield partial(_run, hidden, weight, None, labels, None, 64, Options(), (False, False, False), True)
-        # dW of several chunks.
-        yield partial(add_outer, torch.empty(weight.shape), hidden @ weight.t(), hidden, labels[0], 0)
+    yield Example("gemm", of_gemm, several_chunks)
+    tiles = [
+        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+        for m, n in (((64, 64), (64, 128), (128, 128), (128, 256), (256, 128)) if half else ((32, 64), (64, 64)))
+        for k in ((32, 64) if half else (16, 32))
+        for warps in (4, 8)
+        for stages in (2, 3, 4)
+        if 32 <= m * n // (32 * warps) <= 128 or not half
+    ]
+    yield Example("gemm", of_gemm, partial(rows_product, hidden, weight.t(), count, 0), tiles)

@@ -13,16 +13,93 @@ Shapes: B batch, T tokens, V vocabulary, D width, M image tokens in all, R = B �
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from llava_fast.backend import choose, register
-from llava_fast.ops._launch import as_rows, launch, tile
+from llava_fast.ops._launch import Example, as_rows, launch, tile
 from llava_fast.ops._triton import jit, takes, tl
+
+
+def merge(
+    embeds_BTD: torch.Tensor,
+    features_MD: torch.Tensor,
+    *,
+    slots_M: torch.Tensor | None = None,
+    mask_BT: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Write image features over the embeddings of the image tokens.
+
+    Args:
+        embeds_BTD: token embeddings.
+        features_MD: [M, D] image features in reading order, any floating dtype.
+        slots_M: int64 [M], the flat position (row · T + column) of each image token, each once; or
+        mask_BT: bool, True at image tokens.
+
+    Returns:
+        A new [B, T, D] tensor in the dtype of the embeddings.
+
+    Raises:
+        ValueError: when the numbers of image tokens and features differ (with a mask on a GPU this is asserted on
+            the device, without waiting for it).
+    """
+    _require_a_feature_each(features_MD, slots_M, mask_BT)
+    if features_MD.shape[0] == 0:
+        return embeds_BTD
+    return choose("merge", embeds_BTD, features_MD)(embeds_BTD, None, features_MD, slots_M, mask_BT, -1)
+
+
+def embed_merge(
+    ids_BT: torch.Tensor,
+    table_VD: torch.Tensor,
+    features_MD: torch.Tensor,
+    *,
+    slots_M: torch.Tensor | None = None,
+    mask_BT: torch.Tensor | None = None,
+    padding_id: int | None = None,
+) -> torch.Tensor:
+    """Look up the tokens' embeddings and put image features in the slots, in one pass.
+
+    Args:
+        ids_BT: int64; the kernel does not read those of image tokens.
+        table_VD: embedding table.
+        features_MD, slots_M, mask_BT: as `merge` takes them.
+        padding_id: token that gives its row of the table no gradient (`nn.Embedding.padding_idx`).
+
+    Returns:
+        [B, T, D] in the dtype of the table. For an id outside the vocabulary the kernel writes NaN; on a CPU it is an
+        `IndexError`.
+
+    Raises:
+        ValueError: as `merge`.
+    """
+    _require_a_feature_each(features_MD, slots_M, mask_BT)
+    padding_id = -1 if padding_id is None else padding_id % table_VD.shape[0]
+    return choose("merge", table_VD, features_MD)(table_VD, ids_BT, features_MD, slots_M, mask_BT, padding_id)
+
+
+def _require_a_feature_each(
+    features_MD: torch.Tensor, slots_M: torch.Tensor | None, mask_BT: torch.Tensor | None
+) -> None:
+    features = features_MD.shape[0]
+    if slots_M is not None:
+        if slots_M.numel() != features:
+            raise ValueError(_mismatch(slots_M.numel(), features))
+    elif mask_BT is None:
+        raise ValueError("merge: neither slots_M nor mask_BT says which tokens are the image's")
+    elif mask_BT.device.type == "cpu" and not torch.compiler.is_compiling():
+        tokens = int(mask_BT.sum())
+        if tokens != features:
+            raise ValueError(_mismatch(tokens, features))
+    else:
+        torch._assert_async(mask_BT.sum() == features, _mismatch("a different number", features))
+
+
+def _mismatch(tokens: int | str, features: int) -> str:
+    return f"Image features and image tokens do not match: tokens: {tokens}, features: {features}"
 
 
 def merge_reference(
@@ -41,6 +118,7 @@ def merge_reference(
     features_MD = features_MD.to(rows.dtype)
     if slots_M is not None:
         return rows.index_copy(0, slots_M, features_MD).view(table.shape)
+    assert mask_BT is not None
     mask = mask_BT.reshape(-1)
     # Row r of the output, if it is an image token, takes the feature with as many image tokens before it.
     source = (mask.cumsum(0) - 1).clamp(min=0, max=features_MD.shape[0] - 1)
@@ -75,7 +153,7 @@ def _merge_fwd_kernel(
             token = tl.load(ids_ptr + row)
         known = (token >= 0) & (token < vocabulary)
         value = tl.load(table_ptr + token * table_stride + column, mask=inside & known, other=0.0).to(tl.float32)
-    # What there is no row for must not pass for one.
+    # An id or a feature that does not exist gives NaN, which is noticed.
     value = tl.where(known, value, float("nan"))
     tl.store(out_ptr, value.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -105,6 +183,7 @@ def _sources(
     if slots_M is not None:
         order = torch.arange(slots_M.numel(), device=device, dtype=torch.int32)
         return torch.full((rows,), -1, device=device, dtype=torch.int32).index_copy_(0, slots_M, order)
+    assert mask_BT is not None
     mask = mask_BT.reshape(-1)
     return torch.where(mask, mask.cumsum(0, dtype=torch.int32) - 1, -1)
 
@@ -133,7 +212,7 @@ def _backward(
     dtext: torch.Tensor | None,
     dfeatures_MD: torch.Tensor | None,
 ) -> None:
-    """Write the gradients that there is room for."""
+    """Write the gradients whose tensors are given."""
     dout_RD = as_rows(dout)
     if dout_RD.numel() and not (dtext is None and (dfeatures_MD is None or not dfeatures_MD.numel())):
         choice = tile("merge_bwd", "any", dout.device)
@@ -149,7 +228,7 @@ def _backward(
 def _table_gradient(
     dout: torch.Tensor, ids: torch.Tensor, source_R: torch.Tensor, vocabulary: int, padding_id: int
 ) -> torch.Tensor:
-    """The gradient of a look-up, whose padding token is one beyond the vocabulary: image rows and padding become it."""
+    """The gradient of a look-up. Image rows and padding get an id past the vocabulary, whose row is cut off again."""
     ids = ids.reshape(-1)
     ids = torch.where((source_R >= 0) | (ids == padding_id), vocabulary, ids)
     return torch.ops.aten.embedding_dense_backward(as_rows(dout), ids, vocabulary + 1, vocabulary, False)[:vocabulary]
@@ -219,118 +298,28 @@ register("merge", "reference", merge_reference)
 register("merge", "triton", _merge_triton, takes)
 
 
-def merge(
-    embeds_BTD: torch.Tensor,
-    features_MD: torch.Tensor,
-    *,
-    slots_M: torch.Tensor | None = None,
-    mask_BT: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Write image features over the embeddings of the image tokens.
+def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
+    """A sample in which a row in four is text, from ids and from embeddings; and both gradients.
 
-    Args:
-        embeds_BTD: token embeddings.
-        features_MD: [M, D] image features in reading order, any floating dtype.
-        slots_M: int64 [M], the flat position (row · T + column) of each image token, each once; or
-        mask_BT: bool, True at image tokens.
-
-    Returns:
-        A new [B, T, D] tensor in the dtype of the embeddings.
-
-    Raises:
-        ValueError: when the numbers of image tokens and features differ (with a mask on a GPU this is asserted on
-            the device, without waiting for it).
+    Tiles are chosen for the look-up, and for the features' gradient alone.
     """
-    _require_a_feature_each(features_MD, slots_M, mask_BT)
-    if features_MD.shape[0] == 0:
-        return embeds_BTD
-    return choose("merge", embeds_BTD, features_MD)(embeds_BTD, None, features_MD, slots_M, mask_BT, -1)
-
-
-def embed_merge(
-    ids_BT: torch.Tensor,
-    table_VD: torch.Tensor,
-    features_MD: torch.Tensor,
-    *,
-    slots_M: torch.Tensor | None = None,
-    mask_BT: torch.Tensor | None = None,
-    padding_id: int | None = None,
-) -> torch.Tensor:
-    """Look up the tokens' embeddings and put image features in the slots, in one pass.
-
-    Args:
-        ids_BT: int64; the kernel does not read those of image tokens.
-        table_VD: embedding table.
-        features_MD, slots_M, mask_BT: as `merge` takes them.
-        padding_id: token that gives its row of the table no gradient (`nn.Embedding.padding_idx`).
-
-    Returns:
-        [B, T, D] in the dtype of the table. For an id outside the vocabulary the kernel writes NaN; on a CPU it is an
-        `IndexError`.
-
-    Raises:
-        ValueError: as `merge`.
-    """
-    _require_a_feature_each(features_MD, slots_M, mask_BT)
-    padding_id = -1 if padding_id is None else padding_id % table_VD.shape[0]
-    return choose("merge", table_VD, features_MD)(table_VD, ids_BT, features_MD, slots_M, mask_BT, padding_id)
-
-
-def _require_a_feature_each(
-    features_MD: torch.Tensor, slots_M: torch.Tensor | None, mask_BT: torch.Tensor | None
-) -> None:
-    features = features_MD.shape[0]
-    if slots_M is not None:
-        if slots_M.numel() != features:
-            raise ValueError(_mismatch(slots_M.numel(), features))
-    elif mask_BT.device.type == "cpu" and not torch.compiler.is_compiling():
-        tokens = int(mask_BT.sum())
-        if tokens != features:
-            raise ValueError(_mismatch(tokens, features))
-    else:
-        torch._assert_async(mask_BT.sum() == features, _mismatch("a different number", features))
-
-
-def _mismatch(tokens: int | str, features: int) -> str:
-    return f"Image features and image tokens do not match: tokens: {tokens}, features: {features}"
-
-
-def _examples(
-    rows: int, width: int, device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(kernel, call): a row in four is text; ids and embeddings as they come, and both gradients."""
+    rows, width = (832, 4096) if device.type != "cpu" else (5, 300)
     table, features = (torch.randn(rows, width, device=device).to(dtype) for _ in range(2))
     ids = torch.randint(0, rows, (1, rows), device=device)
     source = _sources(None, torch.arange(rows, device=device) % 4 != 0, rows, device)
-    for of_ids in (ids, None):
-        yield "merge_fwd", partial(_forward, table, of_ids, features, source)
-
-    def backward(text: bool):
-        gradients = torch.zeros_like(table) if text else None, torch.zeros_like(features)
-        _backward(table, source, *gradients)
-        return gradients
-
-    for text in (False, True):
-        yield "merge_bwd", partial(backward, text)
-
-
-def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
-    """Calls that between them launch every kernel variant, for the compile report."""
-    for _, call in _examples(64, 4096, torch.device("cpu"), dtype):
-        yield call
-
-
-def tune_examples(
-    device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[str, str, Callable[[], Any], list[dict[str, int]]]]:
-    """(kernel, key, call, tiles worth trying): from ids, to the features."""
-    rows, width = (832, 4096) if device.type == "cuda" else (5, 300)
     tiles = [
         {"BLOCK": block, "num_warps": warps, "num_stages": 1}
         for block in (512, 1024, 2048, 4096)
         for warps in (2, 4, 8)
         if 4 <= block // (32 * warps) <= 32
     ]
-    (_, forward), _, (_, backward), _ = _examples(rows, width, device, dtype)
-    yield "merge_fwd", "any", forward, tiles
-    yield "merge_bwd", "any", backward, tiles
+    yield Example("merge_fwd", "any", partial(_forward, table, ids, features, source), tiles)
+    yield Example("merge_fwd", "any", partial(_forward, table, None, features, source))
+
+    def backward(text: bool):
+        gradients = torch.zeros_like(table) if text else None, torch.zeros_like(features)
+        _backward(table, source, *gradients)
+        return gradients
+
+    yield Example("merge_bwd", "any", partial(backward, False), tiles)
+    yield Example("merge_bwd", "any", partial(backward, True))

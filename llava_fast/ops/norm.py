@@ -17,7 +17,7 @@ Shapes: R rows, D width; kernels work on [BLOCK_R, BLOCK_D] tiles with BLOCK_D =
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -25,10 +25,56 @@ import torch
 from torch.nn import functional as F
 
 from llava_fast.backend import choose, extension, register
-from llava_fast.ops._launch import as_rows, launch, multiprocessors, tile, tile_table
+from llava_fast.ops._launch import Example, as_rows, launch, multiprocessors, tile, tile_table
 from llava_fast.ops._triton import jit, takes, tl
 
 MAX_WIDTH = 8192
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, *, eps: float, residual: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMSNorm of `x` (+ `residual`): weight · s / sqrt(mean(s²) + eps) (Zhang & Sennrich 2019; rounded as Llama does).
+
+    Args:
+        x: [..., D], any floating dtype; statistics are at least float32.
+        weight: [D].
+        eps: added to the mean square.
+        residual: [..., D], added to `x` first.
+
+    Returns:
+        The normalised [..., D] in the dtype of `x`, and the sum s that was normalised (`x` itself without a residual).
+
+    Raises:
+        BackendUnavailable: when a backend was asked for by name that cannot take the tensors: Triton wants one dtype
+            of 32 or 16 bits, and D ≤ 8192. Shapes that do not fit are PyTorch's own errors.
+    """
+    return choose("rms_norm", x, weight, residual)(x, weight, eps, residual)
+
+
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    eps: float,
+    residual: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """LayerNorm of `x` (+ `residual`): weight · (s − mean(s)) / sqrt(var(s) + eps) + bias (Ba et al. 2016).
+
+    Args:
+        x: [..., D], any floating dtype; statistics are at least float32.
+        weight, bias: [D].
+        eps: added to the variance.
+        residual: [..., D], added to `x` first.
+
+    Returns:
+        The normalised [..., D] in the dtype of `x`, and the sum s that was normalised (`x` itself without a residual).
+
+    Raises:
+        BackendUnavailable: as for `rms_norm`.
+    """
+    return choose("layer_norm", x, weight, residual)(x, weight, bias, eps, residual)
 
 
 def rms_norm_reference(
@@ -188,7 +234,7 @@ def _width_key(width: int) -> int:
     return max(128, 1 << (width - 1).bit_length())
 
 
-def _forward(
+def norm_forward(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -196,7 +242,8 @@ def _forward(
     eps: float,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-    """y (written to `out` if given, which may be x), s (None without a residual), mean (None for RMSNorm), rstd."""
+    """By the kernel and without autograd, for other operations too: y (written to `out` if given, which may be x), s
+    (None without a residual), mean (None for RMSNorm), rstd."""
     x_RD = as_rows(x)
     rows, width = x_RD.shape
     residual_RD = None if residual is None else as_rows(residual)
@@ -212,7 +259,7 @@ def _forward(
             _norm_fwd_kernel,
             (-(-rows // choice["BLOCK_R"]),),
             *(x_RD, residual_RD, weight, bias, y, s, mean, rstd, rows, width),
-            *(x_RD.stride(0), 0 if residual is None else residual_RD.stride(0), eps),
+            *(x_RD.stride(0), 0 if residual_RD is None else residual_RD.stride(0), eps),
             tile=choice,
             CENTRED=bias is not None,
             HAS_RESIDUAL=residual is not None,
@@ -221,7 +268,7 @@ def _forward(
     return y, s, mean, rstd
 
 
-def _backward(
+def norm_backward(
     dy: torch.Tensor,
     dsum: torch.Tensor | None,
     s: torch.Tensor,
@@ -249,7 +296,7 @@ def _backward(
             _norm_bwd_kernel,
             (programs,),
             *(dy_RD, dsum_RD, s_RD, weight.contiguous(), mean, rstd, dx, *partials, rows, width),
-            *(dy_RD.stride(0), 0 if dsum is None else dsum_RD.stride(0), s_RD.stride(0)),
+            *(dy_RD.stride(0), 0 if dsum_RD is None else dsum_RD.stride(0), s_RD.stride(0)),
             -(-tiles // programs),
             tile=choice,
             CENTRED=mean is not None,
@@ -262,16 +309,16 @@ def _backward(
 
 
 # An operator always returns tensors, so an output that is not wanted is an empty one.
-def _or_empty(*tensors: torch.Tensor | None, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(like.new_empty(0) if t is None else t for t in tensors)
+def _or_empty(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    return like.new_empty(0) if tensor is None else tensor
 
 
 @torch.library.custom_op("llava_fast::norm", mutates_args=())
 def _norm_op(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    y, s, mean, rstd = _forward(x, weight, bias, residual, eps)
-    return y, *_or_empty(s, like=x), *_or_empty(mean, like=rstd), rstd
+    y, s, mean, rstd = norm_forward(x, weight, bias, residual, eps)
+    return y, _or_empty(s, like=x), _or_empty(mean, like=rstd), rstd
 
 
 @_norm_op.register_fake
@@ -292,8 +339,8 @@ def _norm_backward_op(
     centred: bool,
     want_dweight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dx, dweight, dbias = _backward(dy, dsum, s, weight, mean if centred else None, rstd, want_dweight)
-    return dx, *_or_empty(dweight, dbias, like=weight)
+    dx, dweight, dbias = norm_backward(dy, dsum, s, weight, mean if centred else None, rstd, want_dweight)
+    return dx, _or_empty(dweight, like=weight), _or_empty(dbias, like=weight)
 
 
 @_norm_backward_op.register_fake
@@ -396,63 +443,23 @@ register("layer_norm", "reference", layer_norm_reference)
 register("layer_norm", "triton", _layer_norm_triton, _supports)
 
 
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, *, eps: float, residual: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """RMSNorm of `x` (+ `residual`).
+def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
+    """Both norms at every width, with a residual: without one the kernels are the same, less a load and a store.
 
-    Args:
-        x: [..., D], any floating dtype.
-        weight: [D].
-        eps: added to the mean square.
-        residual: [..., D], added to `x` first.
-
-    Returns:
-        The normalised [..., D] in the dtype of `x`, and the sum that was normalised (`x` itself without a residual).
+    Narrow norms are the vision tower's LayerNorms, wide ones the language model's RMSNorms: these decide about tiles.
     """
-    return choose("rms_norm", x, weight, residual)(x, weight, eps, residual)
-
-
-def layer_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    *,
-    eps: float,
-    residual: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """LayerNorm of `x` (+ `residual`); arguments and results as for `rms_norm`, with a `bias` [D]."""
-    return choose("layer_norm", x, weight, residual)(x, weight, bias, eps, residual)
-
-
-def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
-    """Calls that between them launch each kernel with every shipped tile, for the compile report.
-
-    All are with a residual: without one the kernels are the same, less a load and a store.
-    """
-    for key in tile_table("norm_fwd")["sm_80"]["tiles"]:
-        x = torch.empty(64, int(key), dtype=dtype)
-        weight, row = x[0], torch.empty(64)
-        for bias, mean in ((None, None), (weight, row)):
-            yield partial(_forward, x, weight, bias, x, 1e-5)
-            yield partial(_backward, x, x, x, weight, mean, row, True)
-
-
-def tune_examples(
-    device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[str, int, Callable[[], Any], list[dict[str, int]]]]:
-    """(kernel, key, call, tiles worth trying) for each entry of the tile tables, at about LLaVA's sizes on a GPU."""
     for key in map(int, tile_table("norm_fwd")["sm_80"]["tiles"]):
-        rows = 2**22 // key if device.type == "cuda" else 9
+        rows = 2**22 // key if device.type != "cpu" else 9
         x, residual, dy, dsum = torch.randn(4, rows, key, device=device).to(dtype)
         weight, rstd = torch.randn(key, device=device).to(dtype), torch.rand(rows, device=device)
-        # Narrow norms are the vision tower's LayerNorms, wide ones the language model's RMSNorms.
-        bias, mean = (weight, rstd) if key <= 1024 else (None, None)
         tiles = [
             {"BLOCK_R": block, "num_warps": warps, "num_stages": 1}
             for block in (1, 2, 4, 8, 16)
             for warps in (1, 2, 4, 8, 16)
             if 8 <= block * key // (32 * warps) <= 32  # elements per thread: wide loads, few registers
         ]
-        yield "norm_fwd", key, partial(_forward, x, weight, bias, residual, 1e-5), tiles
-        yield "norm_bwd", key, partial(_backward, dy, dsum, x, weight, mean, rstd, True), tiles
+        for bias, mean in ((weight, rstd), (None, None)):
+            timed = tiles if (bias is None) == (key > 1024) else []
+            yield Example("norm_fwd", key, partial(norm_forward, x, weight, bias, residual, 1e-5), timed)
+            backward = partial(norm_backward, dy, dsum, x, weight, mean, rstd, True)
+            yield Example("norm_bwd", key, backward, timed)

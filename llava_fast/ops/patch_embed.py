@@ -26,7 +26,7 @@ Shapes: B images, H × W pixels, C = 3 channels, P patch size, K = C P², N = (H
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,11 +35,52 @@ from torch.nn import functional as F
 
 from llava_fast.backend import choose, extension, register
 from llava_fast.ops import norm
-from llava_fast.ops._launch import launch, multiprocessors, tile
+from llava_fast.ops._launch import Example, launch, multiprocessors, tile
 from llava_fast.ops._patch_embed_kernels import _patch_embed_dweight_kernel, _patch_embed_fwd_kernel
 from llava_fast.ops._triton import takes
 
-_MEAN_STD = ((0.5,) * 3, (0.5,) * 3)  # of examples: pixels from -1 to 1
+
+def patch_embed(
+    pixels: torch.Tensor,
+    weight_DCPP: torch.Tensor,
+    cls_D: torch.Tensor,
+    position_TD: torch.Tensor,
+    norm_weight_D: torch.Tensor,
+    norm_bias_D: torch.Tensor,
+    *,
+    eps: float,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> torch.Tensor:
+    """Embed a batch of images.
+
+    Args:
+        pixels: uint8 [B, H, W, 3] as decoded, or floating [B, 3, H, W] already normalised.
+        weight_DCPP: [D, 3, P, P], the weight of CLIP's patch convolution.
+        cls_D: [D] class embedding.
+        position_TD: [1 + N, D] position embeddings, CLS first.
+        norm_weight_D, norm_bias_D: [D] pre-LayerNorm.
+        eps: of the LayerNorm.
+        mean, std: per channel, for pixels scaled to 0–1; used with uint8 only.
+
+    Returns:
+        [B, 1 + N, D] in the dtype of the weight.
+
+    Raises:
+        ValueError: when the pixels have neither shape, or do not give N patches.
+    """
+    expected = "uint8 [images, height, width, 3] or floating [images, 3, height, width]"
+    if pixels.dim() != 4 or pixels.shape[3 if pixels.dtype == torch.uint8 else 1] != weight_DCPP.shape[1]:
+        raise ValueError(f"pixel_values is {pixels.dtype} {tuple(pixels.shape)}; expected {expected}")
+    height, width = pixels.shape[1:3] if pixels.dtype == torch.uint8 else pixels.shape[2:4]
+    patch = weight_DCPP.shape[-1]
+    if (height // patch) * (width // patch) + 1 != position_TD.shape[0]:
+        raise ValueError(
+            f"pixel_values of {height}×{width} give {(height // patch) * (width // patch)} patches of {patch}; "
+            f"the position embedding has {position_TD.shape[0] - 1}"
+        )
+    tensors = (pixels, weight_DCPP, cls_D, position_TD, norm_weight_D, norm_bias_D)
+    return choose("patch_embed", *tensors)(*tensors, eps, mean, std)
 
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -166,7 +207,8 @@ def _forward(
             tile=choice,
             **constexprs,
         )
-    out, _, row_mean, rstd = norm._forward(z, norm_weight_D, norm_bias_D, None, eps, out=None if keep_z else z)
+    out, _, row_mean, rstd = norm.norm_forward(z, norm_weight_D, norm_bias_D, None, eps, out=None if keep_z else z)
+    assert row_mean is not None  # of a LayerNorm
     return out, z if keep_z else None, row_mean, rstd
 
 
@@ -190,7 +232,7 @@ def _dweight(
 
 
 def _dpixels(pixels: torch.Tensor, weight_DCPP: torch.Tensor, dz_BTD: torch.Tensor) -> torch.Tensor:
-    """Of float pixels; rarely wanted, so by PyTorch. A pixel belongs to one patch, or to none at the margin."""
+    """The gradient of float pixels; rarely wanted, so by PyTorch. A pixel is in one patch, or at the margin in none."""
     images, channels, height, width = pixels.shape
     patch = weight_DCPP.shape[-1]
     rows, columns = height // patch, width // patch
@@ -238,16 +280,16 @@ def _patch_embed_backward_op(
     want: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`want` and the results: pixels, weight, cls, position, norm weight, norm bias."""
-    dz, dnorm_weight, dnorm_bias = norm._backward(dout, None, z, norm_weight, row_mean, rstd, want[4] or want[5])
-    gradients = (
+    dz, dnorm_weight, dnorm_bias = norm.norm_backward(dout, None, z, norm_weight, row_mean, rstd, want[4] or want[5])
+    nothing = z.new_empty(0)  # an output may not be another one
+    return (
         _dpixels(pixels, weight, dz) if want[0] else pixels.new_empty(0),
-        _dweight(pixels, weight, dz, mean, std) if want[1] else None,
-        dz[:, 0].sum(0) if want[2] else None,
-        dz.sum(0) if want[3] else None,
-        dnorm_weight if want[4] else None,
-        dnorm_bias if want[5] else None,
+        _dweight(pixels, weight, dz, mean, std) if want[1] else nothing,
+        dz[:, 0].sum(0) if want[2] else nothing.clone(),
+        dz.sum(0) if want[3] else nothing.clone(),
+        dnorm_weight if want[4] and dnorm_weight is not None else nothing.clone(),
+        dnorm_bias if want[5] and dnorm_bias is not None else nothing.clone(),
     )
-    return tuple(z.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 @_patch_embed_backward_op.register_fake
@@ -346,74 +388,14 @@ register("patch_embed", "triton", _patch_embed_triton, _supports)
 register("patch_embed", "cuda", _patch_embed_cuda, _supports_cuda)
 
 
-def patch_embed(
-    pixels: torch.Tensor,
-    weight_DCPP: torch.Tensor,
-    cls_D: torch.Tensor,
-    position_TD: torch.Tensor,
-    norm_weight_D: torch.Tensor,
-    norm_bias_D: torch.Tensor,
-    *,
-    eps: float,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-) -> torch.Tensor:
-    """Embed a batch of images.
-
-    Args:
-        pixels: uint8 [B, H, W, 3] as decoded, or floating [B, 3, H, W] already normalised.
-        weight_DCPP: [D, 3, P, P], the weight of CLIP's patch convolution.
-        cls_D: [D] class embedding.
-        position_TD: [1 + N, D] position embeddings, CLS first.
-        norm_weight_D, norm_bias_D: [D] pre-LayerNorm.
-        eps: of the LayerNorm.
-        mean, std: per channel, for pixels scaled to 0–1; used with uint8 only.
-
-    Returns:
-        [B, 1 + N, D] in the dtype of the weight.
-
-    Raises:
-        ValueError: when the pixels have neither shape, or do not give N patches.
-    """
-    expected = "uint8 [images, height, width, 3] or floating [images, 3, height, width]"
-    if pixels.dim() != 4 or pixels.shape[3 if pixels.dtype == torch.uint8 else 1] != weight_DCPP.shape[1]:
-        raise ValueError(f"pixel_values is {pixels.dtype} {tuple(pixels.shape)}; expected {expected}")
-    height, width = pixels.shape[1:3] if pixels.dtype == torch.uint8 else pixels.shape[2:4]
-    patch = weight_DCPP.shape[-1]
-    if (height // patch) * (width // patch) + 1 != position_TD.shape[0]:
-        raise ValueError(
-            f"pixel_values of {height}×{width} give {(height // patch) * (width // patch)} patches of {patch}; "
-            f"the position embedding has {position_TD.shape[0] - 1}"
-        )
-    tensors = (pixels, weight_DCPP, cls_D, position_TD, norm_weight_D, norm_bias_D)
-    return choose("patch_embed", *tensors)(*tensors, eps, mean, std)
-
-
-def _example(images: int, side: int, patch: int, width: int, device: Any, dtype: torch.dtype, as_bytes: bool):
-    """Arguments of `_forward` up to the norm's bias."""
-    tokens = 1 + (side // patch) ** 2
+def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
+    """CLIP ViT-L/14 at 336, from bytes, which decide about tiles, and from floats: of one image, and of 31, whose
+    number of rows is no multiple of 16, as with most batches."""
+    side, width, patch = (336, 1024, 14) if device.type != "cpu" else (28, 32, 14)
+    single, tokens = dtype == torch.float32, 1 + (side // patch) ** 2
     shapes = ((width, 3, patch, patch), (width,), (tokens, width), (width,), (width,))
-    parameters = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
-    if as_bytes:
-        return torch.randint(0, 256, (images, side, side, 3), dtype=torch.uint8, device=device), *parameters
-    return torch.randn(images, 3, side, side, device=device).to(dtype), *parameters
-
-
-def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
-    """Calls that between them launch each kernel with every shipped tile, for the compile report."""
-    for as_bytes in (True, False):
-        for images in (1, 4):
-            tensors = _example(images, 336, 14, 1024, "cpu", dtype, as_bytes)
-            yield partial(_forward, *tensors, 1e-5, *_MEAN_STD, False)
-        dz = torch.empty(4, 577, 1024, dtype=dtype)
-        yield partial(_dweight, tensors[0], tensors[1], dz, *_MEAN_STD)
-
-
-def tune_examples(
-    device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[str, str, Callable[[], Any], list[dict[str, int]]]]:
-    """(kernel, key, call, tiles worth trying) for each entry of the tile tables."""
-    single = dtype == torch.float32
+    weight, cls, position, norm_weight, norm_bias = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
+    mean_std = (0.5,) * 3, (0.5,) * 3  # pixels from -1 to 1
     tiles = [
         {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
         for m in (32, 64, 128)
@@ -423,11 +405,20 @@ def tune_examples(
         for stages in (2, 3, 4)
         if 16 <= m * n // (32 * warps) <= 64
     ]
-    side, width = (336, 1024) if device.type == "cuda" else (28, 32)
-    for images in (1, 32):
-        tensors = _example(images, side, 14, width, device, dtype, True)
-        dz = torch.randn(images, tensors[3].shape[0], width, device=device).to(dtype)
-        key = _tile_key(dtype, dz.shape[0] * dz.shape[1])
-        yield "patch_embed_fwd", key, partial(_forward, *tensors, 1e-5, *_MEAN_STD, False), tiles
-    key = "single" if single else "half"
-    yield "patch_embed_dweight", key, partial(_dweight, tensors[0], tensors[1], dz, *_MEAN_STD), tiles
+    for as_bytes in (True, False):
+        timed = tiles if as_bytes else []
+        for images in (1, 31):
+            pixels = torch.randint(0, 256, (images, side, side, 3), dtype=torch.uint8, device=device)
+            if not as_bytes:
+                pixels = pixels.permute(0, 3, 1, 2).to(dtype).contiguous()
+            call = partial(
+                _forward, pixels, weight, cls, position, norm_weight, norm_bias, 1e-5, *mean_std, keep_z=False
+            )
+            yield Example("patch_embed_fwd", _tile_key(dtype, images * tokens), call, timed)
+        dz = torch.randn(images, tokens, width, device=device).to(dtype)
+        yield Example(
+            "patch_embed_dweight",
+            "single" if single else "half",
+            partial(_dweight, pixels, weight, dz, *mean_std),
+            timed,
+        )

@@ -2,8 +2,7 @@
 
     h_i = a_{i-1} · W_iᵀ + b_i;   a_0 = x, a_i = GELU(h_i);   the result is the last h   (LLaVA-1.5: two layers)
 
-No layers at all is the identity. GELU is the exact one (Hendrycks & Gimpel 2016). `projector_into` writes the rows
-straight into their slots of a buffer; the model does not use it, as it also returns the features.
+No layers at all is the identity. GELU is the exact one (Hendrycks & Gimpel 2016).
 
 Fused, for M rows and a hidden width of D in bf16: bias and GELU in the epilogue of the GEMM, which writes a once
 (2·M·D bytes; a GEMM, then GELU moves 6·M·D). When a backward will come it writes h beside it, and only h is saved:
@@ -13,17 +12,16 @@ PyTorch's GELU backward and sum move 8·M·D with a kept). Sums go by partial su
 is frozen costs nothing. The rows of x may be two-level, as the patches of images without their CLS token are: the GEMM
 reads them where they are.
 
-One rule says whose GEMM it is: each entry of `tuned/projector_fwd.json` has `LIBRARY`. 1 leaves the product to the
-library, with GELU as a pass of its own; 0 takes the fused kernel, where K is a multiple of BLOCK_K. Everything ships
-with 1 until the tuner, which times both, has seen the fused kernel ahead. Gradients of weights and inputs are the
-library's products either way.
+`LIBRARY` of an entry of `tuned/projector_fwd.json` chooses the GEMM: 1 is the library's, with GELU as a pass of its
+own; 0 is the fused kernel, where K is a multiple of BLOCK_K. Everything ships with 1 until the tuner, which times both,
+has measured the fused kernel to be faster. Gradients of weights and inputs are the library's products either way.
 
 Shapes: M rows, K columns of a layer's input, N of its output; tiles are BLOCK_M × BLOCK_N, in steps of BLOCK_K.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,12 +29,37 @@ import torch
 from torch.nn import functional as F
 
 from llava_fast.backend import choose, register
-from llava_fast.ops import activation  # noqa: F401  (its operator does the GELU beside a library's GEMM)
-from llava_fast.ops._launch import as_rows, forced_tile, launch, multiprocessors, tile
-from llava_fast.ops._projector_kernels import _projector_bwd_kernel, _projector_fwd_kernel
-from llava_fast.ops._triton import takes
+from llava_fast.ops._gemm import tile_order
+from llava_fast.ops._launch import Example, as_rows, forced_tile, launch, multiprocessors, tile
+from llava_fast.ops._math import gelu_slope, normal_below
+from llava_fast.ops._triton import jit, takes, tl
+from llava_fast.ops.activation import activation_forward
 
 FEW_ROWS = 2048  # up to three images of 576 tokens
+
+
+def projector(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """Project vision features into the language model's embedding space: linear layers, exact GELU between them.
+
+    Args:
+        x: [..., D_in] of a floating dtype; under autocast it, weights and biases are cast as `F.linear` casts them.
+        weights: per layer [D_out, D_in].
+        biases: per layer [D_out] or None.
+
+    Returns:
+        [..., D_out] of the last layer.
+
+    Raises:
+        ValueError: when there are not as many biases as weights.
+    """
+    if len(biases) != len(weights):
+        raise ValueError(f"projector: {len(weights)} weights, {len(biases)} biases")
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
+        biases = [bias if bias is None else bias.to(dtype) for bias in biases]
+    present = [bias for bias in biases if bias is not None]
+    return choose("projector", x, *weights, *present)(x, weights, biases)
 
 
 def projector_reference(
@@ -45,6 +68,89 @@ def projector_reference(
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         x = F.linear(F.gelu(x) if i else x, weight, bias)
     return x
+
+
+@jit
+def _projector_fwd_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    hidden_ptr,
+    m,
+    n,
+    k,
+    rows_per_block,
+    x_stride_block,
+    x_stride_row,
+    weight_stride_n,
+    weight_stride_k,
+    GELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    first_m, first_n = tile_order(m, n, BLOCK_M, BLOCK_N)
+    # Rows and columns beyond the last are read as the last, and k is whole steps: nothing needs a mask.
+    row = tl.minimum(first_m + tl.arange(0, BLOCK_M), m - 1)
+    column = tl.minimum(first_n + tl.arange(0, BLOCK_N), n - 1)
+    step = tl.arange(0, BLOCK_K)
+    base = (row // rows_per_block).to(tl.int64) * x_stride_block + (row % rows_per_block).to(tl.int64) * x_stride_row
+    x_tile = x_ptr + base[:, None] + step[None, :]
+    weight_tile = weight_ptr + column.to(tl.int64)[None, :] * weight_stride_n + step[:, None] * weight_stride_k
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for _ in range(0, k, BLOCK_K):
+        x = tl.load(x_tile)  # [BLOCK_M, BLOCK_K]
+        weight = tl.load(weight_tile)  # [BLOCK_K, BLOCK_N]
+        sums = tl.dot(x, weight, sums, input_precision="ieee")
+        x_tile += BLOCK_K
+        weight_tile += BLOCK_K * weight_stride_k
+
+    # Offsets from here on are computed anew, so that the loop keeps its registers.
+    row = first_m + tl.arange(0, BLOCK_M)
+    column = first_n + tl.arange(0, BLOCK_N)
+    inside = (row < m)[:, None] & (column < n)[None, :]
+    if bias_ptr is not None:
+        sums += tl.load(bias_ptr + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
+    place = row.to(tl.int64)[:, None] * n + column[None, :]
+    if hidden_ptr is not None:
+        tl.store(hidden_ptr + place, sums.to(hidden_ptr.dtype.element_ty), mask=inside)
+    if GELU:
+        sums = sums * normal_below(sums)
+    tl.store(out_ptr + place, sums.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _projector_bwd_kernel(
+    da_ptr,
+    h_ptr,
+    a_ptr,
+    dbias_ptr,
+    rows,
+    width,
+    tiles_per_program,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # dh = da · GELU'(h), written over da. Each program walks a run of row tiles, and sums the bias gradient of its
+    # columns in registers.
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    sums = tl.zeros([BLOCK_D], tl.float32)
+    for step in range(tiles_per_program):
+        row = (tl.program_id(0) * tiles_per_program + step) * BLOCK_R + tl.arange(0, BLOCK_R)
+        inside = (row < rows)[:, None] & (column < width)[None, :]
+        place = row.to(tl.int64)[:, None] * width + column[None, :]
+        h = tl.load(h_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        da = tl.load(da_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        below = normal_below(h)
+        dh = da * gelu_slope(h, below)
+        tl.store(da_ptr + place, dh.to(da_ptr.dtype.element_ty), mask=inside)
+        if a_ptr is not None:
+            tl.store(a_ptr + place, (h * below).to(a_ptr.dtype.element_ty), mask=inside)
+        if dbias_ptr is not None:
+            sums += tl.sum(dh, axis=0)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + tl.program_id(0).to(tl.int64) * width + column, sums, mask=column < width)
 
 
 def _fwd_key(rows: int, dtype: torch.dtype) -> str:
@@ -58,34 +164,27 @@ def _linear(
     *,
     gelu: bool,
     save: bool = False,
-    into: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """a = x · Wᵀ + b [M, N], through GELU with `gelu`; and what was before it with `save`.
-
-    `into` = (rows [R, N], slots [M]) takes the result in its rows `slots`.
-    """
+    """a = x · Wᵀ + b [M, N], through GELU with `gelu`; and what was before it with `save`."""
     m, (n, k) = x.numel() // max(x.shape[-1], 1), weight_NK.shape
     choice = tile("projector_fwd", _fwd_key(m, x.dtype), x.device)
     if choice["LIBRARY"] or k % choice["BLOCK_K"]:
         h = F.linear(as_rows(x), weight_NK, bias_N)
-        a = torch.ops.llava_fast.activation(h, "gelu", None) if gelu else h
-        if into is not None:
-            into[0].index_copy_(0, into[1], a)
-        return a, h if gelu and save else None
+        return activation_forward(h, None, "gelu") if gelu else h, h if gelu and save else None
     x_RtK = x if x.dim() == 3 and x.stride(2) == 1 else as_rows(x)[None]
-    h = torch.empty(m, n, dtype=x.dtype, device=x.device) if gelu and save else None
-    a, slots = (torch.empty(m, n, dtype=x.dtype, device=x.device), None) if into is None else into
+    a = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    kept = torch.empty_like(a) if gelu and save else None
     if m and n:
         blocks = {name: value for name, value in choice.items() if name != "LIBRARY"}
         launch(
             _projector_fwd_kernel,
             (-(-m // choice["BLOCK_M"]) * -(-n // choice["BLOCK_N"]),),
-            *(x_RtK, weight_NK, None if bias_N is None else bias_N.contiguous(), slots, a, h, m, n, k),
-            *(x_RtK.shape[1], x_RtK.stride(0), x_RtK.stride(1), *weight_NK.stride(), a.stride(0)),
+            *(x_RtK, weight_NK, None if bias_N is None else bias_N.contiguous(), a, kept, m, n, k),
+            *(x_RtK.shape[1], x_RtK.stride(0), x_RtK.stride(1), *weight_NK.stride()),
             tile=blocks,
             GELU=gelu,
         )
-    return a, h
+    return a, kept
 
 
 def _through_gelu(
@@ -144,13 +243,12 @@ def _backward(
             dx = dh @ weights[0] if want_dx else None
             break
         if further:
-            da = dh @ weights[i]
-            da, a, dbiases[i - 1] = _through_gelu(da, hidden[i - 1], want_dweights[i], want_dbiases[i - 1])
+            da, a, dbiases[i - 1] = _through_gelu(dh @ weights[i], hidden[i - 1], want_dweights[i], want_dbiases[i - 1])
         else:
-            da, a = None, torch.ops.llava_fast.activation(hidden[i - 1], "gelu", None) if want_dweights[i] else None
-        if want_dweights[i]:
+            da, a = None, activation_forward(hidden[i - 1], None, "gelu") if want_dweights[i] else None
+        if a is not None:
             dweights[i] = dh.t() @ a
-        if not further:
+        if da is None:
             break
         dh = da
     return dx, dweights, dbiases
@@ -229,23 +327,6 @@ def _autograd(ctx, gradients):
 _projector_op.register_autograd(_autograd, setup_context=_setup_context)
 
 
-@torch.library.custom_op("llava_fast::projector_into", mutates_args=("rows",))
-def _projector_into_op(
-    rows: torch.Tensor,
-    slots: torch.Tensor,
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor],
-    has_bias: Sequence[bool],
-) -> None:
-    for i, (weight, bias) in enumerate(zip(weights, _with_gaps(biases, has_bias), strict=True)):
-        last = i == len(weights) - 1
-        x, _ = _linear(x, weight, bias, gelu=not last, into=(rows, slots) if last else None)
-
-
-_projector_into_op.register_fake(lambda rows, slots, x, weights, biases, has_bias: None)
-
-
 def _projector_triton(x, weights, biases):
     if not weights:
         return x
@@ -253,21 +334,6 @@ def _projector_triton(x, weights, biases):
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights, *present))
     has_bias = [bias is not None for bias in biases]
     return torch.ops.llava_fast.projector(x, list(weights), present, has_bias, save)[0]
-
-
-def projector_into_reference(
-    rows_RD: torch.Tensor,
-    slots_M: torch.Tensor,
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None],
-) -> None:
-    rows_RD.index_copy_(0, slots_M, as_rows(projector_reference(x, weights, biases)))
-
-
-def _projector_into_triton(rows_RD, slots_M, x, weights, biases):
-    present, has_bias = [bias for bias in biases if bias is not None], [bias is not None for bias in biases]
-    torch.ops.llava_fast.projector_into(rows_RD, slots_M, x, list(weights), present, has_bias)
 
 
 def _supports(x: torch.Tensor, *parameters: torch.Tensor) -> bool | str:
@@ -279,121 +345,37 @@ def _supports(x: torch.Tensor, *parameters: torch.Tensor) -> bool | str:
 
 register("projector", "reference", projector_reference)
 register("projector", "triton", _projector_triton, _supports)
-register("projector_into", "reference", projector_into_reference)
-register("projector_into", "triton", _projector_into_triton, _supports)
 
 
-def projector(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> torch.Tensor:
-    """Project vision features into the language model's embedding space.
+def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
+    """LLaVA-1.5's first layer, of one image and of 32, which decides about tiles: the library's GEMM is among them.
 
-    Args:
-        x: [..., D_in]; under autocast it, weights and biases are cast as `F.linear` casts them.
-        weights: per layer [D_out, D_in].
-        biases: per layer [D_out] or None.
-
-    Returns:
-        [..., D_out] of the last layer.
-
-    Raises:
-        ValueError: when there are not as many biases as weights.
+    The fused kernel is launched whether or not the tile that ships leaves the product to the library.
     """
-    if len(biases) != len(weights):
-        raise ValueError(f"projector: {len(weights)} weights, {len(biases)} biases")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
-        biases = [bias if bias is None else bias.to(dtype) for bias in biases]
-    present = [bias for bias in biases if bias is not None]
-    return choose("projector", x, *weights, *present)(x, weights, biases)
-
-
-def projector_into(
-    rows_RD: torch.Tensor,
-    slots_M: torch.Tensor,
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor | None],
-) -> None:
-    """Project vision features straight into their rows of a buffer, such as packed embeddings: for inference.
-
-    Saves writing and reading the features once (4·M·D bytes in bf16) where nobody else wants them.
-
-    Args:
-        rows_RD: [R, D_out] with contiguous rows, in the dtype of `x`; written to.
-        slots_M: int64 [M], the row of each feature, each once.
-        x, weights, biases: as for `projector`, at least one layer; x has M rows in all.
-
-    Raises:
-        ValueError: when the numbers do not fit, or a gradient is wanted, which there is not.
-    """
-    rows = x.numel() // x.shape[-1]
-    if slots_M.numel() != rows or not weights or len(biases) != len(weights):
-        counts = f"{rows} rows, {slots_M.numel()} slots, {len(weights)} weights, {len(biases)} biases"
-        raise ValueError(f"projector_into: {counts}")
-    if rows_RD.dtype != x.dtype or rows_RD.shape[1:] != weights[-1].shape[:1] or rows_RD.stride(1) != 1:
-        raise ValueError(f"projector_into: rows are {rows_RD.dtype} {tuple(rows_RD.shape)}, features {x.dtype}")
-    present = [bias for bias in biases if bias is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (rows_RD, x, *weights, *present)):
-        raise ValueError("projector_into has no gradients; use projector, then merge")
-    choose("projector_into", x, *weights, *present)(rows_RD, slots_M, x, weights, biases)
-
-
-def _examples(device: torch.device, dtype: torch.dtype, rows: int, *widths: int) -> tuple[torch.Tensor, ...]:
-    """Rows, a weight and a bias: random, as tuning compares results."""
-    into, out = widths
-    return tuple(
-        torch.randn(size, device=device).to(dtype) * scale
-        for size, scale in (((rows, into), 1.0), ((out, into), into**-0.5), ((out,), 1.0))
-    )
-
-
-def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
-    """Calls that between them launch each kernel with every shipped tile, for the compile report."""
-    device = torch.device("cpu")
-    for rows in (64, 2 * FEW_ROWS):
-        x, weight, bias = _examples(device, dtype, rows, 64, 64)
-        slots = torch.zeros(rows, dtype=torch.int64)
-        for call in (
-            partial(_linear, x, weight, bias, gelu=True, save=True),
-            partial(_linear, x, weight, bias, gelu=False, into=(torch.empty_like(x), slots)),
-        ):
-            yield partial(_fused, call, rows, dtype)
-    h = torch.empty(64, 4096, dtype=dtype)
-    for wanted in (True, False):
-        yield partial(_through_gelu, h.clone(), h, wanted, wanted)
-
-
-def _fused(call: Callable[[], Any], rows: int, dtype: torch.dtype) -> Any:
-    """The call with the fused kernel, whosever GEMM its tile asks for."""
-    shipped = tile("projector_fwd", _fwd_key(rows, dtype), torch.device("cpu"))
-    with forced_tile("projector_fwd", {**shipped, "LIBRARY": 0}):
-        return call()
-
-
-def tune_examples(
-    device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[str, str, Callable[[], Any], list[dict[str, int]]]]:
-    """(kernel, key, call, tiles worth trying): LLaVA-1.5's first layer on a GPU, of one image and of 32.
-
-    The library's GEMM is among the tiles.
-    """
-    gpu = device.type == "cuda"
-    widths = (1024, 4096) if gpu else (64, 40)
-    for name, of_dtype in (("half", dtype if dtype.itemsize == 2 else torch.float16), ("single", torch.float32)):
-        sizes = ((64, 64), (64, 128), (128, 128), (128, 256), (256, 128)) if name == "half" else ((32, 64), (64, 64))
-        tiles = [
-            {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "LIBRARY": 0, "num_warps": warps, "num_stages": stages}
-            for m, n in sizes
-            for k in ((32, 64) if name == "half" else (16, 32))
-            for warps in (4, 8)
-            for stages in (2, 3, 4)
-            if 32 <= m * n // (32 * warps) <= 128 or name == "single"
-        ]
-        for key, rows in (("few", 576 if gpu else 70), ("many", 32 * 576 if gpu else FEW_ROWS + 1)):
-            x, weight, bias = _examples(device, of_dtype, rows, *widths)
-            call = partial(_linear, x, weight, bias, gelu=True)
-            yield "projector_fwd", f"{name}_{key}", call, [{**tiles[0], "LIBRARY": 1}, *tiles]
-    h, da = (torch.randn(8 * 576 if gpu else 70, 4096 if gpu else 40, device=device).to(dtype) for _ in range(2))
+    large, half = device.type != "cpu", dtype.itemsize == 2
+    into, width = (1024, 4096) if large else (64, 40)
+    of_dtype = "half" if half else "single"
+    sizes = ((64, 64), (64, 128), (128, 128), (128, 256), (256, 128)) if half else ((32, 64), (64, 64))
+    tiles = [
+        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "LIBRARY": 0, "num_warps": warps, "num_stages": stages}
+        for m, n in sizes
+        for k in ((32, 64) if half else (16, 32))
+        for warps in (4, 8)
+        for stages in (2, 3, 4)
+        if 32 <= m * n // (32 * warps) <= 128 or not half
+    ]
+    for key, rows in (("few", 576 if large else 70), ("many", 32 * 576 if large else FEW_ROWS + 1)):
+        # Random, as tuning compares results.
+        x, weight, bias = (
+            torch.randn(size, device=device).to(dtype) * scale
+            for size, scale in (((rows, into), 1.0), ((width, into), into**-0.5), ((width,), 1.0))
+        )
+        of_key = f"{of_dtype}_{key}"
+        call = partial(_linear, x, weight, bias, gelu=True)
+        yield Example("projector_fwd", of_key, call, [{**tiles[0], "LIBRARY": 1}, *tiles])
+        for gelu in (True, False):
+            yield Example("projector_fwd", of_key, partial(_fused, x, weight, bias, gelu))
+    h, da = (torch.randn(8 * 576 if large else 70, width, device=device).to(dtype) for _ in range(2))
     tiles = [
         {"BLOCK_R": rows, "BLOCK_D": columns, "num_warps": warps, "num_stages": 1}
         for rows in (4, 8, 16, 32)
@@ -401,4 +383,11 @@ def tune_examples(
         for warps in (4, 8)
         if 4 <= rows * columns // (32 * warps) <= 32
     ]
-    yield "projector_bwd", "any", lambda: _through_gelu(da.clone(), h, True, True), tiles
+    yield Example("projector_bwd", "any", lambda: _through_gelu(da.clone(), h, True, True), tiles)
+    yield Example("projector_bwd", "any", lambda: _through_gelu(da.clone(), h, False, False))
+
+
+def _fused(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gelu: bool) -> Any:
+    choice = {**tile("projector_fwd", _fwd_key(len(x), x.dtype), x.device), "LIBRARY": 0}
+    with forced_tile("projector_fwd", choice):
+        return _linear(x, weight, bias, gelu=gelu, save=gelu)

@@ -48,8 +48,40 @@ FIELDS = (
 _PILLOW = tuple(int(number) for number in PIL.__version__.split(".")[:2])
 
 
+def preprocess(
+    images: Sequence[torch.Tensor],
+    *,
+    size: int,
+    fill: tuple[int, int, int] | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Resize decoded images for the vision tower, as LLaVA's image processors do it with PIL, to the bit.
+
+    Args:
+        images: uint8 [H, W, 3] each, all on one device.
+        size: side of the result in pixels.
+        fill: colour of the square that each image is centred on before it is resized; None: the shorter side is
+            resized to `size`, and the middle is cut out.
+        device: where to do it and leave the result; None: where the images are. All images go there in one copy.
+
+    Returns:
+        uint8 [B, size, size, 3].
+
+    Raises:
+        ValueError: for an image of another shape or type or without pixels, naming its index; a bad size or fill.
+    """
+    for i, image in enumerate(images):
+        if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[2] != 3 or image.numel() == 0:
+            raise ValueError(f"image {i} is {image.dtype} {tuple(image.shape)}; expected uint8 [height, width, 3]")
+    plan = make_plan([(image.shape[0], image.shape[1]) for image in images], size, fill)
+    if not images:
+        return torch.empty(0, size, size, 3, dtype=torch.uint8, device=device)
+    pixels = torch.cat([image.reshape(-1) for image in images]).to(device or images[0].device)
+    return choose("resize", pixels)(pixels, plan)
+
+
 @dataclass(frozen=True)
-class Plan:
+class ResizePlan:
     """How to resize a batch.
 
     images: int64 [B, 13], see `FIELDS`.
@@ -90,7 +122,7 @@ def axis_table(length: int, resized: int, first: int, size: int) -> np.ndarray:
 
 
 def columns_first(height: int, width: int, resized_height: int, resized_width: int) -> bool:
-    """Whether PIL resizes columns before rows. The rounding in between makes it show."""
+    """Whether PIL resizes columns before rows. Values are rounded to 8 bits in between, so the results differ."""
     shrinks = resized_height < height
     if _PILLOW >= (13, 0):
         return shrinks and height - resized_height > 2 * (width - resized_width)
@@ -122,7 +154,7 @@ def _axes(height: int, width: int, size: int, fill: tuple[int, int, int] | None)
     return by_columns, (axes[0], axes[1]) if by_columns else (axes[1], axes[0])
 
 
-def make_plan(shapes: Sequence[tuple[int, int]], size: int, fill: tuple[int, int, int] | None) -> Plan:
+def make_plan(shapes: Sequence[tuple[int, int]], size: int, fill: tuple[int, int, int] | None) -> ResizePlan:
     """The plan for images of these heights and widths; see `preprocess`."""
     if size < 1:
         raise ValueError(f"size is {size}; it must be 1 or more")
@@ -145,7 +177,7 @@ def make_plan(shapes: Sequence[tuple[int, int]], size: int, fill: tuple[int, int
         pixels += 3 * height * width
         lines_before += lines
     flat = np.concatenate(tables)
-    return Plan(size, fill or (0, 0, 0), lines_before, torch.from_numpy(images), torch.from_numpy(flat))
+    return ResizePlan(size, fill or (0, 0, 0), lines_before, torch.from_numpy(images), torch.from_numpy(flat))
 
 
 def _pass(x_NLC: torch.Tensor, table: torch.Tensor, start: int, fill_C: torch.Tensor) -> torch.Tensor:
@@ -161,7 +193,7 @@ def _pass(x_NLC: torch.Tensor, table: torch.Tensor, start: int, fill_C: torch.Te
     return (sums_NSC >> FRACTION_BITS).clamp(0, 255).to(torch.uint8)
 
 
-def resize_reference(pixels: torch.Tensor, plan: Plan) -> torch.Tensor:
+def resize_reference(pixels: torch.Tensor, plan: ResizePlan) -> torch.Tensor:
     out = torch.empty(len(plan.images), plan.size, plan.size, 3, dtype=torch.uint8, device=pixels.device)
     fill_C = torch.tensor(plan.fill, dtype=torch.int32, device=pixels.device)
     tables = plan.tables.to(pixels.device)
@@ -180,7 +212,7 @@ def resize_reference(pixels: torch.Tensor, plan: Plan) -> torch.Tensor:
     return out
 
 
-def _resize_cuda(pixels: torch.Tensor, plan: Plan) -> torch.Tensor:
+def _resize_cuda(pixels: torch.Tensor, plan: ResizePlan) -> torch.Tensor:
     device = pixels.device
     out = torch.empty(len(plan.images), plan.size, plan.size, 3, dtype=torch.uint8, device=device)
     between = torch.empty(plan.lines, plan.size, 3, dtype=torch.uint8, device=device)
@@ -207,35 +239,3 @@ def _supports_cuda(pixels: torch.Tensor, _plan: Any = None) -> bool | str:
 
 register("resize", "reference", resize_reference)
 register("resize", "cuda", _resize_cuda, _supports_cuda)
-
-
-def preprocess(
-    images: Sequence[torch.Tensor],
-    *,
-    size: int,
-    fill: tuple[int, int, int] | None = None,
-    device: torch.device | str | None = None,
-) -> torch.Tensor:
-    """Resize decoded images for the vision tower, as LLaVA's image processors do it with PIL, to the bit.
-
-    Args:
-        images: uint8 [H, W, 3] each, all on one device.
-        size: side of the result in pixels.
-        fill: colour of the square that each image is centred on before it is resized; None: the shorter side is
-            resized to `size`, and the middle is cut out.
-        device: where to do it and leave the result; None: where the images are. All images go there in one copy.
-
-    Returns:
-        uint8 [B, size, size, 3].
-
-    Raises:
-        ValueError: for an image of another shape or type or without pixels, naming its index; a bad size or fill.
-    """
-    for i, image in enumerate(images):
-        if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[2] != 3 or image.numel() == 0:
-            raise ValueError(f"image {i} is {image.dtype} {tuple(image.shape)}; expected uint8 [height, width, 3]")
-    plan = make_plan([tuple(image.shape[:2]) for image in images], size, fill)
-    if not images:
-        return torch.empty(0, size, size, 3, dtype=torch.uint8, device=device)
-    pixels = torch.cat([image.reshape(-1) for image in images]).to(device or images[0].device)
-    return choose("resize", pixels)(pixels, plan)

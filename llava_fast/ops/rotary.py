@@ -12,17 +12,42 @@ Shapes: B batch, T tokens, H query heads, G key heads, d head dimension; a progr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
 from llava_fast.backend import choose, register
-from llava_fast.ops._launch import launch, tile, tile_table
-from llava_fast.ops._triton import inlined, jit, takes, tl
+from llava_fast.ops._launch import Example, launch, tile, tile_table
+from llava_fast.ops._rotation import angles_per_token, head_dim_key, load_angles, load_halves, rotated, store_halves
+from llava_fast.ops._triton import jit, takes, tl
 
 MAX_HEAD_DIM = 256
+
+
+def rotary(
+    q_BTHd: torch.Tensor, k_BTGd: torch.Tensor, cos_BTd: torch.Tensor, sin_BTd: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate queries and keys by the angles of their positions (Su et al. 2021), in Llama's half-split layout.
+
+    Args:
+        q_BTHd, k_BTGd: queries and keys of a floating dtype; H and G may differ (GQA), the head dimension is even.
+        cos_BTd, sin_BTd: cosines and sines per token, both halves of d filled; B may be 1.
+
+    Returns:
+        The rotated queries and keys, new tensors of the same shapes and dtypes.
+
+    Raises:
+        ValueError: for an odd head dimension, or angles of another one, or that want a gradient: there is none.
+    """
+    if q_BTHd.shape[-1] % 2 or cos_BTd.shape[-1] != q_BTHd.shape[-1]:
+        raise ValueError(
+            f"rotary: the head dimension {q_BTHd.shape[-1]} must be even and that of the angles ({cos_BTd.shape[-1]})"
+        )
+    if torch.is_grad_enabled() and (cos_BTd.requires_grad or sin_BTd.requires_grad):
+        raise ValueError("rotary: the angles require a gradient, which there is not")
+    return choose("rotary", q_BTHd, k_BTGd, cos_BTd, sin_BTd)(q_BTHd, k_BTGd, cos_BTd, sin_BTd)
 
 
 def rotary_reference(
@@ -33,7 +58,7 @@ def rotary_reference(
 
 
 class _RotaryReference(torch.autograd.Function):
-    """Half the passes of products, negation, concatenation and sum, and autograd keeps the angles alone."""
+    """Half as many passes over memory as products, negation, concatenation and sum; autograd keeps the angles only."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -53,45 +78,6 @@ class _RotaryReference(torch.autograd.Function):
         return _RotaryReference.apply(dy, cos, -sin.roll(sin.shape[-1] // 2, dims=-1)), None, None
 
 
-@inlined
-def _angles(cos_ptr, sin_ptr, half, BLOCK_D: tl.constexpr):
-    """Cosines and sines of the lower and of the upper half, [1, BLOCK_D] each."""
-    i = tl.arange(0, BLOCK_D)
-    cos_low = tl.load(cos_ptr + i, mask=i < half, other=0.0).to(tl.float32)[None, :]
-    cos_high = tl.load(cos_ptr + i + half, mask=i < half, other=0.0).to(tl.float32)[None, :]
-    sin_low = tl.load(sin_ptr + i, mask=i < half, other=0.0).to(tl.float32)[None, :]
-    sin_high = tl.load(sin_ptr + i + half, mask=i < half, other=0.0).to(tl.float32)[None, :]
-    return cos_low, cos_high, sin_low, sin_high
-
-
-@inlined
-def _rotated(low, high, cos_low, cos_high, sin_low, sin_high, TRANSPOSED: tl.constexpr):
-    if TRANSPOSED:
-        new_low = low * cos_low + high * sin_high
-        new_high = high * cos_high - low * sin_low
-    else:
-        new_low = low * cos_low - high * sin_low
-        new_high = high * cos_high + low * sin_high
-    return new_low, new_high
-
-
-@inlined
-def _load_halves(ptr, head, heads, stride, half, BLOCK_D: tl.constexpr):
-    """Both halves of some heads of a token, [BLOCK_H, BLOCK_D] in float32."""
-    i = tl.arange(0, BLOCK_D)
-    at, inside = ptr + (head * stride)[:, None] + i[None, :], (head < heads)[:, None] & (i < half)[None, :]
-    low = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    return low, tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
-
-
-@inlined
-def _store_halves(ptr, low, high, head, heads, stride, half, BLOCK_D: tl.constexpr):
-    i = tl.arange(0, BLOCK_D)
-    at, inside = ptr + (head * stride)[:, None] + i[None, :], (head < heads)[:, None] & (i < half)[None, :]
-    tl.store(at, low.to(ptr.dtype.element_ty), mask=inside)
-    tl.store(at + half, high.to(ptr.dtype.element_ty), mask=inside)
-
-
 @jit
 def _rotary_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr,
@@ -102,49 +88,42 @@ def _rotary_kernel(
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // tokens, row % tokens
     angle = batch * angle_batch + token * angle_stride
-    cos_low, cos_high, sin_low, sin_high = _angles(cos_ptr + angle, sin_ptr + angle, half, BLOCK_D)
+    cos_low, cos_high, sin_low, sin_high = load_angles(cos_ptr + angle, sin_ptr + angle, half, BLOCK_D)
     query_blocks = tl.cdiv(query_heads, BLOCK_H)
     block = tl.program_id(1)
     if block < query_blocks:
         head = block * BLOCK_H + tl.arange(0, BLOCK_H)
-        low, high = _load_halves(q_ptr + batch * q_batch + token * q_stride, head, query_heads, q_head, half, BLOCK_D)
-        low, high = _rotated(low, high, cos_low, cos_high, sin_low, sin_high, TRANSPOSED)
-        _store_halves(q_out_ptr + row * query_heads * (2 * half), low, high, head, query_heads, 2 * half, half, BLOCK_D)
+        low, high = load_halves(q_ptr + batch * q_batch + token * q_stride, head, query_heads, q_head, half, BLOCK_D)
+        low, high = rotated(low, high, cos_low, cos_high, sin_low, sin_high, TRANSPOSED)
+        store_halves(q_out_ptr + row * query_heads * (2 * half), low, high, head, query_heads, 2 * half, half, BLOCK_D)
     else:
         head = (block - query_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
-        low, high = _load_halves(k_ptr + batch * k_batch + token * k_stride, head, key_heads, k_head, half, BLOCK_D)
-        low, high = _rotated(low, high, cos_low, cos_high, sin_low, sin_high, TRANSPOSED)
-        _store_halves(k_out_ptr + row * key_heads * (2 * half), low, high, head, key_heads, 2 * half, half, BLOCK_D)
-
-
-def _head_dim_key(head_dim: int) -> int:
-    """The power of two ≥ d, at least 64: the key of the tile table, and twice BLOCK_D."""
-    return max(64, 1 << (head_dim - 1).bit_length())
+        low, high = load_halves(k_ptr + batch * k_batch + token * k_stride, head, key_heads, k_head, half, BLOCK_D)
+        low, high = rotated(low, high, cos_low, cos_high, sin_low, sin_high, TRANSPOSED)
+        store_halves(k_out_ptr + row * key_heads * (2 * half), low, high, head, key_heads, 2 * half, half, BLOCK_D)
 
 
 def _rotate(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, transposed: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    outputs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     batch, tokens, query_heads, head_dim = q.shape
     if batch * tokens:
-        q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
-        cos, sin = cos.expand(batch, tokens, head_dim), sin.expand(batch, tokens, head_dim)
-        if sin.stride() != cos.stride():
-            cos, sin = cos.contiguous(), sin.contiguous()
-        key = _head_dim_key(head_dim)
+        q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+        cos, sin = angles_per_token(cos, sin, q)
+        key = head_dim_key(head_dim)
         choice = tile("rotary", key, q.device)
         blocks = sum(-(-heads // choice["BLOCK_H"]) for heads in (query_heads, k.shape[2]))
         launch(
             _rotary_kernel,
             (batch * tokens, blocks),
-            *(q, k, *outputs, cos, sin, tokens, query_heads, k.shape[2], head_dim // 2),
+            *(q, k, q_out, k_out, cos, sin, tokens, query_heads, k.shape[2], head_dim // 2),
             *(*q.stride()[:3], *k.stride()[:3], *cos.stride()[:2]),
             tile=choice,
             TRANSPOSED=transposed,
             BLOCK_D=key // 2,
         )
-    return outputs
+    return q_out, k_out
 
 
 @torch.library.custom_op("llava_fast::rotary", mutates_args=())
@@ -185,43 +164,9 @@ register("rotary", "reference", rotary_reference)
 register("rotary", "triton", _rotary_triton, _supports)
 
 
-def rotary(
-    q_BTHd: torch.Tensor, k_BTGd: torch.Tensor, cos_BTd: torch.Tensor, sin_BTd: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate queries and keys by the angles of their positions.
-
-    Args:
-        q_BTHd, k_BTGd: queries and keys; the number of heads may differ (GQA), the head dimension is even.
-        cos_BTd, sin_BTd: cosines and sines per token, both halves of d filled; B may be 1.
-
-    Returns:
-        The rotated queries and keys, new tensors of the same shapes and dtypes.
-
-    Raises:
-        ValueError: for an odd head dimension, or angles of another one, or that want a gradient: there is none.
-    """
-    if q_BTHd.shape[-1] % 2 or cos_BTd.shape[-1] != q_BTHd.shape[-1]:
-        raise ValueError(
-            f"rotary: the head dimension {q_BTHd.shape[-1]} must be even and that of the angles ({cos_BTd.shape[-1]})"
-        )
-    if torch.is_grad_enabled() and (cos_BTd.requires_grad or sin_BTd.requires_grad):
-        raise ValueError("rotary: the angles require a gradient, which there is not")
-    return choose("rotary", q_BTHd, k_BTGd, cos_BTd, sin_BTd)(q_BTHd, k_BTGd, cos_BTd, sin_BTd)
-
-
-def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
-    """Calls that between them launch the kernel with every shipped tile, for the compile report."""
-    for key in tile_table("rotary")["sm_80"]["tiles"]:
-        q, k, angles = (torch.empty(2, 32, *shape, int(key), dtype=dtype) for shape in ((32,), (8,), ()))
-        for transposed in (False, True):
-            yield partial(_rotate, q, k, angles, angles, transposed)
-
-
-def tune_examples(
-    device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[str, int, Callable[[], Any], list[dict[str, int]]]]:
-    """(kernel, key, call, tiles worth trying) for each entry of the tile table, at about LLaVA's sizes on a GPU."""
-    tokens, heads = (832, 32) if device.type == "cuda" else (3, 4)
+def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
+    """A sample of LLaVA-1.5's, with a quarter of the key heads too."""
+    tokens, heads = (832, 32) if device.type != "cpu" else (3, 4)
     for key in map(int, tile_table("rotary")["sm_80"]["tiles"]):
         q, k = torch.randn(2, 1, tokens, heads, key, device=device).to(dtype)
         cos, sin = torch.randn(2, 1, tokens, key, device=device).to(dtype)
@@ -231,4 +176,7 @@ def tune_examples(
             for warps in (1, 2, 4, 8)
             if 4 <= block * key // (32 * warps) <= 64  # elements per thread
         ]
-        yield "rotary", key, partial(_rotate, q, k, cos, sin, False), tiles
+        yield Example("rotary", key, partial(_rotate, q, k, cos, sin, False), tiles)
+        few = k[:, :, : heads // 4]
+        for transposed in (False, True):
+            yield Example("rotary", key, partial(_rotate, q, few, cos, sin, transposed))

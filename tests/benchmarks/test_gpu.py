@@ -33,6 +33,21 @@ def test_a_python_that_is_given_is_used_as_it_is():
     assert ".venv/bin/python -m benchmarks.gpu --out build/gpu" in make("-n", "gpu").stdout
 
 
+@pytest.mark.parametrize(
+    ("subject", "tests"),
+    [
+        ("norm", {"test_norm"}),
+        ("attention", {"test_kernels", "test_decode"}),
+        ("decode_attention", {"test_decode"}),
+        ("tower", set()),
+    ],
+)
+def test_tests_of_a_subject(subject: str, tests: set[str]):
+    found = {Path(argument).stem for command in gpu.tests_commands(subject) for argument in command[7:]}
+    assert tests <= found and bool(found) == bool(tests)
+    assert found <= {Path(argument).stem for argument in gpu.tests_commands(None)[0][7:]}
+
+
 @pytest.mark.skipif(not gpu.DRY, reason="a dry run is what happens where there is no GPU")
 def test_a_dry_run_leaves_the_same_files(tmp_path: Path):
     out = tmp_path / "out"

@@ -1,5 +1,6 @@
 """The harness: what is wrong is not timed, providers take turns, memory is counted, records reach their files."""
 
+import dataclasses
 import importlib
 import itertools
 import json
@@ -75,6 +76,72 @@ def test_a_peer_may_round_elsewhere_but_our_own_code_may_not():
     found = verdicts(square_case({"liger": off, "triton": off}))
     assert found["liger"] == pytest.approx(2e-6, rel=0.1)
     assert isinstance(found["triton"], AssertionError)
+
+
+def product_case(providers: dict) -> Case:
+    """One number, with a rounding error of some units in the last place."""
+    return Case(
+        op="product",
+        shape=(1000,),
+        dtype=torch.float32,
+        backward=False,
+        inputs=lambda: {"x": torch.rand(1000) / 4 + 0.875},
+        reference=lambda x: (x.view(-1, 10).prod(0).prod(),),
+        providers={name: function(fn) for name, fn in providers.items()},
+        bytes_moved=4000,
+        flops=1000,
+    )
+
+
+def test_few_elements_are_judged_over_several_draws(monkeypatch: pytest.MonkeyPatch):
+    """By one draw it is luck who is right; by several it is the same for every seed."""
+
+    def verdicts_of(seed: int) -> dict:
+        torch.manual_seed(seed)
+        another_order, off = (lambda x: (x.view(10, -1).prod(1).prod(),)), (lambda x: (x.prod() * (1 + 5e-6),))
+        return verdicts(product_case({"reference": another_order, "triton": off}))
+
+    for seed in range(20):
+        found = verdicts_of(seed)
+        assert isinstance(found["reference"], float), (seed, found)
+        assert "(root mean square of 16 draws); it is not timed" in str(found["triton"]), (seed, found)
+    monkeypatch.setattr(harness, "extra_draws", lambda case: 0)
+    right_by_one_draw = [isinstance(verdicts_of(seed)["reference"], float) for seed in range(20)]
+    assert any(right_by_one_draw) and not all(right_by_one_draw)
+
+
+def test_one_wrong_draw_and_one_wrong_element_are_found():
+    calls = itertools.count()
+
+    def once(x):
+        return (x.prod() + 1e-2 * x.prod() * (next(calls) == 5),)
+
+    case = product_case({"reference": once})
+    assert isinstance(verdicts(case)["reference"], AssertionError)
+    few = dataclasses.replace(
+        case,
+        reference=lambda x: (x.view(-1, 10).sum(0),),
+        providers={"triton": function(lambda x: (x.view(-1, 10).sum(0) + 1e-3 * (torch.arange(10) == 3),))},
+    )
+    assert isinstance(verdicts(few)["triton"], AssertionError)
+
+
+def test_further_draws_are_bounded_and_made_for_few_elements_only():
+    drawn = []
+
+    def counted(case: Case) -> Case:
+        def inputs():
+            drawn.append(case)
+            return case.inputs()
+
+        return dataclasses.replace(case, inputs=inputs)
+
+    small, square = product_case({"torch": lambda x: (x.prod(),)}), square_case({"torch": lambda x: (x * x,)})
+    large = dataclasses.replace(small, flops=10**13)
+    for case, draws in ((small, 16), (large, 8), (square, 1)):
+        drawn.clear()
+        verdicts(counted(case))
+        assert len(drawn) == draws
 
 
 def test_gradients_are_verified_too():

@@ -6,12 +6,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import tune
+from benchmarks import compile_report, tune
 from llava_fast.ops import _launch, norm
 from llava_fast.ops._launch import tile_table
 
@@ -37,14 +36,48 @@ def current(key: int) -> dict[str, int]:
 
 
 def test_the_norms_offer_tiles_for_every_entry():
-    offered = [(kernel, str(key)) for kernel, key, _, tiles in norm.tune_examples(torch.device("cpu"), torch.float16)]
+    offered = [(e.kernel, str(e.key)) for e in norm.examples(torch.device("cpu"), torch.float16) if e.tiles]
     for kernel in ("norm_fwd", "norm_bwd"):
         assert [key for name, key in offered if name == kernel] == [*tile_table(kernel)["sm_90"]["tiles"]]
 
 
 def test_tiles_of_the_norms_agree_in_the_interpreter():
-    kernel, key, call, tiles = next(norm.tune_examples(torch.device("cpu"), torch.float32))
-    assert tune.verified(kernel, call, _launch.tile(kernel, key, torch.device("cpu")), tiles[:3]) == tiles[:3]
+    example = next(e for e in norm.examples(torch.device("cpu"), torch.float32) if e.tiles)
+    shipped = _launch.tile(example.kernel, example.key, torch.device("cpu"))
+    assert tune.verified(example.kernel, example.call, shipped, example.tiles[:3]) == example.tiles[:3]
+
+
+@pytest.mark.parametrize("op", compile_report.operation_modules())
+def test_examples_launch_the_kernel_they_name_at_every_entry(op: str):
+    """Dry, on tensors without memory: with another tile for the entry, the launches of its kernel are others."""
+    entries = set()
+    for dtype in (torch.float32, torch.bfloat16):
+        for example in compile_report.examples_of(op, torch.device("meta"), dtype):
+            entry = example.kernel, str(example.key)
+            entries.add(entry)
+            for architecture in _launch.ARCHITECTURES:
+                shipped = tile_table(entry[0])[architecture]["tiles"][entry[1]]
+                if shipped.get("LIBRARY") and example.tiles:
+                    continue  # the library's GEMM launches no kernel of ours
+                with _launch.recorded(dry=True, architecture=architecture) as launches:
+                    example.call()
+                with _launch.forced_tile(entry[0], {**shipped, "num_warps": 99}):
+                    with _launch.recorded(dry=True, architecture=architecture) as forced:
+                        example.call()
+                assert any(launch.num_warps == 99 for launch in forced), entry
+                assert shipped["num_warps"] in {launch.num_warps for launch in launches}, entry
+    kernels = {kernel for kernel, _ in entries}
+    shipped = {(kernel, key) for kernel in kernels for key in tile_table(kernel)["sm_80"]["tiles"]}
+    assert entries == shipped
+
+
+def test_every_table_is_of_an_operation():
+    kernels = {
+        example.kernel
+        for op in compile_report.operation_modules()
+        for example in compile_report.examples_of(op, torch.device("meta"), torch.float32)
+    }
+    assert kernels == {path.stem for path in _launch.TUNED.glob("*.json")}
 
 
 def test_a_tile_with_other_results_is_an_error(table: Path):
@@ -62,20 +95,21 @@ def run_tune(
     """Tune the table's kernel as on a GPU, where the tile BLOCK=b takes times[b] milliseconds."""
     candidates = [{"BLOCK": block} for block in times]
 
-    def examples(device: torch.device, dtype: torch.dtype):
+    def examples(op: str, device: torch.device, dtype: torch.dtype):
         for key in (64, 128):
-            yield "doubled", key, lambda: torch.ones(2), candidates
+            if dtype == torch.bfloat16 or key == 64:
+                yield _launch.Example("doubled", key, lambda: torch.ones(2), candidates)
+            yield _launch.Example("doubled", key, lambda: torch.ones(2))  # a variant that is compiled only
 
     def milliseconds(kernel: str, call: Callable, tile: dict[str, int]) -> float:
         return times[tile["BLOCK"]]
 
-    module = SimpleNamespace(tune_examples=examples)
-    monkeypatch.setattr(tune.importlib, "import_module", lambda name: module)
+    monkeypatch.setattr(tune, "examples_of", examples)
     monkeypatch.setattr(tune, "DEVICE", torch.device("cuda"))
     monkeypatch.setattr(tune, "milliseconds", milliseconds)
-    monkeypatch.setattr(tune, "wasteful", lambda module, kernel, key, tile: tile["BLOCK"] in spilling)
+    monkeypatch.setattr(tune, "wasteful", lambda op, kernel, key, tile: tile["BLOCK"] in spilling)
     monkeypatch.setattr(tune.time, "monotonic", iter(range(1000)).__next__)
-    return list(tune.tune("doubled", deadline=seconds))
+    return list(tune.tune(["doubled"], deadline=seconds))
 
 
 def test_the_fastest_tile_that_does_not_spill_ships(table: Path, monkeypatch: pytest.MonkeyPatch):
@@ -109,10 +143,10 @@ def test_written_tables_look_like_the_shipped_ones():
 def test_a_tile_that_spills_is_wasteful():
     """By the compiler, in a process without Triton's interpreter."""
     code = (
-        "import benchmarks.tune as tune, llava_fast.ops.norm as norm\n"
+        "import benchmarks.tune as tune\n"
         "for block, warps in ((1, 8), (16, 4)):\n"
         "    tile = {'BLOCK_R': block, 'num_warps': warps, 'num_stages': 1}\n"
-        "    print(tune.wasteful(norm, 'norm_fwd', 4096, tile))\n"
+        "    print(tune.wasteful('norm', 'norm_fwd', 4096, tile))\n"
     )
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llava_fast.ops._launch import launch
+from llava_fast.ops._launch import launch, multiprocessors, recorded, tile, tile_table
 
 
 def test_a_kernel_runs_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,3 +28,12 @@ def test_a_kernel_runs_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPa
     on_the_second = SimpleNamespace(is_cuda=True, get_device=lambda: 1)
     launch(Kernel(), (1,), on_the_second, 3, tile={"BLOCK": 16, "num_warps": 4})
     assert (ran_on, current) == ([1], [0])
+
+
+@pytest.mark.parametrize(("architecture", "count"), [("sm_80", 108), ("sm_90", 132)])
+def test_tensors_without_memory_stand_for_a_gpu(architecture: str, count: int) -> None:
+    """So a dry run launches as many programs, and with the tiles, that a GPU of the architecture would see."""
+    device = torch.device("meta")
+    with recorded(dry=True, architecture=architecture):
+        assert multiprocessors(device) == count
+        assert tile("norm_fwd", 4096, device) == tile_table("norm_fwd")[architecture]["tiles"]["4096"]

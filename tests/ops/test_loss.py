@@ -15,29 +15,18 @@ from llava_fast.ops._launch import recorded
 from llava_fast.ops.loss import linear_cross_entropy
 
 OP = "linear_cross_entropy"
-ALL = {"label_smoothing": 0.1, "softcap": 4.0, "z_loss": 0.01}
-OPTIONS = [{}, {"label_smoothing": 0.2}, {"softcap": 3.0}, {"z_loss": 0.05}, ALL]
 PATTERNS = ["all", "one", "some", "one sample", "none"]
 # With the number of labelled rows the library multiplies; without it kernels do, which read it on the device.
 KNOWN = ["loss_kernel"]
 UNKNOWN = ["gemm_kernel", "loss_kernel", "gemm_kernel", "gemm_kernel"]
 
 
-def full_logits(
-    hidden, weight, labels, *, bias=None, reduction="mean", label_smoothing=0.0, softcap=None, z_loss=0.0, **kwargs
-):
-    """What transformers does, with the further terms by their definition."""
-    z = F.linear(hidden, weight, bias).view(-1, weight.shape[0])
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
-    if softcap:
-        z = softcap * torch.tanh(z / softcap)
-    labels_N, labelled = labels.reshape(-1), labels.reshape(-1) != -100
-    losses = F.cross_entropy(z, labels_N, reduction="none", label_smoothing=label_smoothing)
-    losses = losses + z_loss * z.logsumexp(-1).square() * labelled
-    if reduction == "none":
-        return losses.view(labels.shape)
-    items = kwargs.get("num_items") or labelled.sum().clamp(min=1)
-    return losses.sum() / (1 if reduction == "sum" else items)
+def full_logits(hidden, weight, labels, *, num_items=None):
+    """What transformers does."""
+    z = F.linear(hidden, weight).view(-1, weight.shape[0])
+    z, labels_N = z.to(torch.promote_types(z.dtype, torch.float32)), labels.reshape(-1)
+    items = (labels_N != -100).sum().clamp(min=1) if num_items is None else num_items
+    return F.cross_entropy(z, labels_N, reduction="sum") / items
 
 
 def either(**tensors_and_options):
@@ -49,7 +38,7 @@ def either(**tensors_and_options):
 
 
 def inputs(
-    pattern="some", shape=(2, 7), width=16, vocabulary=37, dtype=torch.float32, device="cpu", *, bias=False
+    pattern="some", shape=(2, 7), width=16, vocabulary=37, dtype=torch.float32, device="cpu"
 ) -> dict[str, torch.Tensor]:
     labels = torch.randint(0, vocabulary, shape)
     keep = {
@@ -59,12 +48,11 @@ def inputs(
         "one sample": torch.arange(labels.numel()).view(shape) >= labels.numel() // 2,
         "none": torch.zeros(shape, dtype=torch.bool),
     }[pattern]
-    tensors = {
+    return {
         "hidden": torch.randn(*shape, width).to(device, dtype),
         "weight": torch.randn(vocabulary, width).to(device, dtype),
         "labels": labels.masked_fill(~keep, -100).to(device),
     }
-    return {**tensors, "bias": torch.randn(vocabulary).to(device, dtype)} if bias else tensors
 
 
 def count(tensors) -> int:
@@ -77,25 +65,23 @@ def check_reference(function, *draws, frozen=()) -> None:
     PyTorch's error is the larger of two: of the logits of all rows, and of those of the labelled rows alone. For a few
     rows and two threads the library's product is several times less exact, whoever calls it.
     """
-    plain = partial(full_logits, **function.keywords)
     errors: dict[str, list[tuple[float, float, float]]] = {}
     for tensors in draws:
         labelled = tensors["labels"] != -100
         few = {**tensors, "hidden": tensors["hidden"][labelled], "labels": tensors["labels"][labelled]}
         with use_backend("reference"):
-            cotangents = [torch.randn_like(plain(**tensors))]
+            cotangents = [torch.randn_like(full_logits(**tensors))]
             doubles = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
-            truth = run(plain, doubles, [c.double() for c in cotangents], frozen)
-            torchs = run(plain, tensors, cotangents, frozen)
-            by_row = cotangents[0].ndim > 0
-            of_few = run(plain, few, [cotangents[0][labelled]] if by_row else cotangents, frozen)
+            truth = run(full_logits, doubles, [c.double() for c in cotangents], frozen)
+            torchs = run(full_logits, tensors, cotangents, frozen)
+            of_few = run(full_logits, few, cotangents, frozen)
             with poisoned():
                 found = run(function, tensors, cotangents, frozen)
         assert found.keys() == truth.keys()
         for name, value in found.items():
             assert value.dtype == torchs[name].dtype and value.shape == torchs[name].shape, name
             assert torch.isfinite(value).all(), name
-            truth_of_few = truth[name][labelled] if name == "dhidden" or (name == "out0" and by_row) else truth[name]
+            truth_of_few = truth[name][labelled] if name == "dhidden" else truth[name]
             ours, theirs, ulp = kit.errors(value, torchs[name], truth[name])
             errors.setdefault(name, []).append(
                 (ours, max(theirs, kit.errors(of_few[name], of_few[name], truth_of_few)[0]), ulp)
@@ -115,36 +101,26 @@ def small_chunks(monkeypatch):
 # ---- the reference
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_reference(pattern, options, reduction):
-    function = partial(linear_cross_entropy, reduction=reduction, **options)
-    for bias in (False, True):
-        check_reference(function, *[inputs(pattern, bias=bias) for _ in range(32)])
-    tensors = {n: t.double() if t.is_floating_point() else t for n, t in inputs(pattern, bias=True).items()}
-    cotangent = [torch.randn_like(full_logits(**tensors, reduction=reduction))]
-    found = run(function, tensors, cotangent)
-    expected = run(partial(full_logits, **function.keywords), tensors, cotangent)
+def test_reference(pattern):
+    check_reference(linear_cross_entropy, *[inputs(pattern) for _ in range(32)])
+    tensors = {n: t.double() if t.is_floating_point() else t for n, t in inputs(pattern).items()}
+    cotangent = [torch.randn((), dtype=torch.float64)]
+    found, expected = run(linear_cross_entropy, tensors, cotangent), run(full_logits, tensors, cotangent)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [5, 1000, 32003])
 def test_reference_is_as_precise_as_all_logits(vocabulary, dtype):
-    for reduction in ("mean", "none"):
-        draws = [
-            inputs("some", (3, 9), 24, vocabulary, dtype, bias=True) for _ in range(32 if vocabulary < 9999 else 4)
-        ]
-        check_reference(partial(linear_cross_entropy, reduction=reduction, **ALL), *draws)
+    draws = [inputs("some", (3, 9), 24, vocabulary, dtype) for _ in range(32 if vocabulary < 9999 else 4)]
+    check_reference(linear_cross_entropy, *draws)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_reference_in_several_chunks(dtype, small_chunks):
     for pattern in PATTERNS:
-        for reduction in ("mean", "none"):
-            draws = [inputs(pattern, (2, 10), dtype=dtype, bias=True) for _ in range(32)]
-            check_reference(partial(linear_cross_entropy, reduction=reduction), *draws)
+        check_reference(linear_cross_entropy, *[inputs(pattern, (2, 10), dtype=dtype) for _ in range(32)])
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -168,11 +144,10 @@ def test_unlabelled_rows_are_never_multiplied(known, backend, small_chunks):
 def test_nothing_of_the_size_of_the_logits_is_kept(backend):
     tensors = inputs("all", (1, 50), 8, 100)
     leaves = {n: t.requires_grad_() if t.is_floating_point() else t for n, t in tensors.items()}
-    for reduction, most in (("mean", 100 * 8), ("none", 100 * 8)):
-        kept = []
-        with use_backend(backend), torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t), id):
-            linear_cross_entropy(**leaves, reduction=reduction)
-        assert 0 < max(t.numel() for t in kept) <= most
+    kept = []
+    with use_backend(backend), torch.autograd.graph.saved_tensors_hooks(kept.append, id):
+        linear_cross_entropy(**leaves)
+    assert 0 < max(t.numel() for t in kept) <= 100 * 8
 
 
 # ---- the kernels
@@ -205,38 +180,16 @@ def test_kernel_in_bfloat16_at_full_size(known):
 @pytest.mark.parametrize("vocabulary", [5, 1000, 32003])
 def test_kernel_with_odd_vocabularies(vocabulary, device):
     for dtype in DTYPES:
-        draws = [
-            inputs("all", (1, 5), 8, vocabulary, dtype, device, bias=True)
-            for _ in range(16 if vocabulary < 9999 else 4)
-        ]
-        check_kernel(partial(either, num_labelled=5, **ALL), *draws, op=OP, kernels=KNOWN)
+        draws = [inputs("all", (1, 5), 8, vocabulary, dtype, device) for _ in range(16 if vocabulary < 9999 else 4)]
+        check_kernel(partial(either, num_labelled=5), *draws, op=OP, kernels=KNOWN)
     check_kernel(either, inputs("some", (1, 5), 8, min(vocabulary, 1003), device=device), op=OP, kernels=UNKNOWN)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_kernel_options(options, reduction, device):
-    for dtype in DTYPES:
-        for bias in (False, True):
-            draws = [inputs("one sample", (2, 5), dtype=dtype, device=device, bias=bias) for _ in range(8)]
-            function = partial(either, reduction=reduction, num_labelled=5, **options)
-            # A row's own gradient reaches dW only in backward, which computes the logits again.
-            check_kernel(function, *draws, op=OP, kernels=KNOWN * 2 if reduction == "none" else KNOWN)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_kernel_with_a_gradient_for_each_row(device):
-    draws = [inputs("some", bias=True, device=device) for _ in range(4)]
-    check_kernel(partial(either, reduction="none", **ALL), *draws, op=OP, kernels=[*UNKNOWN[:2], *UNKNOWN])
-    check_kernel(partial(either, reduction="sum", **ALL), *draws, op=OP, kernels=UNKNOWN)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("known", [False, True])
 def test_kernel_in_several_chunks(known, device, small_chunks):
     for dtype in DTYPES:
-        draws = [inputs("one sample", (2, 7), dtype=dtype, device=device, bias=True) for _ in range(8)]
+        draws = [inputs("one sample", (2, 7), dtype=dtype, device=device) for _ in range(8)]
         function = partial(either, num_labelled=7 if known else None)
         check_kernel(function, *draws, op=OP, kernels=KNOWN * 3 if known else UNKNOWN * 5)
 
@@ -252,7 +205,7 @@ def test_kernel_on_strided_tensors(device):
     assert not any(t.is_contiguous() for t in tensors.values())
     check_kernel(either, tensors, op=OP, kernels=UNKNOWN)
     check_kernel(partial(either, num_labelled=count(tensors)), tensors, op=OP, kernels=KNOWN)
-    check_reference(partial(linear_cross_entropy), tensors)
+    check_reference(linear_cross_entropy, tensors)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -267,19 +220,11 @@ def test_no_rows(backend, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    "frozen", [("hidden",), ("weight",), ("bias",), ("weight", "bias"), ("hidden", "bias")], ids=str
-)
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
 def test_what_is_frozen_costs_nothing(frozen, device):
-    tensors = inputs("some", bias=True, device=device)
-    products = 1 + ("hidden" not in frozen) + ("weight" not in frozen)
-    kernels = ["gemm_kernel", "loss_kernel", *["gemm_kernel"] * (products - 1)]
-    check_kernel(either, tensors, op=OP, kernels=kernels, frozen=frozen)
-    deferred = not {"weight", "bias"} <= set(frozen)  # to backward
-    kernels = ["gemm_kernel", "loss_kernel"] * deferred + kernels
-    check_kernel(partial(either, reduction="none"), tensors, op=OP, kernels=kernels, frozen=frozen)
-    for reduction in ("mean", "none"):
-        check_reference(partial(linear_cross_entropy, reduction=reduction), tensors, frozen=frozen)
+    tensors = inputs("some", device=device)
+    check_kernel(either, tensors, op=OP, kernels=["gemm_kernel", "loss_kernel", "gemm_kernel"], frozen=[frozen])
+    check_reference(linear_cross_entropy, tensors, frozen=[frozen])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -299,7 +244,7 @@ def test_no_labels_are_a_loss_of_zero(backend):
     with use_backend(backend), poisoned():
         for known in (None, 0):
             function = partial(linear_cross_entropy, num_labelled=known)
-            found = run(function, inputs("none", bias=True), [torch.tensor(1.0)])
+            found = run(function, inputs("none"), [torch.tensor(1.0)])
             assert all(not value.any() for value in found.values())
 
 
@@ -336,21 +281,20 @@ def test_a_tied_head(backend):
         torch.testing.assert_close(step(linear_cross_entropy), step(full_logits))
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_backward_twice_and_under_a_checkpoint(reduction):
+def test_backward_twice_and_under_a_checkpoint():
     tensors = inputs("some")
     leaves = {n: t.requires_grad_() if t.is_floating_point() else t for n, t in tensors.items()}
     wanted = [leaves["hidden"], leaves["weight"]]
-    output = linear_cross_entropy(**leaves, reduction=reduction).sum()
+    output = linear_cross_entropy(**leaves)
     once, again, doubled = (
         torch.autograd.grad(output, wanted, torch.tensor(factor), retain_graph=True) for factor in (1.0, 1.0, 2.0)
     )
     torch.testing.assert_close(again, once)
     torch.testing.assert_close(doubled, tuple(2 * gradient for gradient in once))
-    output = checkpoint(partial(linear_cross_entropy, reduction=reduction), *leaves.values(), use_reentrant=False)
-    torch.testing.assert_close(torch.autograd.grad(output.sum(), wanted), once)
+    output = checkpoint(linear_cross_entropy, *leaves.values(), use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(output, wanted), once)
     # Gradients that were accumulated in place leave alone what is saved.
-    output = linear_cross_entropy(**leaves, reduction=reduction).sum()
+    output = linear_cross_entropy(**leaves)
     output.backward(retain_graph=True)
     output.backward()
     torch.testing.assert_close(leaves["weight"].grad, 2 * once[1])
@@ -375,9 +319,9 @@ def test_second_derivatives_are_refused():
 
 
 def test_under_autocast_as_a_linear_layer():
-    tensors = inputs("some", bias=True)
+    tensors = inputs("some")
     with torch.autocast("cpu", torch.bfloat16):
-        check_reference(partial(linear_cross_entropy), *[inputs("some", bias=True) for _ in range(32)])
+        check_reference(linear_cross_entropy, *[inputs("some") for _ in range(32)])
         tensors["hidden"] = tensors["hidden"].bfloat16()  # what a norm in autocast may give
         assert run(linear_cross_entropy, tensors, [torch.tensor(1.0)])["dweight"].dtype == torch.float32
 
@@ -385,37 +329,26 @@ def test_under_autocast_as_a_linear_layer():
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kernels", [False, True])
 def test_opcheck(kernels, device):
-    tensors = inputs("some", bias=True, device=device)
-    hidden, weight, bias = (tensors[name].requires_grad_() for name in ("hidden", "weight", "bias"))
-    settings = (-100, 0.1, 2.0, 0.01)
-    scale = torch.tensor(0.5, device=device)
+    tensors = inputs("some", device=device)
+    hidden, weight = (tensors[name].requires_grad_() for name in ("hidden", "weight"))
+    labels, scale = tensors["labels"], torch.tensor(0.5, device=device)
     for num_labelled in (None, count(tensors)):
-        for by_row, of_scale, wanted in ((False, scale, [True] * 3), (True, None, [False] * 3)):
-            arguments = (tensors["labels"], of_scale, num_labelled, *settings, by_row, wanted, kernels)
-            torch.library.opcheck(loss._op, (hidden, weight, bias, *arguments))
-    frozen = (weight.detach(), None)
-    for by_row in (False, True):
-        arguments = (tensors["labels"], None, None, *settings, by_row, [True, False, False], kernels)
-        torch.library.opcheck(loss._op, (hidden, *frozen, *arguments))
+        arguments = (labels, scale, num_labelled, -100, [True, True], kernels)
+        torch.library.opcheck(loss._op, (hidden, weight, *arguments))
+    torch.library.opcheck(loss._op, (hidden, weight.detach(), labels, scale, None, -100, [True, False], kernels))
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiles_without_a_graph_break(reduction, backend):
-    def function(hidden, weight, labels, bias, num_labelled=None):
-        return linear_cross_entropy(
-            hidden, weight, labels, bias=bias, reduction=reduction, softcap=3.0, num_labelled=num_labelled
-        )
-
+def test_compiles_without_a_graph_break(backend):
     torch.compiler.reset()
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
     for shape in ((2, 7), (3, 5)):
-        tensors = inputs("some", shape, bias=True)
+        tensors = inputs("some", shape)
         with use_backend(backend):
-            cotangent = [torch.randn_like(function(**tensors))]
+            cotangent = [torch.randn(())]
             for known in (None, count(tensors)):
                 found = run(partial(compiled, num_labelled=known), tensors, cotangent)
-                torch.testing.assert_close(found, run(function, tensors, cotangent))
+                torch.testing.assert_close(found, run(linear_cross_entropy, tensors, cotangent))
 
 
 def test_labels_outside_the_vocabulary():
@@ -425,19 +358,13 @@ def test_labels_outside_the_vocabulary():
         with pytest.raises(IndexError, match=f"label {wrong} is outside the vocabulary of 37"):
             linear_cross_entropy(**tensors)
         with use_backend("triton", OP):
-            losses = linear_cross_entropy(**tensors, reduction="none")
-        assert losses.isnan().sum() == 1 and losses[1, 3].isnan()
+            assert linear_cross_entropy(**tensors).isnan()
 
 
 def test_errors():
     tensors = inputs("some")
     for kwargs, message in (
-        ({"reduction": "median"}, "reduction is 'median'; it must be mean, sum or none"),
-        ({"reduction": "sum", "num_items": 3}, "num_items is what a mean is divided by; reduction is 'sum'"),
-        ({"label_smoothing": 1.5}, "label_smoothing is 1.5; it must be between 0 and 1"),
-        ({"softcap": -1.0}, "softcap is -1.0; it must be positive, or None"),
-        ({"bias": torch.zeros(36)}, r"bias is \(36,\), the vocabulary 37"),
-        ({"bias": torch.zeros(37).double()}, r"must have one dtype, not torch.float32, torch.float32, torch.float64"),
+        ({"weight": tensors["weight"].double()}, r"must have one dtype, not torch.float32, torch.float64"),
         ({"labels": tensors["labels"][:, 1:]}, r"do not fit: \[\(2, 7, 16\), \(37, 16\), \(2, 6\)\]"),
         ({"weight": tensors["weight"][:, 1:]}, r"do not fit: \[\(2, 7, 16\), \(37, 15\), \(2, 7\)\]"),
         ({"num_labelled": 99}, f"num_labelled is 99, but {count(tensors)} labels are not -100"),

@@ -9,7 +9,7 @@ from kit import DEVICES, DTYPES, check_kernel
 from llava_fast.backend import use_backend
 from llava_fast.ops import projector as module
 from llava_fast.ops._launch import forced_tile, tile_table
-from llava_fast.ops.projector import projector, projector_into
+from llava_fast.ops.projector import projector
 
 FUSED = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "LIBRARY": 0, "num_warps": 4, "num_stages": 2}
 LIBRARY = {**FUSED, "LIBRARY": 1}
@@ -239,60 +239,3 @@ def test_autocast_casts_as_a_linear_layer_does():
         expected = module.projector_reference(tensors["x"], weights, biases)
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, expected)
-
-
-def into(rows: torch.Tensor, slots: torch.Tensor, x: torch.Tensor, **parameters: torch.Tensor) -> torch.Tensor:
-    """Rows twice side by side, after features were written into some of the left."""
-    buffer = torch.cat((rows, rows), dim=1)
-    weights = [tensor for name, tensor in parameters.items() if name[0] == "w"]
-    biases = [parameters.get(f"b{i}") for i in range(len(weights))]
-    projector_into(buffer[:, : rows.shape[1]], slots, x, weights, biases)
-    return buffer
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    ("widths", "tile", "kernels"),
-    [([16, 32, 9], FUSED, [FWD, FWD]), ([16, 9], FUSED, [FWD]), ([16, 32, 9], LIBRARY, [GELU])],
-    ids=str,
-)
-def test_into_slots(widths, tile, kernels, device):
-    def draw(shape, dtype):
-        tensors = inputs(widths, [True] * (len(widths) - 1), shape, dtype, device)
-        rows, count = torch.randn(50, 9, device=device).to(dtype), torch.Size(shape).numel()
-        return {"rows": rows, "slots": torch.randperm(50)[:count].to(device), **tensors}
-
-    with forced_tile("projector_fwd", tile):
-        for dtype in DTYPES:
-            drawn = draw((2, 17), dtype)
-            found = check_kernel(into, drawn, op="projector_into", kernels=kernels, frozen=drawn.keys())
-        others = torch.ones(50, dtype=torch.bool, device=device).index_fill(0, drawn["slots"], False)
-        assert torch.equal(found["out0"][others, :9], drawn["rows"][others])
-        assert torch.equal(found["out0"][:, 9:], drawn["rows"])
-        drawn = draw((0,), torch.float32)
-        check_kernel(into, drawn, op="projector_into", kernels=[], frozen=drawn.keys())
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_into_slots_opcheck_and_compile(device):
-    tensors = inputs([16, 32, 9], [True, False], (6,), torch.float32, device)
-    rows, slots = torch.randn(20, 9, device=device), torch.arange(6, device=device) * 3
-    x, w0, b0, w1 = tensors.values()
-    torch.library.opcheck(module._projector_into_op, (rows.clone(), slots, x, [w0, w1], [b0], [True, False]))
-    with use_backend("triton", "projector_into"):
-        found = torch.compile(into, fullgraph=True, backend="aot_eager")(rows, slots, **tensors)
-    torch.testing.assert_close(found[slots, :9], call(**tensors))
-
-
-def test_into_slots_that_do_not_fit():
-    tensors = inputs([16, 32, 9], [True, True], (6,), torch.float32, "cpu")
-    x, weights, biases = tensors["x"], [tensors["w0"], tensors["w1"]], [tensors["b0"], tensors["b1"]]
-    rows, slots = torch.zeros(20, 9), torch.arange(6)
-    with pytest.raises(ValueError, match="6 rows, 5 slots, 2 weights, 2 biases"):
-        projector_into(rows, slots[:5], x, weights, biases)
-    with pytest.raises(ValueError, match="0 weights"):
-        projector_into(rows, slots, x, [], [])
-    with pytest.raises(ValueError, match="rows are"):
-        projector_into(rows.half(), slots, x, weights, biases)
-    with pytest.raises(ValueError, match="no gradients"):
-        projector_into(rows, slots, x, [weight.requires_grad_() for weight in weights], biases)

@@ -28,15 +28,15 @@ would be 1.6 times the products). Other d are padded to the next of 16, 32, 64, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch.nn import functional as F
 
 from llava_fast.backend import choose, register
-from llava_fast.ops._launch import tile_table
+from llava_fast.ops._launch import Example, tile_table
 from llava_fast.ops._triton import takes
 from llava_fast.ops.attention import decode
 from llava_fast.ops.attention.backward import launch_dkdv, launch_dq
@@ -44,7 +44,7 @@ from llava_fast.ops.attention.decode import decode_attention, takes_decode
 from llava_fast.ops.attention.forward import launch_forward
 from llava_fast.ops.attention.peers import register_peers
 from llava_fast.ops.attention.ranges import KeyRanges
-from llava_fast.ops.attention.tiles import MAX_HEAD_DIM
+from llava_fast.ops.attention.tiles import MAX_HEAD_DIM, columns
 
 # PyTorch's CPU kernel walks keys in steps of 512, so at these lengths a causal mask saves it little or nothing. Blocks
 # of queries that are given the keys up to their end take up to 22 % less time (one thread) or 15 % (two), forward and
@@ -355,28 +355,16 @@ register("attention", "triton", _attention_triton, _supports)
 register_peers()
 
 
-def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
-    """Calls that between them launch each kernel with every shipped tile, for the compile report.
-
-    Head dimensions are those that hold a tile's columns fully, and 72, of vision towers. float16 compiles as bfloat16.
-    """
+def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
+    """LLaVA's tower (16 heads, all of 577 tokens see each other) at head dimension 64 and packs of its samples (32
+    heads, causal, 832 tokens) at 128, which decide about tiles; and with half the key heads every head dimension that
+    fills a tile, and 72, of vision towers. float16 compiles as bfloat16."""
+    large, single = device.type != "cpu", dtype == torch.float32
     keys = [key for key in tile_table("attention_fwd")["sm_80"]["tiles"] if not key.endswith("fp32")]
+    timed = {64: (16, 577, 16), 128: (5, 832, 32)} if large else {64: (1, 33, 2), 128: (2, 20, 2)}
     for dim in () if dtype == torch.float16 else (72, *map(int, keys)):
-        q = torch.empty(2, 832, 16, dim, dtype=dtype)
-        k, ranges, lse = q[:, :, :8], torch.empty(2, 832, dtype=torch.int32), torch.empty(2, 16, 832)
-        yield partial(launch_forward, q, k, k, ranges, ranges, ranges, 0.1)
-        yield partial(launch_dq, q, None, q, k, k, ranges, ranges, ranges, q, lse, 0.1)
-        yield partial(launch_dkdv, q, q, k, k, ranges, ranges, ranges.expand(3, 2, 832), lse, lse, 0.1)
-    yield from decode.compile_examples(dtype)
-
-
-def tune_examples(
-    device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[str, str, Callable[[], Any], list[dict[str, int]]]]:
-    """(kernel, key, call, tiles worth trying) for head dimensions 64 and 128: LLaVA's tower (16 heads, all of 577
-    tokens see each other) and packs of its samples (32 heads, causal, 832 tokens) on a GPU, little ones on a CPU."""
-    sizes = ((64, 16, 577, 16), (128, 5, 832, 32)) if device.type == "cuda" else ((64, 1, 33, 1), (128, 2, 20, 1))
-    for dim, samples, tokens, heads in sizes:
+        samples, tokens, heads = timed.get(dim, (2, 832, 16) if large else (1, 20, 2))
+        key = f"{columns(dim)}{' fp32' if single else ''}"
         index = torch.arange(samples * tokens, device=device, dtype=torch.int32)[None]
         start = index // tokens * tokens
         end = start + tokens if dim == 64 else index + 1
@@ -384,22 +372,23 @@ def tune_examples(
         # Of normal scores about log(number of keys) + ½; what is timed does not depend on it.
         lse = ((end - start).log() + 0.5).expand(1, heads, -1).contiguous()
         ranges, scale = KeyRanges(start, end), dim**-0.5
-        tensors = q, k, v, start, end
-        rows, columns = ((16, 32), (16, 32, 64)) if dtype == torch.float32 else ((64, 128), (32, 64, 128))
+        heights, widths = ((16, 32), (16, 32, 64)) if single else ((64, 128), (32, 64, 128))
         tiles = [
             {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
-            for m in rows
-            for n in columns
+            for m in heights
+            for n in widths
             for warps in (4, 8)
             for stages in (2, 3)
             # Sums and scores in float32, per thread, decide what spills; a warp of a product has 16 rows at least.
-            if m * (dim + n) // (32 * warps) <= 160 and (m >= 16 * warps or dtype == torch.float32)
+            if m * (dim + n) // (32 * warps) <= 160 and (m >= 16 * warps or single)
         ]
-        turned = [{**t, "BLOCK_M": t["BLOCK_N"], "BLOCK_N": t["BLOCK_M"]} for t in tiles]
-        key = f"{dim} fp32" if dtype == torch.float32 else str(dim)
-        yield "attention_fwd", key, partial(launch_forward, *tensors, ranges.first_BT, scale), tiles
-        dq = partial(launch_dq, dout, None, *tensors, ranges.first_BT, out, lse, scale)
-        yield "attention_bwd_dq", key, dq, tiles
-        dkdv = partial(launch_dkdv, dout, *tensors, ranges.seen_by(samples * tokens), lse, lse, scale)
-        yield "attention_bwd_dkdv", key, dkdv, turned
-    yield from decode.tune_examples(device, dtype)
+        for key_heads in (heads, heads // 2) if dim in timed else (heads // 2,):
+            tensors = q, k[:, :, :key_heads], v[:, :, :key_heads], start, end
+            offered = tiles if key_heads == heads else []
+            yield Example("attention_fwd", key, partial(launch_forward, *tensors, ranges.first_BT, scale), offered)
+            dq = partial(launch_dq, dout, None, *tensors, ranges.first_BT, out, lse, scale)
+            yield Example("attention_bwd_dq", key, dq, offered)
+            dkdv = partial(launch_dkdv, dout, *tensors, ranges.seen_by(samples * tokens), lse, lse, scale)
+            turned = [{**t, "BLOCK_M": t["BLOCK_N"], "BLOCK_N": t["BLOCK_M"]} for t in offered]
+            yield Example("attention_bwd_dkdv", key, dkdv, turned)
+    yield from decode.examples(device, dtype)

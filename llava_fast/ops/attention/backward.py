@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 
 from llava_fast.ops._launch import launch
+from llava_fast.ops._math import LN_2, LOG2_E
 from llava_fast.ops._triton import inlined, jit, tl
 from llava_fast.ops.attention.tiles import (
     _cut,
@@ -35,8 +36,6 @@ from llava_fast.ops.attention.tiles import (
     strides,
     tile_of,
 )
-
-LOG2_E = 1.4426950408889634
 
 
 @inlined
@@ -74,7 +73,7 @@ def _dq_tile(
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + of_row, mask=row < row0 + count, other=0.0)
     tl.store(delta_ptr + of_row, delta, mask=row < row0 + count)
-    lse = tl.load(lse_ptr + of_row, mask=row < row0 + count, other=0.0) * 1.4426950408889634
+    lse = tl.load(lse_ptr + of_row, mask=row < row0 + count, other=0.0) * LOG2_E
     q = _load_rows(q_ptr, row0, q_stride, 0, count, DIM, BLOCK_M, BLOCK_D, BLOCK_E)
     k_from, k_to, tiles, narrow, whole, mixed = _key_walk(
         start_ptr, end_ptr, line0 + row0, count, BLOCK_M, BLOCK_N, NARROW
@@ -98,7 +97,7 @@ def _dq_tile(
                 dq, q, dout, lse, delta, k_ptr, v_ptr, k_from + tiles * BLOCK_N, k_to, start, end, k_stride, v_stride,
                 scale, True, DIM, BLOCK_M, NARROW, BLOCK_D, BLOCK_E,
             )  # fmt: skip
-    dq = _times(dq, scale * 0.6931471805599453, BLOCK_E)
+    dq = _times(dq, scale * LN_2, BLOCK_E)
     _store_rows(dq_ptr, dq, line0 + row0, out_stride, out_column, count, DIM, BLOCK_M, BLOCK_D, BLOCK_E)
 
 
@@ -146,7 +145,7 @@ def _dkdv_step(
 ):  # fmt: skip
     base, row = tl.cast(t0, tl.int64), t0 + tl.arange(0, BLOCK_M)
     q = _load_tile(q_ptr + base * q_stride, q_stride, to - t0, True, DIM, BLOCK_M, BLOCK_D, BLOCK_E)
-    lse = tl.load(lse_ptr + row, mask=row < to, other=0.0) * 1.4426950408889634
+    lse = tl.load(lse_ptr + row, mask=row < to, other=0.0) * LOG2_E
     start = tl.load(start_ptr + row, mask=row < to, other=0)
     end = tl.load(end_ptr + row, mask=row < to, other=0)
     p = tl.exp2(_products(k, q, BLOCK_N, BLOCK_E) * scale - lse[None, :])  # [BLOCK_N, BLOCK_M]
@@ -188,7 +187,7 @@ def _dkdv_tile(
                 delta_ptr + head * tokens, start_ptr, end_ptr, t_from + tiles * BLOCK_M, t_to, key,
                 q_stride, dout_stride, scale, DIM, NARROW, BLOCK_N, BLOCK_D, BLOCK_E,
             )  # fmt: skip
-    dk = _times(dk, scale * 0.6931471805599453, BLOCK_E)
+    dk = _times(dk, scale * LN_2, BLOCK_E)
     _store_rows(dk_ptr, dk, line0 + k0, out_stride, out_column, count, DIM, BLOCK_N, BLOCK_D, BLOCK_E)
     _store_rows(dv_ptr, dv, line0 + k0, out_stride, out_column, count, DIM, BLOCK_N, BLOCK_D, BLOCK_E)
 
@@ -262,7 +261,7 @@ def launch_dq(
             _attention_bwd_dq_kernel,
             (-(-tokens // choice["BLOCK_M"]), heads, batch),
             *(q, k, v, start, end, first, out, lse, dout, None if dlse is None else dlse.contiguous(), dq, delta),
-            *(tokens, heads // k.shape[2], *strides(q, k, v, dout), scale * LOG2_E),
+            *(tokens, heads // k.shape[2], *strides(q, k, v, dout), scale * LOG2_E.value),
             tile=choice,
             **blocks(q, k, v, dout),
         )
@@ -289,7 +288,7 @@ def launch_dkdv(
             _attention_bwd_dkdv_kernel,
             (-(-k.shape[1] // choice["BLOCK_N"]), k.shape[2], batch),
             *(q, k, v, start, end, keys, lse, dout, delta, dk, dv, tokens, k.shape[1], heads // k.shape[2]),
-            *(*strides(q, k, v, dout), scale * LOG2_E),
+            *(*strides(q, k, v, dout), scale * LOG2_E.value),
             tile=choice,
             **blocks(q, k, v, dout),
         )

@@ -16,17 +16,17 @@ Shapes: B batch, T queries, S keys, H query heads, G key heads, d head dimension
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
-from llava_fast.ops._launch import launch, multiprocessors, tile_table
+from llava_fast.ops._launch import Example, launch, multiprocessors, tile_table
+from llava_fast.ops._math import LN_2, LOG2_E
 from llava_fast.ops._triton import inlined, jit, tl
-from llava_fast.ops.attention.forward import LOG2_E, _fwd_step
+from llava_fast.ops.attention.forward import _fwd_step
 from llava_fast.ops.attention.ranges import KeyRanges
-from llava_fast.ops.attention.tiles import _plane, _times, _zeros, blocks, strides, tile_of
+from llava_fast.ops.attention.tiles import _plane, _times, _zeros, blocks, columns, strides, tile_of
 
 MAX_TOKENS = 4
 MAX_ROWS = 64  # queries times heads of a group that one program holds
@@ -104,7 +104,7 @@ def _decode_attention_kernel(
         )  # fmt: skip
     seen = total > 0
     acc = _times(acc, (1.0 / tl.where(seen, total, 1.0))[:, None], BLOCK_E)
-    lse = tl.where(seen, (best + tl.log2(tl.where(seen, total, 1.0))) * 0.6931471805599453, float("-inf"))
+    lse = tl.where(seen, (best + tl.log2(tl.where(seen, total, 1.0))) * LN_2, float("-inf"))
     plane = split * tl.num_programs(2) + batch
     row = (plane * tokens + t).to(tl.int64) * heads + head
     at = out_ptr + (row * DIM)[:, None]
@@ -130,14 +130,14 @@ def _decode_combine_kernel(
     lse = tl.load(split_lse_ptr + (p * rows + of_lse), mask=p < splits, other=float("-inf"))
     best = tl.max(lse)
     shift = tl.where(best == float("-inf"), 0.0, best)
-    weight = tl.exp2((lse - shift) * 1.4426950408889634)
+    weight = tl.exp2((lse - shift) * LOG2_E)
     total = tl.sum(weight)
     seen = total > 0
     at = split_out_ptr + ((p.to(tl.int64) * rows + row) * DIM)[:, None] + d[None, :]
     out = tl.load(at, mask=(p < splits)[:, None] & (d < DIM)[None, :], other=0.0)
     out = tl.sum(out * weight[:, None], axis=0) / tl.where(seen, total, 1.0)
     tl.store(out_ptr + row.to(tl.int64) * DIM + d, out.to(out_ptr.dtype.element_ty), mask=d < DIM)
-    merged = tl.where(seen, best + tl.log2(tl.where(seen, total, 1.0)) * 0.6931471805599453, float("-inf"))
+    merged = tl.where(seen, best + tl.log2(tl.where(seen, total, 1.0)) * LN_2, float("-inf"))
     tl.store(lse_ptr + of_lse, merged)
 
 
@@ -168,7 +168,7 @@ def launch_decode(
         (splits, k.shape[2], batch),
         *(q, k, v, k_scale, v_scale, start, end, split_out, split_lse, tokens, k.shape[1], group),
         *strides(q, k, v),
-        scale * LOG2_E,
+        scale * LOG2_E.value,
         tile=tile_of("decode_attention", q),
         **blocks(k, v),
         BLOCK_M=max(16, 1 << (group * tokens - 1).bit_length()),
@@ -216,29 +216,15 @@ def decode_attention(
     return torch.ops.llava_fast.decode_attention(q_BTHd, k_BSGd, v_BSGd, ranges.start, ranges.end, scale)
 
 
-def compile_examples(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
-    """Calls that between them launch each kernel with every shipped tile, for the compile report: for a head of its
-    own and for groups of 4, and for int8 keys. float16 compiles as bfloat16."""
-    keys = [key for key in tile_table("decode_attention")["sm_80"]["tiles"] if not key.endswith("fp32")]
-    for dim in () if dtype == torch.float16 else (72, *map(int, keys)):
-        q = torch.empty(2, 1, 32, dim, dtype=dtype)
-        ranges = torch.empty(2, 1, dtype=torch.int32)
-        for key_heads in (32, 8):
-            k = torch.empty(2, key_heads, 1024, dim, dtype=dtype).transpose(1, 2)
-            yield partial(launch_decode, q, k, k, ranges, ranges, 0.1, 8)
-        k, scales = k.to(torch.int8), torch.empty(2, key_heads, 1024)
-        yield partial(launch_decode, q, k, k, ranges, ranges, 0.1, 8, scales, scales)
-
-
-def tune_examples(
-    device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[str, str, Callable[[], Any], list[dict[str, int]]]]:
-    """(kernel, key, call, tiles worth trying) for head dimensions 64 and 128: a step of batch 8 with 32 heads after
-    768 tokens on a GPU, a little one on a CPU."""
-    batch, heads, filled, slots = (8, 32, 768, 1024) if device.type == "cuda" else (1, 2, 37, 50)
+def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
+    """A step of batch 8 with 32 heads after 768 tokens, at every head dimension that fills a tile and at 72: with key
+    heads of their own, shared by 4, and of int8. 64 and 128 decide about tiles. float16 compiles as bfloat16."""
+    batch, heads, filled, slots = (8, 32, 768, 1024) if device.type != "cpu" else (1, 4, 37, 50)
     start = torch.zeros(batch, 1, dtype=torch.int32, device=device)
     end = torch.full_like(start, filled)
-    for dim in (64, 128):
+    keys = [key for key in tile_table("decode_attention")["sm_80"]["tiles"] if not key.endswith("fp32")]
+    for dim in () if dtype == torch.float16 else (72, *map(int, keys)):
+        key = f"{columns(dim)}{' fp32' if dtype == torch.float32 else ''}"
         q = torch.randn(batch, 1, heads, dim, device=device).to(dtype)
         k, v = torch.randn(2, batch, heads, slots, dim, device=device).to(dtype).transpose(2, 3)
         tiles = [
@@ -248,5 +234,13 @@ def tune_examples(
             for stages in (2, 3, 4)
             if 16 <= block * dim // (32 * warps) <= 64  # elements of a tile of keys per thread
         ]
-        key = f"{dim} fp32" if dtype == torch.float32 else str(dim)
-        yield "decode_attention", key, partial(launch_decode, q, k, v, start, end, dim**-0.5, splits_of(q, k)), tiles
+        if dim in (64, 128):
+            call = partial(launch_decode, q, k, v, start, end, dim**-0.5, splits_of(q, k))
+            yield Example("decode_attention", key, call, tiles)
+        for key_heads in (heads, heads // 4):
+            few = k[:, :, :key_heads]
+            yield Example("decode_attention", key, partial(launch_decode, q, few, few, start, end, dim**-0.5, 8))
+        int8 = torch.zeros(batch, heads // 4, slots, dim, dtype=torch.int8, device=device).transpose(1, 2)
+        scales = torch.zeros(batch, heads // 4, slots, device=device)
+        call = partial(launch_decode, q, int8, int8, start, end, dim**-0.5, 8, scales, scales)
+        yield Example("decode_attention", key, call)

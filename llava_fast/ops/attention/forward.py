@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from llava_fast.ops._launch import launch
+from llava_fast.ops._math import LN_2, LOG2_E
 from llava_fast.ops._triton import inlined, jit, tl
 from llava_fast.ops.attention.tiles import (
     _cast,
@@ -32,8 +33,6 @@ from llava_fast.ops.attention.tiles import (
     strides,
     tile_of,
 )
-
-LOG2_E = 1.4426950408889634
 
 
 @inlined
@@ -101,7 +100,7 @@ def _fwd_tile(
     seen = total > 0
     acc = _times(acc, (1.0 / tl.where(seen, total, 1.0))[:, None], BLOCK_E)
     _store_rows(out_ptr, acc, line0 + row0, out_stride, out_column, count, DIM, BLOCK_M, BLOCK_D, BLOCK_E)
-    lse = tl.where(seen, (best + tl.log2(tl.where(seen, total, 1.0))) * 0.6931471805599453, float("-inf"))
+    lse = tl.where(seen, (best + tl.log2(tl.where(seen, total, 1.0))) * LN_2, float("-inf"))
     row = row0 + tl.arange(0, BLOCK_M)
     tl.store(lse_ptr + (plane + row), lse, mask=row < row0 + count)
 
@@ -162,7 +161,7 @@ def launch_forward(
             (-(-tokens // choice["BLOCK_M"]), heads, batch),
             *(q, k, v, start, end, first, out, lse, tokens, heads // k.shape[2]),
             *strides(q, k, v),
-            scale * LOG2_E,
+            scale * LOG2_E.value,
             tile=choice,
             **blocks(q, k, v),
         )

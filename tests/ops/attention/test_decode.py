@@ -170,5 +170,6 @@ def test_opcheck(device: str) -> None:
 
 
 def test_tiles_on_offer_to_the_tuner_agree() -> None:
-    for kernel, key, call, tiles in module.tune_examples(torch.device("cpu"), torch.float32):
-        assert tune.verified(kernel, call, tile(kernel, key, torch.device("cpu")), tiles[::7]) == tiles[::7]
+    device = torch.device("cpu")
+    for e in module.examples(device, torch.float32):
+        assert tune.verified(e.kernel, e.call, tile(e.kernel, e.key, device), e.tiles[::7]) == [*e.tiles[::7]]
