@@ -26,8 +26,6 @@ from llava_fast.checkpoint.layouts import (
     original_config,
     original_names,
     readable_by_transformers_4,
-    text_config,
-    vision_config,
 )
 from llava_fast.checkpoint.reader import OpenCheckpoint, Pieces, open_checkpoint
 from llava_fast.checkpoint.strict import check_checkpoint
@@ -42,7 +40,8 @@ from llava_fast.checkpoint.weights import (
 )
 from llava_fast.drop_in import LlavaForConditionalGeneration
 from llava_fast.errors import blaming
-from llava_fast.model.vision import pixel_normalisation
+from llava_fast.model.language import text_config
+from llava_fast.model.vision import pixel_normalisation, tower_config
 from llava_fast.processor.processor import LlavaProcessor
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -195,7 +194,7 @@ def _processor(opened: OpenCheckpoint) -> LlavaProcessor | None:
     config.image_token_index = cast(int, tokenizer.convert_tokens_to_ids("<image>"))
     config.pad_token_id = tokenizer.pad_token_id
     return LlavaProcessor.for_tower(
-        vision_config(config),
+        tower_config(config),
         tokenizer,
         pixel_normalisation(config),
         pad_to_square=getattr(config, "image_aspect_ratio", None) == "pad",

@@ -10,12 +10,14 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, MistralConfig
 
 from llava_fast.errors import blaming
+from llava_fast.model.language import text_config
+from llava_fast.model.vision import tower_config
 
 LAYOUTS = ("hf", "original")
 
@@ -149,15 +151,6 @@ def projector_type(names: Iterable[str]) -> str:
 # Configs
 
 
-def text_config(config: LlavaConfig) -> LlamaConfig:
-    """The language model's config; only LlavaConfig's own annotation allows for less."""
-    return cast(LlamaConfig, config.text_config)
-
-
-def vision_config(config: LlavaConfig) -> CLIPVisionConfig:
-    return cast(CLIPVisionConfig, config.vision_config)
-
-
 def image_tokens(vision: CLIPVisionConfig, strategy: str) -> int:
     """Tokens of one image: the patches, and with the strategy "full" CLIP's class token.
 
@@ -255,7 +248,7 @@ def original_config(
     Raises:
         ValueError: for what the original code cannot express, naming the key.
     """
-    vision, text = vision_config(config), text_config(config)
+    vision, text = tower_config(config), text_config(config)
     if not isinstance(config.vision_feature_layer, int):
         raise ValueError(
             f"vision_feature_layer is {config.vision_feature_layer}; the original layout takes one layer, not a list"
@@ -330,7 +323,7 @@ def readable_by_transformers_4(config: LlavaConfig, dtype: torch.dtype) -> Itera
     say nothing. Text and vision config get the dtype of the whole, which 4.57 believes where it differs.
     """
     # Not through the config's properties, which would change rope_parameters.
-    text, vision = vars(text_config(config)), vars(vision_config(config))
+    text, vision = vars(text_config(config)), vars(tower_config(config))
     name = str(dtype).removeprefix("torch.")
     changes: list[tuple[dict[str, Any], dict[str, Any]]]
     changes = [(text, {**legacy_rope(text["rope_parameters"]), "dtype": name}), (vision, {"dtype": name})]

@@ -29,11 +29,10 @@ from llava_fast.checkpoint.layouts import (
     llava_config,
     our_name,
     projector_type,
-    text_config,
 )
 from llava_fast.checkpoint.weights import Stored, open_weights, read_json
 from llava_fast.errors import blaming
-from llava_fast.model.language import SUPPORTED
+from llava_fast.model.language import SUPPORTED, text_config
 from llava_fast.model.pixels import keep_normalisation, read_normalisation
 
 

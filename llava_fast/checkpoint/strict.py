@@ -11,10 +11,11 @@ import torch
 from transformers import LlavaConfig, PreTrainedModel
 from transformers import initialization as init
 
-from llava_fast.checkpoint.layouts import DERIVED, HEAD, text_config, vision_config
+from llava_fast.checkpoint.layouts import DERIVED, HEAD
 from llava_fast.checkpoint.reader import OpenCheckpoint
 from llava_fast.errors import blaming
-from llava_fast.model.vision import projector_layers
+from llava_fast.model.language import text_config
+from llava_fast.model.vision import projector_layers, tower_config
 
 
 def require_complete(path: str | os.PathLike, info: dict[str, Any], allow_mismatch: bool = False) -> None:
@@ -56,7 +57,7 @@ def check_checkpoint(cls: type[PreTrainedModel], opened: OpenCheckpoint) -> None
 def model_on_meta(cls: type[PreTrainedModel], config: LlavaConfig, file: Path, n_tensors: int) -> PreTrainedModel:
     """The model of a config, without storage; ValueError for a config, from `file`, that there is no model of."""
     with blaming(file), torch.device("meta"), init.no_init_weights():
-        layers = (text_config(config).num_hidden_layers, vision_config(config).num_hidden_layers)
+        layers = (text_config(config).num_hidden_layers, tower_config(config).num_hidden_layers)
         depth = max(projector_layers(config), *layers)
         if depth > n_tensors:  # to build them would take for ever
             raise ValueError(f"it is of {depth} layers, but there are {n_tensors} tensors")

@@ -264,7 +264,8 @@ def _run(
     kernels: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Losses [N], not scaled; and as `wanted` the gradients of hidden and weight of their sum, times `scale`."""
-    hidden_ND, labels_N = as_rows(hidden), labels.reshape(-1)
+    hidden_ND = as_rows(hidden) if kernels else hidden.reshape(-1, hidden.shape[-1])
+    labels_N = labels.reshape(-1)
     (rows, width), vocabulary = hidden_ND.shape, weight_VD.shape[0]
     want_dhidden, want_dweight = wanted
     wide = _wide(hidden.dtype)
