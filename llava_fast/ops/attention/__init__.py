@@ -30,7 +30,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Literal, overload
 
 import torch
 from torch.nn import functional as F
@@ -54,39 +53,6 @@ CPU_BLOCKED, CPU_BLOCK = range(257, 769), 192
 __all__ = ["KeyRanges", "attention", "attention_reference", "attention_weights_reference", "range_attention"]
 
 
-@overload
-def attention(
-    q_BTHd: torch.Tensor,
-    k_BSGd: torch.Tensor,
-    v_BSGd: torch.Tensor,
-    start_BT: torch.Tensor,
-    end_BT: torch.Tensor,
-    *,
-    scale: float | None = ...,
-    return_lse: Literal[False] = ...,
-) -> torch.Tensor: ...
-@overload
-def attention(
-    q_BTHd: torch.Tensor,
-    k_BSGd: torch.Tensor,
-    v_BSGd: torch.Tensor,
-    start_BT: torch.Tensor,
-    end_BT: torch.Tensor,
-    *,
-    scale: float | None = ...,
-    return_lse: Literal[True],
-) -> tuple[torch.Tensor, torch.Tensor]: ...
-@overload
-def attention(
-    q_BTHd: torch.Tensor,
-    k_BSGd: torch.Tensor,
-    v_BSGd: torch.Tensor,
-    start_BT: torch.Tensor,
-    end_BT: torch.Tensor,
-    *,
-    scale: float | None = ...,
-    return_lse: bool,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 def attention(
     q_BTHd: torch.Tensor,
     k_BSGd: torch.Tensor,
@@ -112,39 +78,10 @@ def attention(
     Raises:
         ValueError: for shapes that do not fit together, or a scale that is not positive.
     """
-    return range_attention(q_BTHd, k_BSGd, v_BSGd, KeyRanges(start_BT, end_BT), scale=scale, return_lse=return_lse)
+    out, lse = _checked(q_BTHd, k_BSGd, v_BSGd, KeyRanges(start_BT, end_BT), scale, return_lse)
+    return (out, lse) if return_lse else out
 
 
-@overload
-def range_attention(
-    q_BTHd: torch.Tensor,
-    k_BSGd: torch.Tensor,
-    v_BSGd: torch.Tensor,
-    ranges: KeyRanges,
-    *,
-    scale: float | None = ...,
-    return_lse: Literal[False] = ...,
-) -> torch.Tensor: ...
-@overload
-def range_attention(
-    q_BTHd: torch.Tensor,
-    k_BSGd: torch.Tensor,
-    v_BSGd: torch.Tensor,
-    ranges: KeyRanges,
-    *,
-    scale: float | None = ...,
-    return_lse: Literal[True],
-) -> tuple[torch.Tensor, torch.Tensor]: ...
-@overload
-def range_attention(
-    q_BTHd: torch.Tensor,
-    k_BSGd: torch.Tensor,
-    v_BSGd: torch.Tensor,
-    ranges: KeyRanges,
-    *,
-    scale: float | None = ...,
-    return_lse: bool,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 def range_attention(
     q_BTHd: torch.Tensor,
     k_BSGd: torch.Tensor,
@@ -152,16 +89,20 @@ def range_attention(
     ranges: KeyRanges,
     *,
     scale: float | None = None,
-    return_lse: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """`attention` by ranges that several calls share: what follows from them is worked out once."""
-    batch, tokens, heads, dim = q_BTHd.shape
-    if k_BSGd.shape != v_BSGd.shape or k_BSGd.shape[0] != batch or k_BSGd.shape[3] != dim:
-        raise ValueError(
-            f"attention: q {tuple(q_BTHd.shape)}, k {tuple(k_BSGd.shape)} and v {tuple(v_BSGd.shape)} do not fit"
-        )
-    if heads % k_BSGd.shape[2]:
-        raise ValueError(f"attention: {heads} query heads are not a multiple of {k_BSGd.shape[2]} key heads")
+    return _checked(q_BTHd, k_BSGd, v_BSGd, ranges, scale, False)[0]
+
+
+def _checked(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: KeyRanges, scale: float | None, return_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and, if asked for, LSE, for arguments that fit together."""
+    batch, tokens, heads, dim = q.shape
+    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != dim:
+        raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit")
+    if heads % k.shape[2]:
+        raise ValueError(f"attention: {heads} query heads are not a multiple of {k.shape[2]} key heads")
     if ranges.shape != (batch, tokens):
         raise ValueError(f"attention: key ranges {tuple(ranges.shape)}, expected {(batch, tokens)}")
     scale = dim**-0.5 if scale is None else scale
@@ -169,12 +110,8 @@ def range_attention(
         raise ValueError(f"attention: scale is {scale}; it must be positive")
     if tokens == 0 or batch == 0:
         # Keys and values stay in the graph: whoever waits for their gradients in every process gets zeros.
-        out = q_BTHd + (k_BSGd.sum() + v_BSGd.sum())
-        lse = q_BTHd.new_zeros(batch, heads, tokens, dtype=torch.float32)
-    else:
-        run = choose("attention", q_BTHd, k_BSGd, v_BSGd)
-        out, lse = run(q_BTHd, k_BSGd, v_BSGd, ranges, scale, return_lse)
-    return (out, lse) if return_lse else out
+        return q + (k.sum() + v.sum()), q.new_zeros(batch, heads, tokens, dtype=torch.float32)
+    return choose("attention", q, k, v)(q, k, v, ranges, scale, return_lse)
 
 
 def attention_reference(

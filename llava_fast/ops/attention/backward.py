@@ -3,12 +3,7 @@
 dQ walks keys, as the forward kernel does. dK and dV: a tile of keys walks the one run of queries that see it, for all
 query heads of its group, so that sums are formed in registers, in one order, without atomics.
 
-`first` is, for each row (a query, or a key), the first row of its sample. `scale` comes multiplied by log2(e),
-since the hardware's exponential is 2ˣ. A line is a row counted through the batch, b · T + t.
-
-Registers decide these kernels. What does not depend on the tile would be moved out of the loop over tiles and hold
-registers all through the walk, until some spill: hence `disable_licm`, and addresses outside of the inner loops that
-are written in terms of the tile's first row. Bases are 64-bit, offsets inside a tile of an inner loop are not.
+What `first`, `scale` and a line are, and why registers decide, is said in `forward.py`.
 """
 
 from __future__ import annotations
