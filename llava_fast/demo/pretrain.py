@@ -10,8 +10,10 @@ LLaVA starts from a CLIP tower and a Vicuna that others have trained; the demo s
   of "nothing", in any order, blurred, objects more than once. That is what a projector can be expected to make of
   patches, so that looking up, comparing and counting need not be learned again from pictures.
 
-The weights that ship took 700 steps for the tower and, for the text model, 3,000 steps and three runs more with
-`--resume`, 3,500 steps or so, while the kinds of questions were being settled.
+The weights that ship come from one run of each part with the defaults, in one thread on a machine that was busy with
+other things, too: the tower's 1,500 steps took 431 s (last line "tower 1500: loss 0.047"), the text model's 4,500 steps
+(`--only text`) 1,888 s ("text 4500: answer loss 0.000, 1888 s"). With them the demo answered all of its 832 questions
+about pictures, and 32 % where the pictures were grey.
 
 Held-out scenes are not used here either. Shapes: B batch, T tokens, N patches, P phrases, D width, W words of a slot.
 """
@@ -31,7 +33,7 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.progress import track
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from torch.nn import functional as F
@@ -78,14 +80,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="where `tower` and `text` are written")
     parser.add_argument("--tower-steps", type=int, default=1500)
-    parser.add_argument("--text-steps", type=int, default=7000)
-    parser.add_argument("--resume", action="store_true", help="go on from the text model that is in --out")
+    parser.add_argument("--text-steps", type=int, default=4500)
     parser.add_argument("--only", choices=("tower", "text"), help="leave the other part as it is")
     options = parser.parse_args()
     if options.only != "text":
         pretrain_tower(options.out / "tower", options.tower_steps)
     if options.only != "tower":
-        pretrain_text(options.out / "text", options.text_steps, resume=options.resume)
+        pretrain_text(options.out / "text", options.text_steps)
 
 
 def untrained(vocab_size: int) -> LlavaForConditionalGeneration:
@@ -293,7 +294,7 @@ class TextWorld:
         self._learn(sample, self.ids(world.caption(scene, rng) + "\n"), answer=True)
         return sample
 
-    def conversation(self, rng: random.Random, questions: int = 8) -> TextSample:
+    def conversation(self, rng: random.Random, questions: int = 7) -> TextSample:
         """A description, then questions about it and their answers."""
         scene = world.sample_scene(rng, held=False)
         sample = TextSample([], [], [])
@@ -301,7 +302,9 @@ class TextWorld:
         opening = f"{self.system} USER: " if rng.random() < 0.2 else " USER: "
         self._add(sample, [[self.bos], *([i] for i in self.ids(opening)), *self._slots(scene, rng)])
         between = "\n"
-        for question in world.ask(scene, rng, questions):
+        # All other questions can be answered by colour or place. Without more of these nothing is looked up by shape.
+        asked = {q.text: q for q in [*world.ask(scene, rng, questions), *world.colours_by_shape(scene)]}
+        for question in rng.sample(list(asked.values()), len(asked)):
             self._learn(sample, self.ids(f"{between}{question.text} ASSISTANT:"), answer=False)
             self._learn(sample, (*self.ids(f" {question.answer}"), self.eos), answer=True)
             between = "USER: "
@@ -407,22 +410,18 @@ def text_optimizers(model: LlavaForConditionalGeneration) -> Iterator[tuple[torc
     yield torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.0), 1e-3
 
 
-def pretrain_text(folder: Path, steps: int, batch_size: int = 16, resume: bool = False) -> None:
+def pretrain_text(folder: Path, steps: int, batch_size: int = 16) -> None:
     """Train the text model on text and write it, every 500 steps, as a Llama directory with its tokenizer."""
     tokenizer = build_tokenizer()
     model = untrained(tokenizer.get_vocab_size())
-    if resume:
-        found = {name: weight.float() for name, weight in load_file(folder / "model.safetensors").items()}
-        model.lm_head.weight.data = found.pop("lm_head.weight")
-        model.model.language_model.load_state_dict({k.removeprefix("model."): v for k, v in found.items()})
     table = model.model.language_model.embed_tokens.weight
     text = TextWorld(tokenizer)
     optimizers = list(text_optimizers(model))
-    rng = random.Random(3 if resume else 2)
+    rng = random.Random(2)
     started = time.perf_counter()
     for step in track(range(steps), "text model"):
         # Captions first and conversations later, in random alternation.
-        if rng.random() < (0.2 if resume else 0.6) * (1 - step / steps):
+        if rng.random() < 0.3 * (1 - step / steps):
             samples = [text.captioning(rng) for _ in range(2 * batch_size)]
         else:
             samples = [text.conversation(rng) for _ in range(batch_size)]

@@ -187,11 +187,16 @@ def _what(scene: Scene, rng: random.Random) -> Question:
     return Question("what", f"What is at the {PLACES[o.place]}?", f"a {o.name}")
 
 
-def _colour(scene: Scene, rng: random.Random) -> Question:
+def colours_by_shape(scene: Scene) -> list[Question]:
+    """What can be asked about an object by its shape alone: the colour of each shape that is there once."""
     alone = [o for o in scene if sum(p.shape == o.shape for p in scene) == 1]
+    return [Question("colour", f"What colour is the {o.shape}?", o.colour) for o in alone]
+
+
+def _colour(scene: Scene, rng: random.Random) -> Question:
+    alone = colours_by_shape(scene)
     if alone and rng.random() < 0.6:
-        o = rng.choice(alone)
-        return Question("colour", f"What colour is the {o.shape}?", o.colour)
+        return rng.choice(alone)
     o = rng.choice(scene)
     return Question("colour", f"What colour is the object at the {PLACES[o.place]}?", o.colour)
 

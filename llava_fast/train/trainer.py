@@ -429,6 +429,8 @@ class LlavaTrainer(Trainer):
         """Write the trained model, in the recipe's dtype, and its processor, and move them to `output_dir`."""
         folder = Path(self._get_output_dir()) / "model"
         with checkpoints.writing(self.recipe.output_dir, folder):
+            if self.args.should_save:  # a run that was killed between its last checkpoint and this has more than these
+                checkpoints.rotate(self.recipe.output_dir, self.state.global_step, self.args.save_total_limit)
             if self.recipe.stage == "lora":
                 adapter = folder / "adapter"
                 self.save_model(str(adapter))

@@ -98,6 +98,24 @@ def test_text_samples_are_in_the_template_of_the_demo():
         assert tokenizer.decode(answers).split() == " ".join(turns[1::2]).split()
 
 
+def test_conversations_ask_for_every_colour_by_shape(monkeypatch):
+    """Once each, with the answer."""
+    drawn = []
+    sample = world.sample_scene
+    monkeypatch.setattr(
+        world, "sample_scene", lambda *args, **kwargs: drawn.append(sample(*args, **kwargs)) or drawn[-1]
+    )
+    tokenizer = pretrain.build_tokenizer()
+    text, rng = pretrain.TextWorld(tokenizer), random.Random(1)
+    for _ in range(20):
+        ids = [i for i in text.conversation(rng).labels if i >= 0]
+        learned = tokenizer.decode(ids, skip_special_tokens=False)
+        for shape in world.SHAPES:
+            colours = [o.colour for o in drawn[-1] if o.shape == shape]
+            asked = learned.split(f"What colour is the {shape}? ASSISTANT: ")[1:]
+            assert [said.partition("</s>")[0] for said in asked] == (colours if len(colours) == 1 else [])
+
+
 def test_slots_name_every_object_and_leave_room_for_nothing():
     tokenizer = pretrain.build_tokenizer()
     text, rng = pretrain.TextWorld(tokenizer), random.Random(2)

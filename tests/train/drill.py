@@ -64,13 +64,11 @@ class Moments(TrainerCallback):
                 os.seteuid(NOBODY)
 
 
-def train(job: dict, pipe: int) -> int:
+def train(job: dict, pipe: int, log: int) -> int:
     """What a fork does: the command line's work, with an eye on it."""
-    with open(job["log"], "wb") as log:  # written by another process, for which files may be large
-        pipe_to_log = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log)
-    os.dup2(pipe_to_log.stdin.fileno(), 1)
-    os.dup2(pipe_to_log.stdin.fileno(), 2)
-    pipe_to_log.stdin.close()
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
     moments = Moments(load_recipe(job["recipe"], job["overrides"]).output_dir, job)
     trainer.run = partial(trainer.run, callbacks=[moments])
     sys.addaudithook(moments.audit)
@@ -80,32 +78,33 @@ def train(job: dict, pipe: int) -> int:
     status = command([job["recipe"], *job["overrides"]])
     os.write(pipe, str(moments.n).encode())
     sys.stdout.flush()
-    os.close(1)
-    os.close(2)
-    pipe_to_log.wait()
     return status
 
 
 def main() -> None:
     for line in sys.stdin:
         job = json.loads(line)
-        started = time.monotonic()
+        with open(job["log"], "wb") as log:  # written by a process for which files may be large, and that is not killed
+            logger = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log)
         reader, writer = os.pipe()
+        started = time.monotonic()
         pid = os.fork()
         if pid == 0:
             status = 99
             try:
-                status = train(job, writer)
+                status = train(job, writer, logger.stdin.fileno())
             except BaseException:
                 traceback.print_exc()
             finally:
                 os._exit(status)
         os.close(writer)
+        logger.stdin.close()
         killer = threading.Timer(job.get("kill_after", 1e6), os.kill, (pid, signal.SIGKILL))
-        if "kill_after" in job:
-            killer.start()
+        killer.start()
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         killer.cancel()
+        killer.join()  # a process forks best alone
+        logger.wait()  # all that the fork has said is in the log, and nothing of it comes into the next one's
         events = os.read(reader, 100).decode()
         os.close(reader)
         answer = {"status": status, "events": int(events or 0), "seconds": time.monotonic() - started}

@@ -301,6 +301,18 @@ def test_ends_where_only_the_model_was_missing(copied, finished):
         assert (copied.output_dir / name).read_bytes() == (finished.output_dir / name).read_bytes()
 
 
+@pytest.mark.parametrize("limit", [1, 2, None])
+def test_ends_where_the_oldest_checkpoint_had_not_gone_yet(limit, copied, finished):
+    """Killed between the last checkpoint's coming and an earlier one's going: no step follows that would remove it."""
+    shutil.copytree(finished.output_dir / "checkpoint-6", copied.output_dir / "checkpoint-6")
+    run(replace(copied, save_total_limit=limit))
+    assert all_whole(copied.output_dir) == [2, 4, 6][-limit if limit else 0 :]
+    assert not (copied.output_dir / checkpoints.UNFINISHED).exists()
+    assert (copied.output_dir / "model.safetensors").read_bytes() == (
+        finished.output_dir / "model.safetensors"
+    ).read_bytes()
+
+
 def test_the_new_checkpoint_is_whole_before_the_old_one_goes(copied, monkeypatch):
     """`save_total_limit: 1`, seen at each move and removal."""
     seen = []
