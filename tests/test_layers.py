@@ -41,6 +41,7 @@ ONLY_IN = {
     ),
     "peft": ("llava_fast.train",),
     "accelerate": ("llava_fast.train",),
+    "pydantic": ("llava_fast.train",),
     "llava_fast._cuda": ("llava_fast.backend",),
 }
 # Merging an adapter needs peft, so its file may import it, inside a function only.
