@@ -238,32 +238,33 @@ class LlavaModel(LlavaPreTrainedModel):
             return embed_merge(
                 input_ids, table.weight, rows_MD, padding_id=table.padding_idx, slots_M=image_slots, mask_BT=is_image_BT
             )
+        unused = None
+        if images is None and self.training and torch.is_grad_enabled():
+            unused = self._unused_feature(
+                cast(torch.Tensor, input_ids if inputs_embeds is None else inputs_embeds).device
+            )
         embeds_BTD: torch.Tensor = table(input_ids) if inputs_embeds is None else inputs_embeds
         if images is not None:
             return merge(embeds_BTD, images.rows_MD.to(embeds_BTD.device), slots_M=image_slots, mask_BT=is_image_BT)
-        if self.training and torch.is_grad_enabled():
-            return self._keep_projector_in_graph(embeds_BTD)
-        return embeds_BTD
+        return embeds_BTD if unused is None else embeds_BTD + 0 * unused.to(embeds_BTD.dtype)
 
-    def _keep_projector_in_graph(self, embeds_BTD: torch.Tensor) -> torch.Tensor:
-        """Add zero times an image feature, so that a batch of text alone gives the projector (zero) gradients.
+    def _unused_feature(self, device: torch.device) -> torch.Tensor | None:
+        """An image feature [1, D] to be added zero times, so that a batch of text alone gives the projector gradients.
 
-        Without it stage 1 would have nothing to differentiate there. Beside other processes the feature comes from a
-        black image through the whole tower: where parameters are sharded, all must gather the same ones.
+        Without it stage 1 would have nothing to differentiate there. Beside other processes it comes from a black image
+        through the whole tower, before the text is embedded: where parameters are sharded, all processes must gather
+        the same ones in the same order.
         """
         vision = tower_config(self.config)
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed and torch.distributed.get_world_size() > 1:
             side = cast(int, vision.image_size)
-            black = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=embeds_BTD.device)
-            feature = self.get_image_features(black).pooler_output[0][:1]
-        elif any(parameter.requires_grad for parameter in self.multi_modal_projector.parameters()):
-            width = vision.hidden_size * len(feature_layers(self.config))
-            zero = torch.zeros(1, width, device=embeds_BTD.device, dtype=embeds_BTD.dtype)
-            feature = self.multi_modal_projector(zero)
-        else:
-            return embeds_BTD
-        return embeds_BTD + 0 * feature.to(embeds_BTD.dtype)
+            black = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=device)
+            return cast("list[torch.Tensor]", self.get_image_features(black).pooler_output)[0][:1]
+        if not any(parameter.requires_grad for parameter in self.multi_modal_projector.parameters()):
+            return None
+        width = vision.hidden_size * len(feature_layers(self.config))
+        return self.multi_modal_projector(torch.zeros(1, width, device=device, dtype=self.dtype))
 
     # Ranges
 
