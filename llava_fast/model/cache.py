@@ -123,9 +123,8 @@ def rotate_and_cache(
 ) -> tuple[torch.Tensor, torch.Tensor | Int8, torch.Tensor | Int8]:
     """Rotated queries, and all keys and values of the updated cache, [B, S, G, d].
 
-    For a static cache the returned keys and values are views of the cache. For the first tokens of an int8 cache they
-    are the new keys and values before quantisation.
-    """
+    For a static cache keys and values are views of it; for the first tokens of an int8 cache they are the new keys and
+    values before quantisation."""
     own = cache.layers[layer] if layer < len(cache.layers) else None
     is_static = type(own) in (StaticLayer, Int8Layer)  # exact types: no sliding window, no subclass
     if not is_static or not isinstance(own, StaticLayer) or cache.offloading or _wanted(q_BTHd, k_BTGd, v_BTGd):

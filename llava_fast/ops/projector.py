@@ -254,8 +254,7 @@ def _backward(
     return dx, dweights, dbiases
 
 
-# Custom ops take biases as a list of those that exist, plus a flag per layer: in a list with None entries the tensors
-# would get no gradients.
+# A custom op gives no gradients to a list with None entries, so it takes the existing biases and a flag per layer.
 def _with_gaps(biases: Sequence[torch.Tensor], has_bias: Sequence[bool]) -> list[torch.Tensor | None]:
     present = iter(biases)
     return [next(present) if has else None for has in has_bias]
