@@ -64,7 +64,7 @@ def activation_case(op: str, rows: int, columns: int, dtype: torch.dtype, backwa
 
 
 def providers(op: str) -> dict[str, Callable[[Tensors], Callable]]:
-    """Who can do it here. `hf` is what transformers calls."""
+    """The providers. `hf` is the function that transformers calls."""
     found = {"torch": function(_listed(REFERENCES[op])), "hf": function(_listed(_hf(op)))}
     if not torch.cuda.is_available():
         return found
@@ -77,7 +77,7 @@ def providers(op: str) -> dict[str, Callable[[Tensors], Callable]]:
 
 
 def _listed(fn: Callable[..., torch.Tensor]) -> Callable[..., list[torch.Tensor]]:
-    """The harness compares lists of outputs."""
+    """`fn` with its output in a list, as the harness expects."""
     return lambda **tensors: [fn(*tensors.values())]
 
 

@@ -1,7 +1,7 @@
 """New keys and values into a static cache: a decoding step and one prefill (640 tokens).
 
-`torch` is rotary and the copies after it, as the reference does them. The angles are inputs, not part of what is timed:
-a model makes them once for all layers. The cache is allocated beforehand, and is a result, as the new queries are.
+`torch` is rotary followed by copies, as in the reference. The angles are inputs and not timed: a model makes them once
+for all layers. The cache is allocated before the measurement; cache and rotated queries are the results.
 """
 
 from collections.abc import Callable

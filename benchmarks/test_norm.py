@@ -75,7 +75,7 @@ def _reference(op: str) -> Callable:
 
 
 def providers(op: str, reference: Callable, backward: bool) -> dict[str, Callable[[Tensors], Callable]]:
-    """Who can do it here. `torch` is PyTorch's own fused norm after an add; `hf` is what transformers calls."""
+    """The providers. `torch` is PyTorch's own fused norm after an add; `hf` is the module of transformers."""
     found = {"torch": function(_torch_layer_norm if op == "layer_norm" else _torch_rms_norm), "hf": _hf}
     if not torch.cuda.is_available():
         return {**found, "reference": function(reference)}

@@ -1,7 +1,7 @@
 """Pixels to the vision tower's tokens: uint8 images to patches, position, CLS, pre-LayerNorm; for 1, 8 and 32 images.
 
-Everything from the decoded image on is in: normalisation, too, which others do in passes of their own. With backward,
-the gradients of all weights (a tower that is trained); pixels have none.
+Everything after decoding is measured, including normalisation, which other providers do in separate passes. With
+backward, the gradients of all weights (a trained tower); pixels have none.
 """
 
 from collections.abc import Callable
@@ -59,7 +59,7 @@ def patch_embed_case(images: int, side: int, patch: int, width: int, dtype: torc
 
 
 def providers(backward: bool) -> dict[str, Callable[[Tensors], Callable]]:
-    """Who can do it here. `hf` is transformers' module, `linear` the convolution as a product of unfolded patches."""
+    """The providers. `hf` is transformers' module, `linear` the convolution as a GEMM of unfolded patches."""
     found = {"hf": _hf, "linear": function(_linear)}
     if not torch.cuda.is_available():
         return {**found, "reference": function(_reference)}

@@ -1,7 +1,7 @@
 """Decoded images of several sizes to the tower's square: shorter side to 336, centre crop, for 1, 8 and 32 images.
 
-Images begin on the host, where decoding leaves them, and results end on the device: copies are in. The harness compares
-floating results, so the last step of every provider is a copy of the uint8 result in float32.
+Images start on the host, after decoding, and results are on the device: copies are timed. The harness compares floating
+results, so every provider ends with a conversion of the uint8 result to float32.
 """
 
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def resize_case(sizes: list[tuple[int, int]], side: int) -> Case:
 
 
 def providers(side: int) -> dict[str, Callable[[Tensors], Callable]]:
-    """Who can do it here. `hf` is transformers' image processor, `pil` what it calls."""
+    """The providers. `hf` is transformers' image processor, `pil` Pillow alone, which it calls."""
     found = {"hf": _hf(side), "pil": function(_pil(side))}
     if not torch.cuda.is_available():
         return {**found, "reference": function(_with_backend("reference", side))}

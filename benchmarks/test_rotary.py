@@ -1,6 +1,6 @@
 """Rotary positions on queries and keys: one prefill (640 tokens), one training sample (832), a decoding step.
 
-The angles are inputs, not part of what is timed: a model makes them once for all layers.
+The angles are inputs and not timed: a model makes them once for all layers.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def rotary_case(tokens: int, heads: int, dim: int, dtype: torch.dtype, backward:
 
 
 def providers() -> dict[str, Callable[[Tensors], Callable]]:
-    """Who can do it here. `hf` is what transformers calls, on its own layout [B, H, T, d]."""
+    """The providers. `hf` is transformers' function, on its own layout [B, H, T, d]."""
     found = {"torch": _with_angles(rotary.rotary_reference), "hf": _with_angles(_hf)}
     if not torch.cuda.is_available():
         return found
@@ -72,7 +72,7 @@ def _reference(q, k, positions):
 
 
 def _with_angles(fn: Callable) -> Callable[[Tensors], Callable]:
-    """A provider that is given the angles, made beforehand."""
+    """A provider that gets precomputed angles."""
 
     def provider(inputs: Tensors) -> Callable:
         q, k = inputs["q"], inputs["k"]
