@@ -28,7 +28,7 @@ REFERENCES = {
 
 
 def cases(gpu: bool) -> list[Case]:
-    """What is measured on a GPU (LLaVA-1.5-7B's shapes, bf16), and the same in small on a CPU."""
+    """The cases on a GPU (LLaVA-1.5-7B's shapes, bf16), and smaller ones on a CPU."""
     dtype = torch.bfloat16 if gpu else torch.float32
     shapes = {
         "swiglu": [(640, 11008), (832, 11008)] if gpu else [(64, 1376)],

@@ -18,7 +18,7 @@ SLOTS = 1024
 
 
 def cases(gpu: bool) -> list[Case]:
-    """What is measured on a GPU (LLaVA-1.5-7B's shapes, bf16), and the same in small on a CPU."""
+    """The cases on a GPU (LLaVA-1.5-7B's shapes, bf16), and smaller ones on a CPU."""
     dtype = torch.bfloat16 if gpu else torch.float32
     return [write_case(*shape, dtype) for shape in ([(1, 32, 128), (640, 32, 128)] if gpu else [(64, 8, 64)])]
 

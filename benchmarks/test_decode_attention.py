@@ -16,7 +16,7 @@ from llava_fast.ops.attention import KeyRanges, attention_reference
 
 
 def cases(gpu: bool) -> list[Case]:
-    """LLaVA-1.5-7B's heads and a turn with an image (bf16) on a GPU, the same in small on a CPU."""
+    """LLaVA-1.5-7B's heads and one turn with an image (bf16) on a GPU, smaller cases on a CPU."""
     if gpu:
         slots, filled, heads, groups, dim, dtype = 1024, 768, 32, 8, 128, torch.bfloat16
     else:

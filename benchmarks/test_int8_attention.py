@@ -17,7 +17,7 @@ from llava_fast.ops.attention.int8 import int8_attention, int8_attention_referen
 
 
 def cases(gpu: bool) -> list[Case]:
-    """LLaVA-1.5-7B's heads and a turn with an image (bf16) on a GPU, the same in small on a CPU."""
+    """LLaVA-1.5-7B's heads and one turn with an image (bf16) on a GPU, smaller cases on a CPU."""
     slots, filled, heads, dim = (1024, 768, 32, 128) if gpu else (256, 192, 8, 64)
     dtype = torch.bfloat16 if gpu else torch.float32
     return [

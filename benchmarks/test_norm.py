@@ -25,7 +25,7 @@ EPS = 1e-5
 
 
 def cases(gpu: bool) -> list[Case]:
-    """What is measured on a GPU (LLaVA-1.5-7B's shapes, bf16), and the same in small on a CPU."""
+    """The cases on a GPU (LLaVA-1.5-7B's shapes, bf16), and smaller ones on a CPU."""
     dtype = torch.bfloat16 if gpu else torch.float32
     shapes = {
         "rms_norm": [(640, 4096), (832, 4096), (4096, 4096)] if gpu else [(64, 512), (640, 512)],

@@ -21,7 +21,7 @@ MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.25, 0.3)
 
 
 def cases(gpu: bool) -> list[Case]:
-    """What is measured on a GPU (CLIP ViT-L/14 at 336, bf16), and the same in small on a CPU."""
+    """The cases on a GPU (CLIP ViT-L/14 at 336, bf16), and smaller ones on a CPU."""
     dtype = torch.bfloat16 if gpu else torch.float32
     shapes = [(images, 336, 14, 1024) for images in (1, 8, 32)] if gpu else [(1, 56, 14, 64), (4, 112, 14, 128)]
     return [patch_embed_case(*shape, dtype, backward) for shape in shapes for backward in (False, True)]

@@ -20,7 +20,7 @@ SIZES = ((480, 640), (640, 480), (427, 640), (500, 375))  # height, width: photo
 
 
 def cases(gpu: bool) -> list[Case]:
-    """What is measured on a GPU, and the same in small on a CPU."""
+    """The cases on a GPU, and smaller ones on a CPU."""
     if gpu:
         return [resize_case([SIZES[i % 4] for i in range(images)], 336) for images in (1, 8, 32)]
     return [resize_case([(height // 4, width // 4) for height, width in SIZES[:images]], 56) for images in (1, 4)]

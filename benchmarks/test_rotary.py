@@ -21,7 +21,7 @@ except ImportError:
 
 
 def cases(gpu: bool) -> list[Case]:
-    """What is measured on a GPU (LLaVA-1.5-7B's shapes, bf16), and the same in small on a CPU."""
+    """The cases on a GPU (LLaVA-1.5-7B's shapes, bf16), and smaller ones on a CPU."""
     dtype = torch.bfloat16 if gpu else torch.float32
     shapes = [(1, 32, 128), (640, 32, 128), (832, 32, 128)] if gpu else [(64, 8, 64)]
     return [rotary_case(*shape, dtype, backward) for shape in shapes for backward in (False, True)]

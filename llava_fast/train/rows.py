@@ -212,7 +212,7 @@ def identity(content: Any) -> str:
 
 
 def parse_row(row: Any) -> tuple[list[str], list[str]]:
-    """A row's turns (human, gpt, human, ...) and its images; ValueError says what is wrong with it."""
+    """A row's turns (human, gpt, human, ...) and its images; ValueError if it breaks the format."""
     if isinstance(row, BadLine):
         raise ValueError(row.words)
     if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):

@@ -50,7 +50,7 @@ def _path(value: Any, info: ValidationInfo) -> Any:
         return value
     try:
         path = Path(value).expanduser()
-    except RuntimeError as error:  # ~nobody
+    except RuntimeError as error:  # a home directory of an unknown user, such as ~nobody
         raise ValueError(f"{error} ({show(value)})") from error
     return info.context / path if isinstance(info.context, Path) else path
 

@@ -337,7 +337,7 @@ def key_ranges(
 
 
 def _end_of_image(image_mask_BT: torch.Tensor, image_tokens: int, past: int | torch.Tensor) -> torch.Tensor:
-    """End (exclusive) of the image each token lies in; its own index + 1 outside of one."""
+    """End (exclusive) of the image that contains each token; own index + 1 for other tokens."""
     step = torch.arange(image_mask_BT.shape[1], device=image_mask_BT.device)
     opens = image_mask_BT & ~torch.nn.functional.pad(image_mask_BT[:, :-1], (1, 0))
     run_BT = torch.where(opens, step, 0).cummax(1).values
