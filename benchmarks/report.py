@@ -99,12 +99,12 @@ def summary_cell(records: list[Record]) -> str:
     peer = next((r for r in records if r["provider"] not in OURS), None)
     if ours is None:
         return MISSING
-    parts = [f"{ours['provider']} {duration(ours['ms_median'])}"]
+    texts = [f"{ours['provider']} {duration(ours['ms_median'])}"]
     if ours["pct_of_floor"] is not None:
-        parts.append(f"{ours['pct_of_floor']:.0f} % of the floor")
+        texts.append(f"{ours['pct_of_floor']:.0f} % of the floor")
     if peer is not None:
-        parts.append(f"{peer['ms_median'] / ours['ms_median']:.2f} × {peer['provider']}")
-    return ", ".join(parts)
+        texts.append(f"{peer['ms_median'] / ours['ms_median']:.2f} × {peer['provider']}")
+    return ", ".join(texts)
 
 
 def summary(results: dict[str, Results]) -> str:

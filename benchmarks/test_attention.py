@@ -128,9 +128,9 @@ def _sample_by_sample(packed: Pack, lengths: tuple[int, ...], q, k, v, *_, **__)
     """The reference, one sample at a time: a dense mask over the whole pack would not fit in float64."""
     outs, at = [], 0
     for n in lengths:
-        part = slice(at, at + n)
-        ranges = KeyRanges(*(r[:, part].to(q.device) - at for r in (packed.key_start, packed.key_end)))
-        outs.append(attention_reference(q[:, part], k[:, part], v[:, part], ranges, q.shape[-1] ** -0.5))
+        rows = slice(at, at + n)
+        ranges = KeyRanges(*(r[:, rows].to(q.device) - at for r in (packed.key_start, packed.key_end)))
+        outs.append(attention_reference(q[:, rows], k[:, rows], v[:, rows], ranges, q.shape[-1] ** -0.5))
         at += n
     return (torch.cat(outs, 1),)
 

@@ -127,9 +127,9 @@ def _write_json(path: Path, value: Any) -> None:
 
 def train_stage(stage: str, out: Path, size: Size) -> TrainResult:
     """Train one stage by its recipe, with `train.trainer.run`."""
-    parts = {"vision_tower": WEIGHTS / "tower", "language_model": WEIGHTS / "text"}
+    models = {"vision_tower": WEIGHTS / "tower", "language_model": WEIGHTS / "text"}
     folders = {
-        "stage 1": {**parts, "output_dir": out / "stage1"},
+        "stage 1": {**models, "output_dir": out / "stage1"},
         "stage 2": {"model": out / "stage1", "output_dir": out / "model"},
     }[stage]
     paths = {"data": out / f"{stage.replace(' ', '')}.json", "image_folder": out, **folders}

@@ -164,14 +164,14 @@ def caption(scene: Scene, rng: random.Random) -> str:
     """
     match rng.randrange(4):
         case 0:
-            parts = [phrase(o) for o in scene]
+            phrases = [phrase(o) for o in scene]
         case 1:
-            parts = [f"a {o.shape} coloured {o.colour} at the {PLACES[o.place]}" for o in scene]
+            phrases = [f"a {o.shape} coloured {o.colour} at the {PLACES[o.place]}" for o in scene]
         case _:
             empty = empty_places(scene)
-            parts = [f"at the {PLACES[o.place]} a {o.name}" for o in scene]
-            parts += [f"at the {PLACES[p]} nothing" for p in rng.sample(empty, min(len(empty), rng.randint(0, 3)))]
-    return ", ".join(rng.sample(parts, len(parts))) + "."
+            phrases = [f"at the {PLACES[o.place]} a {o.name}" for o in scene]
+            phrases += [f"at the {PLACES[p]} nothing" for p in rng.sample(empty, min(len(empty), rng.randint(0, 3)))]
+    return ", ".join(rng.sample(phrases, len(phrases))) + "."
 
 
 def empty_places(scene: Scene) -> list[int]:
