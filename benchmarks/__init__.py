@@ -1,1 +1,1 @@
-"""Kernels and models against their peers: `pytest benchmarks --benchmark`."""
+"""Benchmarks of kernels and models against other libraries: `pytest benchmarks --benchmark`."""

@@ -1,7 +1,7 @@
-"""Who can do attention by key ranges here: ours, PyTorch's SDPA with the dense mask that says the same, and the peers.
+"""Providers of key-range attention: our backends, PyTorch's SDPA with an equivalent dense mask, and the peers.
 
-All are called with q [B, T, H, d] and k, v [B, S, G, d] as a model has them; copies that a library needs are its own
-time. A peer that cannot express a case's ranges says so, and is skipped with its line.
+All are called with q [B, T, H, d] and k, v [B, S, G, d] as in a model; copies that a library needs are part of its
+time. A peer that does not support a case's ranges is skipped, with its reason.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Provider = Callable[[Tensors], Callable]
 
 
 def names() -> list[str]:
-    """Ours and the peers; FlexAttention on a GPU alone, as on a CPU it would run uncompiled."""
+    """Our backends and the peers; FlexAttention only on a GPU, as it would run uncompiled on a CPU."""
     gpu = torch.cuda.is_available()
     ours = "triton" if gpu and not backend.unavailable("triton") else "reference"
     peers = backend.status()["attention"]["peers"]
@@ -28,7 +28,7 @@ def names() -> list[str]:
 
 
 def providers(dense: bool = True) -> dict[str, Provider]:
-    """`dense`: whether SDPA needs a mask to say what the ranges do; it is made beforehand, like the ranges."""
+    """`dense`: whether SDPA needs a mask for these ranges; mask and ranges are made before the measurement."""
     return {"torch": partial(_sdpa, dense), **{name: partial(_made_beforehand, name) for name in names()}}
 
 
@@ -44,7 +44,7 @@ def _made_beforehand(name: str, inputs: Tensors) -> Callable:
 
 
 def masked(q, k, v, mask_BTS) -> tuple[torch.Tensor]:
-    """SDPA, by whichever of its kernels PyTorch takes; with a mask, keys are repeated as transformers does."""
+    """SDPA with the kernel that PyTorch selects; with a mask, keys are repeated for GQA as in transformers."""
     if mask_BTS is None:
         out = F.scaled_dot_product_attention(*_heads_first(q, k, v), enable_gqa=q.shape[2] != k.shape[2])
     else:

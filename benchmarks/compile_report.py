@@ -1,13 +1,13 @@
-"""Compile every kernel with every shipped tile for A100 and H100, without a GPU, and read what the compiler made of it.
+"""Compiles every kernel with every shipped tile for A100 and H100, without a GPU, and reports registers and spills.
 
     python -m benchmarks.compile_report [--op norm] [--out build/compile-report.json]
 
-Each operation has `examples(device, dtype)`: calls that between them launch its kernels in all variants. They are run
-dry on the device "meta", so that the recorded launches give the exact signature and constexprs a GPU would see, at a
-GPU's sizes, without memory. Triton's own toolchain
-compiles them; the binary's resource report gives registers and spills (STACK: LOCAL is always 0), and the SASS is read
-for local loads and stores (spills again, and whether any lie inside a loop) and tensor-core instructions. With nvcc,
-the CUDA C++ kernels of `csrc/` are read likewise (`--op csrc`); their shared memory is only what the binary fixes.
+Each operation has `examples(device, dtype)`: calls that together launch its kernels in all variants. They are run dry
+on the device "meta", so the recorded launches have the exact signatures and constexprs of a GPU, at full size, without
+memory. Triton's own toolchain compiles them. The binary's resource report gives registers and spills (STACK: LOCAL is
+always 0); the SASS is searched for local loads and stores (spills, and whether any are inside a loop) and tensor-core
+instructions. With nvcc, the CUDA C++ kernels of `csrc/` are also read (`--op csrc`); their shared memory is only the
+static size in the binary.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from llava_fast import ops
 from llava_fast.ops._launch import ARCHITECTURES, Example, Launch, recorded
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-CUDA_TYPES = {"13__nv_bfloat16": "bf16", "6__half": "fp16", "f": "fp32"}  # as they begin a mangled template
+CUDA_TYPES = {"13__nv_bfloat16": "bf16", "6__half": "fp16", "f": "fp32"}  # prefixes of mangled template arguments
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 TYPE_NAMES = {
     torch.bfloat16: "bf16",
@@ -54,12 +54,12 @@ REGISTERS_PER_SM, WARPS_PER_SM, BLOCKS_PER_SM = 65536, 64, 32
 
 
 def operation_modules() -> list[str]:
-    """Names of the operations, which are all modules and packages of `ops` without a leading underscore."""
+    """Names of the operations: all modules and packages of `ops` without a leading underscore."""
     return [module.name for module in pkgutil.iter_modules(ops.__path__) if not module.name.startswith("_")]
 
 
 def examples_of(op: str, device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
-    """The operation's examples; none of one without kernels."""
+    """The operation's examples; empty for an operation without kernels."""
     module = importlib.import_module(f"llava_fast.ops.{op}")
     return module.examples(device, dtype) if hasattr(module, "examples") else iter(())
 
@@ -78,7 +78,7 @@ def launches(op: str, architecture: str, dtype: str) -> Iterator[Launch]:
 
 
 def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list]]:
-    """What Triton specialises on: argument types, constants, and which arguments are multiples of 16."""
+    """Triton's specialisation key: argument types, constants, and which arguments are multiples of 16."""
     types, constants, attributes = {}, {}, {}
     for i, (name, value) in enumerate(zip(launch.kernel.arg_names, launch.args, strict=False)):
         if isinstance(value, torch.Tensor):
@@ -119,7 +119,7 @@ def compile_launch(launch: Launch, architecture: str) -> dict[str, Any]:
 
 
 def read_resources(usage: str, sass: str) -> dict[str, Any]:
-    """What the resource report and the SASS of one kernel say."""
+    """Registers, spills and instructions from the resource report and the SASS of one kernel."""
     registers, stack, shared = (
         int(re.search(rf"{field}:(\d+)", usage).group(1)) for field in ("REG", "STACK", "SHARED")
     )
@@ -170,7 +170,7 @@ def spills_in_loop(sass: str) -> int:
 
 
 def occupancy(registers: int, shared: int, num_warps: int, architecture: str) -> int:
-    """Warps resident on a multiprocessor: the least that registers, shared memory and block slots allow.
+    """Warps resident on a multiprocessor: the minimum of the limits by registers, shared memory and block slots.
 
     Registers are given to a warp in units of 256; each block also takes 1 KiB of shared memory.
     """
@@ -192,7 +192,7 @@ def report(names: list[str]) -> list[dict[str, Any]]:
         for op in names
         for part in (sorted(CSRC.glob("*.cu")) if op == "csrc" else DTYPES)
     ]
-    # Forked, so that a tile forced by the caller is forced there, too.
+    # "fork", so that worker processes inherit a tile forced by the caller.
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
         return [record for records in pool.map(_records, *zip(*tasks)) for record in records]
 
@@ -244,7 +244,7 @@ def _triton_records(architecture: str, op: str, dtype: str) -> list[dict[str, An
 
 
 def problems(records: list[dict[str, Any]]) -> list[str]:
-    """One line per kernel that spills in a loop or at all, or needs more shared memory than the card has."""
+    """One line per kernel that spills, in a loop or elsewhere, or needs more shared memory than the GPU has."""
     lines = []
     for r in records:
         name = f"{r['kernel']} {r['arch']} {r['dtype']} {r['tile']} {r['flags']}"

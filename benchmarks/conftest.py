@@ -1,4 +1,4 @@
-"""What the benchmarks leave behind: pytest-benchmark's own storage, and records where `--results DIR` asks for them."""
+"""pytest hooks of the benchmarks: run info for pytest-benchmark, and records written with `--results DIR`."""
 
 from pathlib import Path
 from typing import Any

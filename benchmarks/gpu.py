@@ -1,10 +1,10 @@
-"""Ten minutes on a GPU turned into evidence: build, tune, test, measure (`make gpu OUT=dir [SUBJECT=norm]`).
+"""Builds, tunes, tests and measures on a GPU in ten minutes (`make gpu OUT=dir [SUBJECT=norm]`).
 
     python -m benchmarks.gpu --out DIR [--subject norm]
 
-Needs no network and installs nothing: it uses what the Python that runs it has. Leaves DIR/results.json (for
-`make report ADD=DIR/results.json`), DIR/tuned.tar (to be unpacked in the repository's root) and DIR/log. A step that
-fails is reported, the others still run, and the exit code is 1.
+Needs no network and installs nothing: it uses the packages of the Python that runs it. Writes DIR/results.json (for
+`make report ADD=DIR/results.json`), DIR/tuned.tar (to be unpacked in the repository's root) and DIR/log. If a step
+fails, it is reported, the others still run, and the exit code is 1.
 
 Without a GPU it is a dry run: tiles are compared in Triton's interpreter instead of timed and stay as they are, GPU
 tests are collected and skipped, and the benchmarks measure their small shapes on the CPU.
@@ -34,7 +34,7 @@ from benchmarks.compile_report import operation_modules
 from benchmarks.records import DEVICE, ROOT, run_info
 from benchmarks.report import case_key, digits, duration
 
-# Seconds that each step may take, in this order; what one leaves, the next may use. Together under ten minutes.
+# Seconds for each step, in this order; unused seconds go to the next step. Together under ten minutes.
 LIMITS = {"extension": 70, "tune": 150, "tests": 140, "benchmarks": 200}
 LOG_BYTES = 15 * 2**20
 # The same folder as in tests/test_extension.py, so that it is compiled once.
@@ -45,7 +45,7 @@ Command = Sequence[str | Path]
 
 
 def subjects() -> list[str]:
-    """What `--subject` may name: operations, and benchmarks."""
+    """Valid values of `--subject`: operations, and benchmarks."""
     measured = (path.stem.removeprefix("test_") for path in (ROOT / "benchmarks").glob("test_*.py"))
     return sorted({*operation_modules(), *measured})
 
@@ -69,7 +69,7 @@ def tune_commands(subject: str | None) -> list[Command]:
     if subject is not None and subject not in operation_modules():
         return []
     only = ["--op", subject] if subject else []
-    # Twenty seconds less than the step has: the entry in hand is finished and the tables are written.
+    # Twenty seconds less than the step's limit, to finish the current entry and write the tables.
     return [[sys.executable, "-m", "benchmarks.tune", "--seconds", str(LIMITS["tune"] - 20), *only]]
 
 
@@ -79,7 +79,7 @@ def tests_commands(subject: str | None) -> list[Command]:
         names = {f"test_{subject}.py", f"test_{subject.removesuffix('_attention')}.py"}
         of_ops = (ROOT / "tests/ops").rglob("test_*.py")
         files = (path for path in of_ops if path.name in names or path.parent.name == subject)
-    # Other test files are not even imported: they need packages that a GPU machine may lack.
+    # Other test files are not imported, since they need packages that a GPU machine may lack.
     files = [path for path in files if re.search(r"mark\.gpu|\bDEVICES\b", path.read_text(encoding="utf-8"))]
     return [[sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--durations=10", *sorted(files)]] if files else []
 
@@ -92,7 +92,7 @@ def benchmarks_commands(subject: str | None, results: Path) -> list[Command]:
 
 
 def run(commands: Sequence[Command], deadline: float, log: IO[bytes], env: Mapping[str, str]) -> str:
-    """Run commands one after the other; an empty string, or what went wrong with the first that did not succeed."""
+    """Run commands one after the other; returns an empty string, or the error of the first that failed."""
     for command in commands:
         shown = " ".join(map(str, command))
         log.write(f"\n$ {shown}\n".encode())
@@ -106,7 +106,7 @@ def run(commands: Sequence[Command], deadline: float, log: IO[bytes], env: Mappi
         try:
             status = process.wait(max(1.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            # Interrupted, pytest still writes what it has measured.
+            # On SIGINT pytest still writes its results.
             os.killpg(process.pid, signal.SIGINT)
             try:
                 process.wait(15)
@@ -120,7 +120,7 @@ def run(commands: Sequence[Command], deadline: float, log: IO[bytes], env: Mappi
 
 
 def steps(subject: str | None, measured: Path, log: IO[bytes]) -> Iterator[dict[str, Any]]:
-    """Run every step; name, seconds and outcome ("ok", "nothing to do", or what went wrong) of each."""
+    """Run every step; yields its name, seconds and outcome ("ok", "nothing to do", or an error)."""
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),

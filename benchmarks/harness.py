@@ -1,13 +1,13 @@
-"""How everything here is measured: verified first, then timed in turns, then one record per provider.
+"""The benchmark harness: verifies all providers of a case, times them in turns, and makes one record per provider.
 
-A `Case` is one operation × shape × dtype × direction. One function per subject makes it, and speed, memory and
-correctness are all taken from it. Before anything is timed, each provider's results (and gradients) are compared with
-the reference in float64. Then the providers take turns in one process, so that a machine that slows down slows all.
+A `Case` is one operation × shape × dtype × direction; speed, memory and correctness are all measured on it. Before
+timing, each provider's results (and gradients) are compared with the reference in float64. Then the providers take
+turns in one process, so that a slowdown of the machine affects all of them.
 
-GPU: a sample is a burst of calls, each on inputs of its own, together larger than the L2 cache, so that every call
-finds it cold. A burst is replayed as one CUDA graph, which leaves out Python and launch gaps, and timed by CUDA events;
-where a provider cannot be captured, the whole case is timed without graphs, and the records say so (`timer`).
-CPU: a sample is repeated calls on the same inputs, at least a millisecond together, by the wall clock.
+GPU: a sample is a burst of calls on different inputs, together larger than the L2 cache, so that the cache is cold for
+every call. A burst is replayed as one CUDA graph, without Python overhead and launch gaps, and timed by CUDA events; if
+a provider cannot be captured, the whole case is timed without graphs, and the records say so (`timer`).
+CPU: a sample is repeated calls on the same inputs, at least a millisecond in total, by the wall clock.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from llava_fast.backend import BackendUnavailable
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
-# Code of this repository must be as exact as its reference (see `verify`). A peer may round elsewhere: its error may
-# also be this much of the largest value.
+# Code of this repository must be as exact as its reference (see `verify`). A peer may round at other places, so its
+# error may also be this share of the largest value.
 OURS = ("reference", "triton", "cuda")
 PEER_TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-# A result of at most so many elements is judged over several draws: see `verify`.
+# Results with at most this many elements are verified over several random draws: see `verify`.
 FEW_ELEMENTS = 64
 EXTRA_DRAWS = (7, 15)  # at least, at most
-DRAWN_FLOPS = 2 * 10**11  # of all extra draws together, beyond the least number
+DRAWN_FLOPS = 2 * 10**11  # limit for all extra draws together, beyond the minimum number
 
 SECONDS_PER_CASE = 2.0
 ROUNDS = (10, 100)  # at least, at most
@@ -47,16 +47,16 @@ Call = Callable[[], Sequence[torch.Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One operation at one shape, and everybody here who can do it.
+    """One operation at one shape, and its providers.
 
     Attributes:
-        shape: as in the records; the plots' size is its product.
-        inputs: new random inputs by name, on `DEVICE`; floating ones are differentiated where `backward`.
-        reference: `reference(**inputs)` -> outputs, in any dtype: the truth, in float64.
-        providers: name -> function of the inputs that returns the call to be measured. Whatever is not part of the
-            operation (modules, masks that a user makes once) happens in that function.
-        bytes_moved, flops: the least that any implementation must do.
-        capturable: whether every provider can be captured in a CUDA graph; who waits for the GPU in a call cannot.
+        shape: as in the records; plots use its product as size.
+        inputs: new random inputs by name, on `DEVICE`; with `backward` the floating ones require grad.
+        reference: `reference(**inputs)` -> outputs, in any dtype; the expected result is computed in float64.
+        providers: name -> function of the inputs that returns the call to be measured. That function does the work that
+            is not measured (modules, masks that a user makes once).
+        bytes_moved, flops: the minimum for any implementation.
+        capturable: whether all providers can be captured in a CUDA graph, that is do not synchronise with the GPU.
     """
 
     op: str
@@ -84,7 +84,7 @@ class Case:
 
     @property
     def floor_ms(self) -> float | None:
-        """The time that the ceilings of this GPU allow; None where they are not known (a CPU, another dtype)."""
+        """The minimum time by this GPU's bandwidth and FLOP/s; None if these are unknown (a CPU, another dtype)."""
         ceilings = CEILINGS.get(device_name().removeprefix("nvidia-"))
         if ceilings is None or self.dtype.itemsize != 2:
             return None
@@ -97,14 +97,14 @@ def function(fn: Callable[..., Sequence[torch.Tensor]]) -> Callable[[Tensors], C
 
 
 def with_weights(module: torch.nn.Module, **weights: torch.Tensor) -> torch.nn.Module:
-    """The module, computing with these tensors in place of its parameters."""
+    """The module with its parameters replaced by these tensors."""
     for name, tensor in weights.items():
         delattr(module, name)
         setattr(module, name, tensor)
     return module
 
 
-# ---- correct first
+# ---- verification
 
 
 def step(case: Case, provider: Callable[[Tensors], Call], inputs: Tensors, cotangents: Sequence[torch.Tensor]) -> Call:
@@ -118,13 +118,13 @@ def step(case: Case, provider: Callable[[Tensors], Call], inputs: Tensors, cotan
 
 
 def verify(case: Case, inputs: Tensors, cotangents: Sequence[torch.Tensor]) -> dict[str, float | Exception]:
-    """For each provider its largest error relative to the largest value, or what is wrong with it.
+    """For each provider its largest error relative to the largest value, or the exception.
 
-    The error against float64 is at most twice that of the reference in the case's dtype, plus a unit in the last place
-    of the largest value; a peer's may be `PEER_TOLERANCE` of the largest value. Both errors are the largest of a
-    result's elements. Of few elements that is luck: a reference whose one loss happens to be exact would leave nobody
-    any room. There both errors are root mean squares over several draws of inputs and cotangents, of which the given
-    one is the first.
+    The error against float64 may be at most twice that of the reference in the case's dtype, plus a unit in the last
+    place of the largest value; a peer's may be `PEER_TOLERANCE` of the largest value. Both errors are the maximum over
+    a result's elements. With few elements the maximum is random: if the reference's only loss happened to be exact, the
+    limit would be almost zero. So for few elements both errors are root mean squares over several draws of inputs and
+    cotangents; the given ones are the first draw.
     """
     checks: dict[str, list[_Check]] = {}
     verdicts: dict[str, float | Exception] = {}
@@ -143,11 +143,11 @@ def verify(case: Case, inputs: Tensors, cotangents: Sequence[torch.Tensor]) -> d
                 found = _detached(step(case, provider, inputs, cotangents)())
                 of_name = checks.setdefault(name, [_Check() for _ in truth])
                 for check, *tensors in zip(of_name, found, usual, truth, strict=True):
-                    # Enough elements are judged by the first draw alone.
+                    # Results with many elements use only the first draw.
                     if not draw or tensors[2].numel() <= FEW_ELEMENTS:
                         check.add(*tensors)
             except Exception as error:
-                verdicts[name] = error  # raised by this provider's test; the others are measured all the same
+                verdicts[name] = error  # raised by this provider's test; the others are still measured
         if all(t.numel() > FEW_ELEMENTS for t in truth):
             break
     for name in case.providers.keys() - verdicts.keys():
@@ -159,7 +159,7 @@ def verify(case: Case, inputs: Tensors, cotangents: Sequence[torch.Tensor]) -> d
 
 
 def extra_draws(case: Case) -> int:
-    """Draws after the first where a result has few elements: as many as are cheap, but no fewer than EXTRA_DRAWS[0]."""
+    """Draws after the first, for results with few elements: at least EXTRA_DRAWS[0], more if they are cheap."""
     return max(EXTRA_DRAWS[0], min(EXTRA_DRAWS[1], DRAWN_FLOPS // max(case.flops, 1)))
 
 
@@ -168,9 +168,9 @@ def _detached(results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 class _Check:
-    """One result of one provider: errors of it and of the reference, relative to the largest value of the draw.
+    """Errors of one result of one provider, and of the reference, relative to the largest value of the draw.
 
-    Squares, summed over draws: of each element where there are few, else the largest.
+    Squared errors are summed over draws: of each element if there are few, else only the largest.
     """
 
     def __init__(self) -> None:
@@ -206,7 +206,7 @@ class _Check:
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """The most memory that was allocated during `call()` beyond what was there before, its results included."""
+    """Peak memory allocated during `call()`, beyond that before the call, its results included."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -220,9 +220,9 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 
 
 class LiveStorages(TorchDispatchMode):
-    """Bytes of the tensors that operators return and that are alive, and their peak.
+    """Counts the bytes of live tensors that operators have returned, and their peak.
 
-    What an operator allocates and frees inside itself is not seen.
+    Memory that an operator allocates and frees internally is not counted.
     """
 
     def __init__(self) -> None:
@@ -233,7 +233,9 @@ class LiveStorages(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         for tensor in _tensors((args, kwargs)):
-            self._known.setdefault(id(s := tensor.untyped_storage()), weakref.ref(s))  # was there before: not counted
+            self._known.setdefault(
+                id(s := tensor.untyped_storage()), weakref.ref(s)
+            )  # allocated before the call: not counted
         results = func(*args, **kwargs)
         for tensor in _tensors(results):
             self._count(tensor.untyped_storage())
@@ -262,7 +264,7 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
 
 
 def bursts(case: Case, names: Sequence[str], sets: int) -> tuple[dict[str, Callable[[], Any]], dict[str, int], str]:
-    """For each provider something to time, how many calls it makes, and the timer's name."""
+    """Per provider a function to time and its number of calls; and the timer's name."""
     steps = {name: [] for name in names}
     for _ in range(sets):
         inputs = case.inputs()
@@ -289,7 +291,7 @@ def bursts(case: Case, names: Sequence[str], sets: int) -> tuple[dict[str, Calla
 
 
 def _repeat(calls: Sequence[Call]) -> list[Sequence[torch.Tensor]]:
-    # All results are kept until the end: a freed one would give the next call a warm place to write to.
+    # Keep all results: the next call would reuse freed memory, which may be in the cache.
     return [call() for call in calls]
 
 
@@ -309,7 +311,7 @@ def _captured(burst: Callable[[], Any]) -> Callable[[], Any]:
     with torch.cuda.graph(graph):
         results = burst()
 
-    def replay(graph=graph, results=results) -> None:  # the results live as long as the graph writes to them
+    def replay(graph=graph, results=results) -> None:  # the default argument keeps the graph's outputs alive
         graph.replay()
 
     return replay
@@ -324,7 +326,7 @@ def one_round(order: Sequence[str], timed: Mapping[str, Callable[[], Any]]) -> d
             timed[name]()
             seconds[name] = time.perf_counter() - start
         return seconds
-    # The first burst, not timed, keeps the GPU busy until the rest is queued.
+    # An untimed first burst keeps the GPU busy until the timed ones are queued.
     timed[order[-1]]()
     events = {name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in order}
     for name in order:
@@ -375,10 +377,10 @@ _QUANTILES = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
 
 @cache
 def measured(case: Case) -> dict[str, Measurement | Exception]:
-    """All providers of a case, verified, then measured in turns; what is wrong with one, in its place."""
+    """Verify all providers of a case, then measure them in turns; an exception replaces a failed one's measurement."""
     torch.manual_seed(0)
     if {"compile", "flex"} & case.providers.keys():
-        # Else, after a first shape, the next would be compiled for any shape, which is slower.
+        # Otherwise torch.compile would use dynamic shapes from the second shape on, which is slower.
         torch.compiler.reset()
     inputs = case.inputs()
     cotangents = draw_cotangents(case, inputs)

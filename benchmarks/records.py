@@ -1,4 +1,4 @@
-"""What a run measured, as files: results/<device>/<date>-<commit>.json, one record per provider of a case."""
+"""Stores a run's results: results/<device>/<date>-<commit>.json, one record per provider of a case."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def device_name() -> str:
 
 
 def run_info() -> dict[str, Any]:
-    """What the records were measured on and with."""
+    """Device, versions, commit and date of the run."""
     gpu = dict.fromkeys(("gpu", "driver", "power_limit_w", "clocks"))
     if DEVICE.type == "cuda":
         fields = "driver_version,power.limit,clocks.sm,clocks.mem"
@@ -61,7 +61,7 @@ def run_info() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that is checked out, "-dirty" if files differ from it; from COMMIT where there is no repository."""
+    """The checked-out commit, with "-dirty" if files differ from it; without a repository the variable COMMIT."""
     known = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD").strip()
     if not known:
         return os.environ.get("COMMIT") or "unknown"
@@ -74,7 +74,7 @@ def store(records: Sequence[dict[str, Any]], folder: Path) -> Path:
 
 
 def save(results: dict[str, Any], folder: Path) -> Path:
-    """Write a run's results, as `store` makes them, where they belong below `folder`."""
+    """Write a run's results, in the format of `store`, to their path below `folder`."""
     run = results["run"]
     stem = f"{run['date'][:10]}-{run['commit']}"
     directory = folder / run["device"]

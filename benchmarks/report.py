@@ -2,8 +2,8 @@
 
     python -m benchmarks.report [--add DIR/results.json] [--results benchmarks/results] [--root .]
 
-Only what stands between two markers in the Markdown files is written, and only from records: what no run has measured
-says so. The same records give the same bytes.
+Only the text between two markers in the Markdown files is replaced, and only with numbers from records; cases without a
+record are listed as not measured. The output depends only on the records.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def case_key(record: Record) -> CaseKey:
 
 
 def size(shape: str) -> int:
-    """What shapes are ordered by, and the plots' horizontal axis: the number of elements."""
+    """The number of elements of a shape, for sorting and as the plots' horizontal axis."""
     return prod(map(int, shape.split("x")))
 
 
@@ -94,17 +94,17 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def summary_cell(records: list[Record]) -> str:
-    """Ours against the fastest peer: `triton 12.3 µs, 85 % of the floor, 1.2 × liger`."""
+    """Our fastest provider against the fastest peer: `triton 12.3 µs, 85 % of the floor, 1.2 × liger`."""
     ours = next((r for r in records if r["provider"] in OURS), None)
     peer = next((r for r in records if r["provider"] not in OURS), None)
     if ours is None:
         return MISSING
-    parts = [f"{ours['provider']} {duration(ours['ms_median'])}"]
+    texts = [f"{ours['provider']} {duration(ours['ms_median'])}"]
     if ours["pct_of_floor"] is not None:
-        parts.append(f"{ours['pct_of_floor']:.0f} % of the floor")
+        texts.append(f"{ours['pct_of_floor']:.0f} % of the floor")
     if peer is not None:
-        parts.append(f"{peer['ms_median'] / ours['ms_median']:.2f} × {peer['provider']}")
-    return ", ".join(parts)
+        texts.append(f"{peer['ms_median'] / ours['ms_median']:.2f} × {peer['provider']}")
+    return ", ".join(texts)
 
 
 def summary(results: dict[str, Results]) -> str:
@@ -172,7 +172,7 @@ def describe(run: dict[str, Any]) -> str:
 
 
 def between_markers(file: Path, text: str) -> None:
-    """Replace what is between the markers of `file`; `ValueError` when it does not have them."""
+    """Replace the text between the markers of `file`; `ValueError` if it has no markers."""
     content = file.read_text(encoding="utf-8")
     before, start, rest = content.partition(START)
     _, end, after = rest.partition(END)
@@ -219,7 +219,7 @@ def plot(device: str, op: str, direction: str, found: Results, path: Path) -> No
 
 
 def write(results_folder: Path, root: Path) -> None:
-    """Bring README.md, docs/benchmarks.md and docs/plots/ below `root` up to date with the stored results."""
+    """Write README.md, docs/benchmarks.md and docs/plots/ below `root` from the stored results."""
     folders = sorted(p.name for p in results_folder.iterdir() if p.is_dir()) if results_folder.is_dir() else []
     results = {device: Results(results_folder / device) for device in dict.fromkeys([*GPUS, *folders])}
     directory = root / "docs" / "plots"

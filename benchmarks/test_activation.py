@@ -28,7 +28,7 @@ REFERENCES = {
 
 
 def cases(gpu: bool) -> list[Case]:
-    """What is measured on a GPU (LLaVA-1.5-7B's shapes, bf16), and the same in small on a CPU."""
+    """The cases on a GPU (LLaVA-1.5-7B's shapes, bf16), and smaller ones on a CPU."""
     dtype = torch.bfloat16 if gpu else torch.float32
     shapes = {
         "swiglu": [(640, 11008), (832, 11008)] if gpu else [(64, 1376)],
@@ -64,7 +64,7 @@ def activation_case(op: str, rows: int, columns: int, dtype: torch.dtype, backwa
 
 
 def providers(op: str) -> dict[str, Callable[[Tensors], Callable]]:
-    """Who can do it here. `hf` is what transformers calls."""
+    """The providers. `hf` is the function that transformers calls."""
     found = {"torch": function(_listed(REFERENCES[op])), "hf": function(_listed(_hf(op)))}
     if not torch.cuda.is_available():
         return found
@@ -77,7 +77,7 @@ def providers(op: str) -> dict[str, Callable[[Tensors], Callable]]:
 
 
 def _listed(fn: Callable[..., torch.Tensor]) -> Callable[..., list[torch.Tensor]]:
-    """The harness compares lists of outputs."""
+    """`fn` with its output in a list, as the harness expects."""
     return lambda **tensors: [fn(*tensors.values())]
 
 

@@ -1,14 +1,14 @@
-"""Attention of towers and of packs: forward and backward, per useful operation: of pairs that see each other alone.
+"""Attention of towers and of packs, forward and backward; FLOPs count only the pairs that see each other.
 
     attention                 a pack of samples, causal                            LLaVA-1.5-7B's heads; a sample of 832
     attention_images          the same, and the tokens of an image see each other  tokens is an image of 576 with text
     attention_gqa             causal, a quarter of the key heads
     attention_tower           images of 577 tokens that all see each other         CLIP ViT-L/14-336's heads
-    attention_build           `attention`, from position_ids: ranges, a dense mask, a block mask or running sums of
-    attention_images_build    `attention_images` likewise  lengths are made in every call, as once per training step
+    attention_build           `attention`, and             every call makes ranges, a dense mask, a block mask or
+    attention_images_build    `attention_images`           cumulative lengths from position_ids, as each step does
 
-Otherwise ranges and masks are made beforehand, as a model makes them once for all its layers. Shapes are [B, T, H, d],
-with GQA [B, T, H, G, d].
+In the other cases ranges and masks are made before the measurement, as a model makes them once for all its layers.
+Shapes are [B, T, H, d], with GQA [B, T, H, G, d].
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.records import DEVICE
 from llava_fast.ops.attention import KeyRanges, attention_reference
 from llava_fast.sequence import Pack, key_ranges, pack
 
-# Tokens of an image, where it begins in its sample, and packs; on a CPU scaled down to what it does in time.
+# Tokens of an image and its offset in the sample, and packs; on a CPU smaller, to limit the time.
 IMAGE = {True: (576, 35), False: (64, 9)}
 PACKS = {True: [(832,) * 5, (832,) * 10], False: [(160, 97, 144, 33)]}
 TOWERS = {True: [(1, 577, 16, 64), (32, 577, 16, 64)], False: [(2, 145, 4, 64)]}
@@ -104,7 +104,7 @@ def pack_case(
         providers=_building(count) if op.endswith("build") else providers(),
         bytes_moved=_bytes(tokens, heads, key_heads, dim, dtype, backward),
         flops=_flops(int((packed.key_end - packed.key_start).sum()), heads, dim, backward),
-        capturable=not op.endswith("build"),  # lengths that a library wants on the host are waited for
+        capturable=not op.endswith("build"),  # reading lengths on the host synchronises
     )
 
 
@@ -125,18 +125,18 @@ def _flops(pairs: int, heads: int, dim: int, backward: bool) -> int:
 
 
 def _sample_by_sample(packed: Pack, lengths: tuple[int, ...], q, k, v, *_, **__) -> tuple[torch.Tensor]:
-    """The truth: a dense mask over the whole pack would not fit in float64."""
+    """The reference, one sample at a time: a dense mask over the whole pack would not fit in float64."""
     outs, at = [], 0
     for n in lengths:
-        part = slice(at, at + n)
-        ranges = KeyRanges(*(r[:, part].to(q.device) - at for r in (packed.key_start, packed.key_end)))
-        outs.append(attention_reference(q[:, part], k[:, part], v[:, part], ranges, q.shape[-1] ** -0.5))
+        rows = slice(at, at + n)
+        ranges = KeyRanges(*(r[:, rows].to(q.device) - at for r in (packed.key_start, packed.key_end)))
+        outs.append(attention_reference(q[:, rows], k[:, rows], v[:, rows], ranges, q.shape[-1] ** -0.5))
         at += n
     return (torch.cat(outs, 1),)
 
 
 def _building(image_tokens: int) -> dict:
-    """Everybody starts from the position_ids on the device, and from which tokens are of an image."""
+    """All providers start from position_ids and the image mask on the device."""
 
     def ranges(q, position_ids, is_image):
         image_mask = is_image if is_image.numel() else None

@@ -1,7 +1,7 @@
 """New keys and values into a static cache: a decoding step and one prefill (640 tokens).
 
-`torch` is rotary and the copies after it, as the reference does them. The angles are inputs, not part of what is timed:
-a model makes them once for all layers. The cache is allocated beforehand, and is a result, as the new queries are.
+`torch` is rotary followed by copies, as in the reference. The angles are inputs and not timed: a model makes them once
+for all layers. The cache is allocated before the measurement; cache and rotated queries are the results.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ SLOTS = 1024
 
 
 def cases(gpu: bool) -> list[Case]:
-    """What is measured on a GPU (LLaVA-1.5-7B's shapes, bf16), and the same in small on a CPU."""
+    """The cases on a GPU (LLaVA-1.5-7B's shapes, bf16), and smaller ones on a CPU."""
     dtype = torch.bfloat16 if gpu else torch.float32
     return [write_case(*shape, dtype) for shape in ([(1, 32, 128), (640, 32, 128)] if gpu else [(64, 8, 64)])]
 

@@ -1,7 +1,7 @@
 """Decoding: one new query per batch row over a static cache [B, G, S, d] that is three quarters full.
 
-The floor reads the filled part alone. `torch` is SDPA over the whole cache with a mask, as transformers runs it on a
-static cache; its mask is made beforehand, as it is made once per step for all layers. Shapes are [B, filled, H, d],
+The floor counts only the filled slots. `torch` is SDPA over the whole cache with a mask, as transformers runs it on a
+static cache; the mask is not timed, as it is made once per step for all layers. Shapes are [B, filled, H, d],
 with GQA [B, filled, H, G, d].
 """
 
@@ -16,7 +16,7 @@ from llava_fast.ops.attention import KeyRanges, attention_reference
 
 
 def cases(gpu: bool) -> list[Case]:
-    """LLaVA-1.5-7B's heads and a turn with an image (bf16) on a GPU, the same in small on a CPU."""
+    """LLaVA-1.5-7B's heads and one turn with an image (bf16) on a GPU, smaller cases on a CPU."""
     if gpu:
         slots, filled, heads, groups, dim, dtype = 1024, 768, 32, 8, 128, torch.bfloat16
     else:
@@ -43,7 +43,7 @@ def decode_case(batch: int, slots: int, filled: int, heads: int, key_heads: int,
         inputs=inputs,
         reference=lambda q, k, v, start, end: (attention_reference(q, k, v, KeyRanges(start, end), dim**-0.5),),
         providers=providers(),
-        # Keys and values of the filled part, the query and the output.
+        # Keys and values of the filled slots, the query and the output.
         bytes_moved=2 * batch * dim * (filled * key_heads + heads) * dtype.itemsize,
         # Two products of 2 · d operations per key and query head.
         flops=4 * batch * filled * heads * dim,

@@ -1,7 +1,7 @@
 """Decoded photographs to rows of the language model: resize, normalise, tower, projector; 1, 8 and 32 images.
 
-The whole way that a user waits for, host work and copies included, so no CUDA graph can hold it. `hf` is transformers'
-image processor and model; `triton` resizes with Pillow on the host, `triton-device` on the device.
+The end-to-end latency, with host work and copies, so no CUDA graph can be used. `hf` is transformers' image processor
+and model; `triton` resizes with Pillow on the host, `triton-device` on the device.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def rows_case(images: int, dtype: torch.dtype, *, large: bool) -> Case:
             f"image{i}": torch.randint(0, 256, (height, width, 3), dtype=torch.uint8)
             for i, (height, width) in enumerate(sizes)
         }
-        # Its dtype is that of the model; the harness verifies in another than it measures in.
+        # `like` carries the model's dtype, since the harness verifies and measures in different dtypes.
         return {**photographs, "like": torch.zeros(1, device=DEVICE, dtype=dtype)}
 
     flops, weights, results = work(images, large)

@@ -1,7 +1,7 @@
 """Decoding over an int8 cache: one new query per batch row, a static cache [B, G, S, d] that is three quarters full.
 
-The floor reads the filled part alone, a byte an element and a scale per token and head. `torch` dequantises the cache
-and attends to that; compare with `decode_attention` for what a float cache takes. Shapes are [B, filled, H, G, d].
+The floor counts only the filled slots, with a byte per element and a scale per token and head. `torch` dequantises the
+cache before attention; `decode_attention` has the times of a float cache. Shapes are [B, filled, H, G, d].
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from llava_fast.ops.attention.int8 import int8_attention, int8_attention_referen
 
 
 def cases(gpu: bool) -> list[Case]:
-    """LLaVA-1.5-7B's heads and a turn with an image (bf16) on a GPU, the same in small on a CPU."""
+    """LLaVA-1.5-7B's heads and one turn with an image (bf16) on a GPU, smaller cases on a CPU."""
     slots, filled, heads, dim = (1024, 768, 32, 128) if gpu else (256, 192, 8, 64)
     dtype = torch.bfloat16 if gpu else torch.float32
     return [
@@ -52,7 +52,7 @@ def int8_case(batch: int, slots: int, filled: int, heads: int, key_heads: int, d
             int8_attention_reference(q, k, v, k_scale, v_scale, KeyRanges(start, end), dim**-0.5),
         ),
         providers=providers(),
-        # Keys, values and their scales of the filled part, the query and the output.
+        # Keys, values and their scales of the filled slots, the query and the output.
         bytes_moved=2 * batch * (filled * key_heads * (dim + 4) + heads * dim * dtype.itemsize),
         flops=4 * batch * filled * heads * dim,
     )

@@ -1,10 +1,10 @@
 """The head and its loss over one LLaVA turn: 576 rows of the image without labels, and labelled text.
 
 With backward, the gradients of the hidden states and of the weight; a frozen head, as in stage 1 and with LoRA, needs
-the first only. `hf` is what transformers calls on all logits, in float32; `torch` is cross entropy on logits as they
-come. `triton` is told how many rows are labelled, as a collator can; `triton-count` reads it on the device.
+only the first. `hf` is transformers' loss on all logits, in float32; `torch` is cross entropy on logits in their own
+dtype. `triton` gets the number of labelled rows, as from a collator; `triton-count` reads it on the device.
 
-On a CPU the peak of `reference` is that of what it returns: the harness does not see inside an operator.
+On a CPU the peak of `reference` covers only its results: the harness does not see memory inside an operator.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def loss_case(
         return tensors if frozen else {**tensors, "weight": weight.clone()}
 
     def with_head(fn: Callable) -> Callable:
-        # What is in the inputs is differentiated.
+        # Only tensors in `inputs` get gradients.
         def call(hidden, labels, weight=weight):
             return (fn(hidden, weight.to(hidden.dtype), labels),)
 

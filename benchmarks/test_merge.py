@@ -1,9 +1,8 @@
 """Token embeddings with image features in their slots: 576 image tokens and 256 of text in each of 1, 8 and 32 rows.
 
-From ids to the merged rows; with backward the gradient of the features, as with a frozen table. `hf` is what
-transformers does, less its check that features and image tokens are as many: that waits for the device, and so cannot
-be captured. `triton` does check, without waiting, and counts image tokens on the device; `triton-slots` is told their
-places, as a collator can.
+From ids to the merged rows; with backward the gradient of the features, as with a frozen table. `hf` is transformers'
+code without its check of the number of image tokens, which synchronises and cannot be captured. `triton` checks without
+synchronisation, and counts image tokens on the device; `triton-slots` gets their positions, as from a collator.
 """
 
 from collections.abc import Callable
@@ -36,7 +35,7 @@ def merge_case(rows: int, patches: int, text: int, width: int, dtype: torch.dtyp
         return {"ids": ids, "features": torch.randn(rows * patches, width, device=DEVICE).to(dtype)}
 
     def over_table(fn: Callable) -> Callable:
-        # What is in the inputs is differentiated; the table is not.
+        # Only tensors in `inputs` get gradients; the table is not among them.
         return lambda ids, features: (fn(ids, table.to(features.dtype), features, slots),)
 
     # Each row is read once and written once; backward reads and writes those of the features.

@@ -25,7 +25,7 @@ EPS = 1e-5
 
 
 def cases(gpu: bool) -> list[Case]:
-    """What is measured on a GPU (LLaVA-1.5-7B's shapes, bf16), and the same in small on a CPU."""
+    """The cases on a GPU (LLaVA-1.5-7B's shapes, bf16), and smaller ones on a CPU."""
     dtype = torch.bfloat16 if gpu else torch.float32
     shapes = {
         "rms_norm": [(640, 4096), (832, 4096), (4096, 4096)] if gpu else [(64, 512), (640, 512)],
@@ -75,7 +75,7 @@ def _reference(op: str) -> Callable:
 
 
 def providers(op: str, reference: Callable, backward: bool) -> dict[str, Callable[[Tensors], Callable]]:
-    """Who can do it here. `torch` is PyTorch's own fused norm after an add; `hf` is what transformers calls."""
+    """The providers. `torch` is PyTorch's own fused norm after an add; `hf` is the module of transformers."""
     found = {"torch": function(_torch_layer_norm if op == "layer_norm" else _torch_rms_norm), "hf": _hf}
     if not torch.cuda.is_available():
         return {**found, "reference": function(reference)}

@@ -1,7 +1,7 @@
 """Pixels to the vision tower's tokens: uint8 images to patches, position, CLS, pre-LayerNorm; for 1, 8 and 32 images.
 
-Everything from the decoded image on is in: normalisation, too, which others do in passes of their own. With backward,
-the gradients of all weights (a tower that is trained); pixels have none.
+Everything after decoding is measured, including normalisation, which other providers do in separate passes. With
+backward, the gradients of all weights (a trained tower); pixels have none.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.25, 0.3)
 
 
 def cases(gpu: bool) -> list[Case]:
-    """What is measured on a GPU (CLIP ViT-L/14 at 336, bf16), and the same in small on a CPU."""
+    """The cases on a GPU (CLIP ViT-L/14 at 336, bf16), and smaller ones on a CPU."""
     dtype = torch.bfloat16 if gpu else torch.float32
     shapes = [(images, 336, 14, 1024) for images in (1, 8, 32)] if gpu else [(1, 56, 14, 64), (4, 112, 14, 128)]
     return [patch_embed_case(*shape, dtype, backward) for shape in shapes for backward in (False, True)]
@@ -59,7 +59,7 @@ def patch_embed_case(images: int, side: int, patch: int, width: int, dtype: torc
 
 
 def providers(backward: bool) -> dict[str, Callable[[Tensors], Callable]]:
-    """Who can do it here. `hf` is transformers' module, `linear` the convolution as a product of unfolded patches."""
+    """The providers. `hf` is transformers' module, `linear` the convolution as a GEMM of unfolded patches."""
     found = {"hf": _hf, "linear": function(_linear)}
     if not torch.cuda.is_available():
         return {**found, "reference": function(_reference)}

@@ -36,7 +36,7 @@ def projector_case(rows: int, vision: int, width: int, dtype: torch.dtype, backw
         return {"w1": draw(width, vision), "b1": draw(width), "w2": draw(width, width), "b2": draw(width)}
 
     def over_features(fn: Callable) -> Callable:
-        # What is in the inputs is differentiated; the features are not.
+        # Only tensors in `inputs` get gradients; the features are not among them.
         return lambda w1, b1, w2, b2: (fn(features.to(w1.dtype), [w1, w2], [b1, b2]),)
 
     # Read the features and the weights, write the rows; backward reads rows' gradients, features and hidden rows, and

@@ -1,7 +1,7 @@
 """Decoded images of several sizes to the tower's square: shorter side to 336, centre crop, for 1, 8 and 32 images.
 
-Images begin on the host, where decoding leaves them, and results end on the device: copies are in. The harness compares
-floating results, so the last step of every provider is a copy of the uint8 result in float32.
+Images start on the host, after decoding, and results are on the device: copies are timed. The harness compares floating
+results, so every provider ends with a conversion of the uint8 result to float32.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ SIZES = ((480, 640), (640, 480), (427, 640), (500, 375))  # height, width: photo
 
 
 def cases(gpu: bool) -> list[Case]:
-    """What is measured on a GPU, and the same in small on a CPU."""
+    """The cases on a GPU, and smaller ones on a CPU."""
     if gpu:
         return [resize_case([SIZES[i % 4] for i in range(images)], 336) for images in (1, 8, 32)]
     return [resize_case([(height // 4, width // 4) for height, width in SIZES[:images]], 56) for images in (1, 4)]
@@ -52,7 +52,7 @@ def resize_case(sizes: list[tuple[int, int]], side: int) -> Case:
 
 
 def providers(side: int) -> dict[str, Callable[[Tensors], Callable]]:
-    """Who can do it here. `hf` is transformers' image processor, `pil` what it calls."""
+    """The providers. `hf` is transformers' image processor, `pil` Pillow alone, which it calls."""
     found = {"hf": _hf(side), "pil": function(_pil(side))}
     if not torch.cuda.is_available():
         return {**found, "reference": function(_with_backend("reference", side))}

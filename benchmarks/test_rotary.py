@@ -1,6 +1,6 @@
 """Rotary positions on queries and keys: one prefill (640 tokens), one training sample (832), a decoding step.
 
-The angles are inputs, not part of what is timed: a model makes them once for all layers.
+The angles are inputs and not timed: a model makes them once for all layers.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ except ImportError:
 
 
 def cases(gpu: bool) -> list[Case]:
-    """What is measured on a GPU (LLaVA-1.5-7B's shapes, bf16), and the same in small on a CPU."""
+    """The cases on a GPU (LLaVA-1.5-7B's shapes, bf16), and smaller ones on a CPU."""
     dtype = torch.bfloat16 if gpu else torch.float32
     shapes = [(1, 32, 128), (640, 32, 128), (832, 32, 128)] if gpu else [(64, 8, 64)]
     return [rotary_case(*shape, dtype, backward) for shape in shapes for backward in (False, True)]
@@ -48,7 +48,7 @@ def rotary_case(tokens: int, heads: int, dim: int, dtype: torch.dtype, backward:
 
 
 def providers() -> dict[str, Callable[[Tensors], Callable]]:
-    """Who can do it here. `hf` is what transformers calls, on its own layout [B, H, T, d]."""
+    """The providers. `hf` is transformers' function, on its own layout [B, H, T, d]."""
     found = {"torch": _with_angles(rotary.rotary_reference), "hf": _with_angles(_hf)}
     if not torch.cuda.is_available():
         return found
@@ -72,7 +72,7 @@ def _reference(q, k, positions):
 
 
 def _with_angles(fn: Callable) -> Callable[[Tensors], Callable]:
-    """A provider that is given the angles, made beforehand."""
+    """A provider that gets precomputed angles."""
 
     def provider(inputs: Tensors) -> Callable:
         q, k = inputs["q"], inputs["k"]

@@ -1,8 +1,8 @@
 """Vision tower and projector at inference: normalised pixels of 1, 8 and 32 images to rows of the language model.
 
 CLIP ViT-L/14-336, feature layer −2, mlp2x_gelu. `hf` is transformers' own model, which runs all layers; `compile` is
-the same compiled, with the patch convolution as a product. Pixels are floating here, as transformers takes them; what
-uint8 saves is part of the patch embedding's benchmark.
+the same compiled, with the patch convolution as a GEMM. Pixels are floating here, as transformers takes them; the
+benchmark of the patch embedding measures uint8 pixels.
 """
 
 import copy
@@ -66,7 +66,7 @@ def tower_case(images: int, dtype: torch.dtype, *, large: bool) -> Case:
 
 
 def work(images: int, large: bool) -> tuple[int, int, int]:
-    """FLOPs of the layers that are read and the projector; numbers in the weights and in the resulting rows."""
+    """FLOPs of the layers up to the feature layer and of the projector; numbers of elements in weights and results."""
     size, width, text, layers = (336, 1024, 4096, 23) if large else (112, 128, 256, 3)
     patches = (size // 14) ** 2
     tokens = patches + 1
@@ -112,7 +112,7 @@ def _ours(name: str, large: bool) -> Rows:
 
 
 def _compiled(large: bool) -> Rows:
-    """transformers' model, compiled once it is used."""
+    """transformers' model, compiled at its first use."""
 
     class Patches(torch.nn.Module):
         def __init__(self, weight: torch.Tensor):

@@ -2,12 +2,12 @@
 
 LLaVA's two stages: `train_step_projector` (everything else frozen) and `train_step_full` (language model and projector;
 the tower is frozen in both). A sample is an image of 576 tokens without labels and a labelled answer. `hf_rows` is
-transformers with the two lines that anybody can add: index the labelled rows before the head. Loss and gradients are
-verified; memory is what a step allocates, gradients included, weights not. The optimiser is left out: it is the same.
+transformers with a two-line change: index the labelled rows before the head. Loss and gradients are verified; memory
+includes gradients, but not weights. The optimiser is not measured, as it is the same for all.
 
-On a CPU the tower is tiny, so that what is measured is the language model of the shape given (samples, tokens, hidden,
-MLP, layers, vocabulary): with an MLP of LLaVA-1.5-7B's proportions, and with a narrow one, whose head is a larger part
-of the whole. On a GPU it is LLaVA-1.5-7B with 8 of the 32 layers.
+On a CPU the tower is tiny, so that the language model of the given shape (samples, tokens, hidden, MLP, layers,
+vocabulary) dominates: with an MLP of LLaVA-1.5-7B's proportions, and with a narrow one, so that the head is a larger
+share of the work. On a GPU it is LLaVA-1.5-7B with 8 of the 32 layers.
 """
 
 import copy
@@ -35,7 +35,7 @@ STAGES = ("projector", "full")
 
 @dataclass(frozen=True)
 class Size:
-    """What a step works on. `text` tokens of each sample are labelled."""
+    """Sizes of batch and model. `text` tokens of each sample are labelled."""
 
     samples: int
     text: int
@@ -54,7 +54,7 @@ class Size:
 
 @dataclass(frozen=True, eq=False)
 class StepCase(Case):
-    """The call differentiates by itself, by the parameters that are trained."""
+    """A case whose call includes backward, for the trained parameters."""
 
     @property
     def identity(self) -> dict[str, str]:
@@ -82,7 +82,7 @@ def step_case(stage: str, size: Size, dtype: torch.dtype) -> Case:
     def reference(pixels: torch.Tensor, **others: torch.Tensor) -> list[torch.Tensor]:
         if pixels.dtype == dtype:
             model = stock()
-        else:  # the truth
+        else:  # the float64 reference
             model = copy.deepcopy(stock()).to(pixels.dtype)
         return _provider(model, _loss)({"pixels": pixels, **others})()
 
@@ -160,7 +160,7 @@ def _freeze(model: torch.nn.Module, stage: str) -> torch.nn.Module:
 
 
 def _with_weights_of(model: torch.nn.Module, stock: Stock) -> torch.nn.Module:
-    """The model with the weights of `stock`, not a copy; what is derived from the configuration is made anew."""
+    """The model sharing the weights of `stock`; buffers derived from the config are computed again."""
     model = model.to_empty(device=DEVICE)
     model.load_state_dict(stock.state_dict(), assign=True)
     model.model.language_model.rotary_emb = stock.model.language_model.rotary_emb
@@ -188,7 +188,7 @@ def _loss(model, input_ids, labels, pixels):
 
 
 def _packed_loss(model, input_ids, labels, pixels, rows):
-    """With what this library's collator knows of a batch."""
+    """The loss with the arguments that this library's collator provides."""
     return model(input_ids=input_ids, labels=labels, pixel_values=pixels, label_rows=rows, use_cache=False).loss
 
 
@@ -205,7 +205,7 @@ def _weights(size: Size) -> int:
 
 
 def _work(stage: str, size: Size) -> tuple[int, int]:
-    """FLOPs of the language model, projector and labelled head, and how often weights or their gradients are moved."""
+    """FLOPs of language model, projector and labelled head; how many times all weights or their gradients are moved."""
     products = 3 if stage == "full" else 2  # forward, gradient of the input, of the weight
     layer = size.hidden * (4 * size.hidden + 3 * size.intermediate)
     rows = 2 * size.hidden * size.hidden + 3 * size.hidden * size.intermediate  # of the last layer, if labelled

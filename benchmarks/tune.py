@@ -1,11 +1,11 @@
-"""Choose the tiles that ship by timing them: llava_fast/ops/tuned/*.json, for the architecture of this GPU.
+"""The tuner: times candidate tiles and writes the fastest to llava_fast/ops/tuned/*.json, for this GPU's architecture.
 
     python -m benchmarks.tune [--op norm] [--seconds 150]
 
-Each operation has `examples(device, dtype)`; those with tiles worth trying are entries of its tile tables. Each tile
-must give the shipped tile's results; then the fastest wins that spills in no dtype and is at least 2 % faster than the
-shipped one. bf16's entries come first, of all operations, then float32's. Entries for other architectures stay as they
-are. In Triton's interpreter nothing can be timed: there the results are compared, and the tables stay.
+Each operation has `examples(device, dtype)`; those with candidate tiles are entries of its tile tables. Each candidate
+must give the shipped tile's results. The fastest one that does not spill in any dtype replaces the shipped tile if it
+is at least 2 % faster. bf16 entries of all operations are tuned first, then float32. Entries for other architectures
+are unchanged. In Triton's interpreter results are only compared, not timed, and the tables are unchanged.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ WORTHWHILE = 0.98  # a new tile's time, as a share of the shipped one's
 
 
 def tune(ops: Sequence[str], deadline: float) -> Iterator[str]:
-    """Tune these operations, and write their tables; a line per entry."""
-    # The interpreter has no products in bfloat16.
+    """Tune these operations, and write their tables; yields a line per entry."""
+    # The interpreter does not support tl.dot in bfloat16.
     dtypes = (torch.bfloat16, torch.float32) if DEVICE.type == "cuda" else (torch.float32, torch.float16)
     chosen: dict[str, dict[str, Tile]] = {}
     sources: dict[str, str] = {}
@@ -54,7 +54,7 @@ def tune(ops: Sequence[str], deadline: float) -> Iterator[str]:
 
 
 def _tuned(op: str, example: Example) -> tuple[Tile, str]:
-    """The tile that ships from now on, and what to say about it."""
+    """The tile to ship, and a line of text about it."""
     kernel, key = example.kernel, example.key
     shipped = _launch.tile(kernel, key, DEVICE)
     good = verified(kernel, example.call, shipped, example.tiles)
@@ -89,7 +89,7 @@ def verified(kernel: str, call: Any, shipped: Tile, tiles: Sequence[Tile]) -> li
         except OutOfResources:
             continue
         for ours, theirs in zip(found, expected, strict=True):
-            # Sums in another order and one rounding apart, no more: a wrong tile is off by far more.
+            # Allows another order of summation and one rounding; a wrong tile has far larger errors.
             torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().max()))
         good.append(tile)
     return good
@@ -104,7 +104,7 @@ def milliseconds(kernel: str, call: Any, tile: Tile) -> float:
 
 
 def wasteful(op: str, kernel: str, key: int | str, tile: Tile) -> bool:
-    """Whether the compiler spills with this tile in any dtype or variant, or needs more shared memory than there is."""
+    """Whether this tile spills in any dtype or variant, or needs more shared memory than the GPU has."""
     here = architecture(DEVICE)
     for dtype in DTYPES.values():
         for example in examples_of(op, torch.device("meta"), dtype):
@@ -122,7 +122,7 @@ def wasteful(op: str, kernel: str, key: int | str, tile: Tile) -> bool:
 
 
 def write_table(kernel: str, tiles: dict[str, Tile], source_of_others: str) -> None:
-    """Put tiles into this architecture's entry of the table, a line each, and say where they come from."""
+    """Write tiles into this architecture's entry of the table, one per line, and record their source."""
     table = json.loads(json.dumps(tile_table(kernel)))
     entry = table[architecture(DEVICE)]
     source = f"tuned on {torch.cuda.get_device_name()}, {date.today()}"
@@ -139,7 +139,7 @@ def write_table(kernel: str, tiles: dict[str, Tile], source_of_others: str) -> N
 
 
 def dump_table(table: dict[str, Any]) -> str:
-    """The tables' own layout: a line per tile."""
+    """The table as JSON with one line per tile."""
     entries = []
     for name, entry in table.items():
         tiles = ",\n".join(f"   {json.dumps(key)}: {json.dumps(tile)}" for key, tile in entry["tiles"].items())

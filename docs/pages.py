@@ -1,4 +1,4 @@
-"""A hook of mkdocs: pages that stand elsewhere in the repository. The README is the home page."""
+"""An mkdocs hook: adds pages from the repository's root to the site. The README is the home page."""
 
 import re
 from pathlib import Path

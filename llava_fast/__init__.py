@@ -1,7 +1,7 @@
 """llava-fast: LLaVA with the same weights, logits and checkpoints, built to be fast.
 
-The public names load on first use, so that `import llava_fast` touches neither CUDA nor a compiler
-and costs next to nothing.
+Public names are imported on first use, so that `import llava_fast` is fast and loads neither CUDA nor
+a compiler.
 """
 
 from importlib import import_module
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Where each public name lives; a name is imported when somebody asks for it.
+# The module of each public name; it is imported at the first access.
 _HOME = {
     "LlavaConfig": "llava_fast.model.llava",
     "LlavaForConditionalGeneration": "llava_fast.drop_in",
@@ -44,7 +44,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'llava_fast' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value  # the next look-up finds it without coming here
+    globals()[name] = value  # cached: the next look-up does not call __getattr__
     return value
 
 

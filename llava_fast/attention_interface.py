@@ -1,12 +1,12 @@
-"""Key-range attention for any transformers model: `attn_implementation="llava_fast"`, once `register_attention()` ran.
+"""Key-range attention for any transformers model: `register_attention()`, then `attn_implementation="llava_fast"`.
 
-transformers calls two functions by that name. The mask function turns its mask into key ranges, [B, 1, T, 3] int32 of
-(start, end, causal): four dimensions, because that is how generation hands on a mask made in advance. The attention
-function runs `ops.attention` on them. Without the mask function padded input would silently be wrong.
+transformers looks up two functions by that name. The mask function returns key ranges in place of a mask, [B, 1, T, 3]
+int32 of (start, end, causal); four dimensions, because generation passes on a precomputed mask only if it has four. The
+attention function runs `ops.attention` on them. Without the mask function padded input would silently be wrong.
 
-A causal mask, with or without a sliding window, becomes ranges without being built. Other masks (packs, images that
-see themselves, chunks, windows over a cache that has dropped keys) are evaluated a slice of queries at a time; one in
-which a query's keys are not one run is an error.
+For a causal mask, with or without a sliding window, the ranges are computed directly. Other masks (packs, images that
+see themselves, chunks, windows over a cache that has dropped keys) are evaluated for a slice of queries at a time; a
+mask in which a query's keys are not contiguous is an error.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ UNSUPPORTED = ("softcap", "position_bias", "s_aux")
 
 
 def register_attention() -> None:
-    """Make `attn_implementation="llava_fast"` known to transformers, for every model that it loads from then on.
+    """Register `attn_implementation="llava_fast"` with transformers, for every model that is loaded afterwards.
 
-    Rows of a pack, told apart by position ids that restart, never see each other, with `use_cache` on or off, provided
-    that no attention mask is given.
+    Packed samples are recognised by position ids that restart, with `use_cache` on or off, but only if no attention
+    mask is given; they never see each other.
     """
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, range_mask)
@@ -56,7 +56,7 @@ def range_mask(
     """Key ranges in place of transformers' mask: [B, 1, T, 3] int32; the third is 1 in a causal mask without padding.
 
     Raises:
-        ValueError: when a query's keys are not one run, or runs go backwards (asserted on the device on a GPU).
+        ValueError: if a query's keys are not contiguous, or ranges decrease (on a GPU: a device-side assert).
     """
     window = _window(mask_function)
     if (mask_function is causal_mask_function or window is not None) and kv_offset == 0:
@@ -75,7 +75,7 @@ def range_mask(
             batch_size,
             min(SLICE, q_length - first),
             kv_length,
-            cast(int, q_offset + first),  # a tensor will do
+            cast(int, q_offset + first),  # may also be a tensor
             kv_offset,
             mask_function,
             attention_mask,
@@ -83,7 +83,7 @@ def range_mask(
             use_vmap=use_vmap,
             device=device,
         )
-        assert mask_B1TS is not None  # since it may not be skipped
+        assert mask_B1TS is not None  # guaranteed by allow_is_causal_skip=False
         slices.append(_ranges_of_mask(mask_B1TS))
     start_BT, end_BT = (torch.cat(of_slices, 1) for of_slices in zip(*slices, strict=True))
     index_T = torch.arange(q_length, device=device) + q_offset - kv_offset
@@ -96,9 +96,9 @@ def _packed(ranges: KeyRanges, causal_BT: torch.Tensor) -> torch.Tensor:
 
 
 def _window(mask_function: Callable) -> int | None:
-    """The size of the window, where this is transformers' causal mask with a sliding window and nothing more.
+    """The window size, if this is exactly transformers' causal mask with a sliding window; else None.
 
-    Functions made by one factory share their code, and what they were made with is in their closure.
+    Functions from one factory share their code object, and the window size is in their closure.
     """
     plain = sliding_window_causal_mask_function(1)
     if getattr(mask_function, "__code__", None) is not plain.__code__:
@@ -122,7 +122,7 @@ def attention_forward(
     position_ids: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls: query [B, H, T, d], key and value [B, G, S, d]; returns [B, T, H, d] and no weights.
+    """transformers' attention function: query [B, H, T, d], key and value [B, G, S, d] to [B, T, H, d], None.
 
     Raises:
         ValueError: for dropout, soft caps, biases or sinks, and for a float mask.
@@ -140,7 +140,7 @@ def attention_forward(
         else:
             ranges = KeyRanges.full(query.shape[0], tokens, query.device, keys)
     else:
-        # Positions cut a pack only where nothing came before; with a cache transformers itself does not look at them.
+        # Positions separate packed samples only if the cache is empty; transformers ignores them otherwise, too.
         packed = position_ids if tokens == keys > 1 and position_ids is not None and position_ids.dim() == 2 else None
         ranges = _ranges(attention_mask, packed)
     q_BTHd, k_BSGd, v_BSGd = (x.transpose(1, 2) for x in (query, key, value))
@@ -148,15 +148,15 @@ def attention_forward(
 
 
 def _ranges(mask: torch.Tensor, position_ids: torch.Tensor | None) -> KeyRanges:
-    """The ranges that a mask says. All layers of a forward pass get the same mask: it carries what the first found."""
-    made_here = mask.dtype == torch.int32  # and not changed by anybody
+    """The ranges of a mask. All layers of a forward pass get the same mask, so the first layer caches them on it."""
+    made_here = mask.dtype == torch.int32  # by `range_mask`
     if torch.compiler.is_compiling() or (mask.is_inference() and not made_here):
         return _unpacked(mask, position_ids)
     version = None if mask.is_inference() else mask._version
     found = getattr(mask, "key_ranges", None)
     if found is None or found[0] is not position_ids or found[1] != version:
         found = position_ids, version, _unpacked(mask, position_ids)
-        mask.key_ranges = found  # type: ignore[attr-defined]  # a tensor takes attributes
+        mask.key_ranges = found  # type: ignore[attr-defined]  # tensors allow new attributes
     return found[2]
 
 
@@ -177,7 +177,7 @@ def _unpacked(mask: torch.Tensor, position_ids: torch.Tensor | None) -> KeyRange
 
 
 def _ranges_of_mask(mask_B1TS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """First key and one past the last that each query sees; both −1 where it sees none."""
+    """First key that each query sees, and one past the last; both −1 if it sees none."""
     if mask_B1TS.shape[1] != 1:
         raise ValueError(f"{NAME} attention takes one mask for all heads, not {tuple(mask_B1TS.shape)}")
     seen_BTS = mask_B1TS[:, 0]
@@ -192,7 +192,7 @@ def _ranges_of_mask(mask_B1TS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _canonical(start_BT: torch.Tensor, end_BT: torch.Tensor) -> KeyRanges:
-    """Ranges that never decrease: an empty one lies where the ranges before it end."""
+    """Make the ranges non-decreasing: an empty range is moved to the end of the ranges before it."""
     until_BT = end_BT.clamp(min=0).cummax(1).values
     start_BT = torch.where(end_BT < 0, until_BT, start_BT)
     end_BT = torch.where(end_BT < 0, until_BT, end_BT)

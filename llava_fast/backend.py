@@ -1,16 +1,16 @@
-"""Which implementation of an operation runs here, and why; `is_plain`: whether it may do the work of a module.
+"""Chooses which implementation of an operation runs, and says why; `is_plain`: may an operation replace a module call?
 
 Every operation registers its implementations by name ("reference", "triton", "cuda") and asks `choose`
-for one at each call. What is asked for comes from `use_backend(...)`, else from the environment variable
+for one at each call. The requested name comes from `use_backend(...)`, else from the environment variable
 `LLAVA_FAST_BACKEND`, else it is "auto": the first of triton, cuda, reference that supports the tensors.
 An explicit request that cannot be met raises and says why; "auto" falls back and logs it once.
 
-An operation may have peers besides: libraries that do the same, under names of their own (`register_peer`). They run
-only where `use_backend(name, operation)` names both; "auto" and the environment variable never choose one.
+An operation may also have peers: other libraries that compute the same, each under its own name (`register_peer`). A
+peer runs only if `use_backend(name, operation)` names both; "auto" and the environment variable never choose one.
 
-The request is one plain global of the process. A ContextVar or a thread-local would be lost where autograd
-recomputes a checkpointed forward (its own thread, for CUDA), and torch.compile cannot guard on either:
-it would refuse to trace the first and go on with a stale value of the second.
+The request is one plain global of the process. A ContextVar or a thread-local would be lost when autograd recomputes a
+checkpointed forward (on CUDA in a thread of its own), and torch.compile cannot guard on either: it would refuse to
+trace a ContextVar, and keep using a stale value of a thread-local.
 
 Only this file loads the compiled extension `llava_fast._cuda`.
 """
@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("auto", "reference", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "LLAVA_FAST_BACKEND"
 
-# What "auto" tries, in order. The CUDA twin of an operation goes before Triton only where a stored
-# benchmark shows it ahead: Triton's `supports` then says no for those shapes.
+# What "auto" tries, in order. Where a stored benchmark shows the CUDA implementation of an operation to be faster,
+# Triton's `supports` refuses those shapes.
 _PREFERENCE = ("triton", "cuda", "reference")
 
 Supports = Callable[..., bool | str]  # True, or one line saying why not
@@ -51,7 +51,7 @@ class BackendUnavailable(RuntimeError):
 class Implementation:
     """One way to run an operation. `supports(*tensors)` is True, or one line saying why not.
 
-    peer: of a peer, says why it cannot run anything on this machine; an empty string when it can.
+    peer: for a peer, a function that says why it cannot run on this machine at all; an empty string if it can.
     """
 
     op: str
@@ -73,7 +73,7 @@ _registry: dict[str, dict[str, Implementation]] = {}
 _lock = threading.Lock()
 _entered: list[tuple[object, str, tuple[str, ...]]] = []  # the `use_backend` blocks that are open, oldest first
 _environment = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-_request: dict[str | None, str] = {None: _environment}  # by operation; None is all the others
+_request: dict[str | None, str] = {None: _environment}  # by operation; None: all other operations
 _logged: set[tuple[str, str, str]] = set()
 
 
@@ -104,8 +104,8 @@ def register_peer(
 ) -> None:
     """Make `fn` an implementation of `op` that runs only when `use_backend(name, op)` asks for it.
 
-    `missing()` says why it cannot run anything on this machine, or is an empty string; it is not called before
-    somebody asks. `supports` and a second registration are as for `register`.
+    `missing()` returns why it cannot run on this machine at all, or an empty string; it is called only when the peer
+    is requested or listed. `supports` and a second registration are as for `register`.
     """
     if name in BACKENDS:
         raise ValueError(f"peer {name!r} of operation {op!r} has the name of a backend of all operations")
@@ -132,7 +132,7 @@ def _checked(name: str, ops: tuple[str, ...]) -> str:
 
 
 def requested(op: str | None = None) -> str:
-    """What is asked for now, for `op` or in general: one of `BACKENDS`, or for `op` one of its peers."""
+    """The requested backend, for `op` or in general: one of `BACKENDS`, or for `op` also one of its peers."""
     if op is not None and op in _request:
         return _request[op]
     if _request[None] not in BACKENDS:
@@ -144,11 +144,11 @@ def requested(op: str | None = None) -> str:
 def use_backend(name: str, *ops: str) -> Iterator[None]:
     """Ask for a backend by name inside a `with` block: auto, reference, triton or cuda.
 
-    Given names of operations, the request is for those alone, and may be for a peer that they have, as in
-    `use_backend("flash_attn", "attention")`. `ValueError` for another name; `KeyError` for an operation that nobody
-    registered.
-    It holds for the whole process (see the top of this file). Blocks may nest and may be open in several
-    threads: the one entered last counts, and each takes back only its own request.
+    With names of operations, the request applies to them only, and may name one of their peers, as in
+    `use_backend("flash_attn", "attention")`. `ValueError` for an unknown backend; `KeyError` for an operation that is
+    not registered.
+    It applies to the whole process (see the top of this file). Blocks may nest and may be open in several
+    threads: the one entered last counts, and each block removes only its own request on exit.
     """
     for op in ops:
         _implementations(op)
@@ -176,7 +176,7 @@ def choose(op: str, *tensors: Any) -> Callable[..., Any]:
     """The implementation of `op` to call with these tensors.
 
     Raises `BackendUnavailable` when a backend was asked for by name and cannot take them, and
-    `KeyError` for an operation that nobody registered.
+    `KeyError` for an operation that is not registered.
     """
     return _choose(op, tensors)[0].fn
 
@@ -224,13 +224,13 @@ def _log_once(op: str, name: str, reason: str, tensors: tuple[Any, ...]) -> None
     if torch.compiler.is_compiling() or (op, name, reason) in _logged:
         return
     _logged.add((op, name, reason))
-    # On a GPU a fallback costs speed that somebody expects; on a CPU it is the normal course.
+    # On a GPU a fallback is unexpectedly slow, so it is a warning; on a CPU it is normal.
     on_gpu = any(getattr(tensor, "is_cuda", False) for tensor in tensors)
     logger.log(logging.WARNING if on_gpu else logging.INFO, "%s runs on %s (%s)", op, name, reason)
 
 
 def status() -> dict[str, dict[str, Any]]:
-    """For every registered operation: the backend that would run here, why, and what else there is.
+    """For every registered operation: the backend that would run here, the reason, and the alternatives.
 
     `{"norm": {"backend": "reference", "reason": "...", "registered": ["reference"], "peers": {}}}`; `backend` is
     None when an explicit request cannot be met. Peers by name: "available", or why not.
@@ -274,12 +274,12 @@ def _no_gpu() -> str:
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling `module` does what `kind` does with its parameters, and nothing more: then a fused operation may
-    read the parameters and do its work.
+    """Whether calling `module` does exactly what class `kind` does, so that a fused operation may read its parameters
+    instead of calling it.
 
-    False for what PEFT or a quantiser has put in its place (another class, or parameters that are no plain tensors),
-    for a module with hooks (ZeRO-3 gathers parameters in one, accelerate moves them, PEFT marks embeddings), and for
-    one with a `forward` of its own.
+    False for a replacement by PEFT or a quantiser (another class, or parameters that are tensor subclasses), for a
+    module with hooks (ZeRO-3 gathers parameters in one, accelerate moves them, PEFT marks embeddings), and for a module
+    whose `forward` was replaced.
     """
     from torch import Tensor
     from torch.nn import Parameter
@@ -292,7 +292,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def _load_extension() -> tuple[ModuleType | None, bool, str]:
-    """The module or None, whether it is built at all, and why there is none."""
+    """The module or None; whether it is built at all; why it could not be loaded."""
     try:
         return importlib.import_module("llava_fast._cuda"), True, ""
     except ModuleNotFoundError as error:
@@ -311,7 +311,7 @@ def extension() -> ModuleType:
 
 
 def extension_status() -> dict[str, Any]:
-    """Whether the extension is built and loads, or why not, and what it was compiled for and sees."""
+    """Whether the extension is built and loads, or why not; its architectures, and the devices it finds."""
     report: dict[str, Any] = {"built": _extension_built, "loaded": _extension is not None}
     if _extension is None:
         return {**report, "reason": _extension_error}
@@ -322,7 +322,7 @@ def extension_status() -> dict[str, Any]:
     }
 
 
-# Found out once, here, so that `choose` is nothing but look-ups that torch.compile can trace.
+# Evaluated once, at import, so that `choose` contains only look-ups, which torch.compile can trace.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _extension, _extension_built, _extension_error = _load_extension()

@@ -1,4 +1,4 @@
-"""Ask a model about images and get its answer as it is written."""
+"""Chat with a model about images; answers are streamed."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from llava_fast.processor.processor import LlavaProcessor
 def load(
     checkpoint: str | Path, *, device: str = "auto", dtype: str = "auto"
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """A model ready to answer, and its processor, from a checkpoint directory.
+    """Load a model for inference, and its processor, from a checkpoint directory.
 
     Args:
         checkpoint: directory with the weights, the configuration and the processor's files.
-        device: "auto" takes the GPU if there is one; else as `torch.device` reads it.
+        device: "auto", the GPU if there is one; or a name that `torch.device` accepts.
         dtype: a floating dtype by name; "auto" is the checkpoint's own on a GPU and float32 on a CPU.
 
     Raises:
-        FileNotFoundError: when there is no such directory.
-        ValueError: when model and processor normalise pixels differently.
+        FileNotFoundError: if there is no such directory.
+        ValueError: if model and processor normalise pixels differently.
     """
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
@@ -47,9 +47,9 @@ def load(
 
 
 def conversation(n_images: int, turns: Sequence[tuple[str, str]], prompt: str) -> list[dict[str, Any]]:
-    """The messages that a chat template takes: earlier (question, answer) turns, then the prompt.
+    """The messages for a chat template: earlier (question, answer) turns, then the prompt.
 
-    The images stand at the front of the first question, as LLaVA was trained.
+    All images come before the first question, as in LLaVA's training data.
     """
     messages: list[dict[str, Any]] = []
     for question, answer in [*turns, (prompt, None)]:
@@ -69,12 +69,12 @@ def stream(
     turns: Sequence[tuple[str, str]] = (),
     **generate_arguments: Any,
 ) -> Iterator[str]:
-    """Yield the answer to `prompt` about `images` piece by piece, as the tokens come.
+    """Yield the answer to `prompt` about `images` in pieces of text, as the tokens are generated.
 
     Args:
-        images: files or PIL images, shown in front of the first question; may be empty.
-        turns: what was said before, as (question, answer) pairs.
-        generate_arguments: handed to `model.generate` (max_new_tokens, do_sample, temperature …).
+        images: files or PIL images, placed before the first question; may be empty.
+        turns: earlier (question, answer) pairs.
+        generate_arguments: passed to `model.generate` (max_new_tokens, do_sample, temperature …).
 
     An error inside `generate` is raised here. Leaving the iterator early stops the generation.
     """
@@ -100,7 +100,7 @@ def stream(
                 stopping_criteria=StoppingCriteriaList([stop]),
                 **generate_arguments,
             )
-        except BaseException as error:  # handed over to the caller's thread, below
+        except BaseException as error:  # re-raised in the caller's thread, below
             failure.append(error)
         finally:
             streamer.end()

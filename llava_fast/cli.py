@@ -122,7 +122,7 @@ def convert(
     ] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 512MB.")] = "5GB",
 ) -> None:
-    """Write a checkpoint in another layout, in bounded memory; it is verified before it appears."""
+    """Convert a checkpoint to another layout, in bounded memory; the result is verified before the target appears."""
     from llava_fast import convert as converter
 
     done = converter.convert(
@@ -160,7 +160,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
     else:
-        if isinstance(sys.stdout, io.TextIOWrapper):  # data holds characters that not every terminal has
+        if isinstance(sys.stdout, io.TextIOWrapper):  # the terminal's encoding may lack characters of the data
             sys.stdout.reconfigure(errors="backslashreplace")
         show(found, Console(), problems)
     raise typer.Exit(0 if found.fine else 1)
@@ -170,7 +170,7 @@ def inspect(
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Say what runs here and why; the exit status is 1 when something is broken."""
+    """Report versions, devices and the backend of every operation; exit status 1 if something is broken."""
     from llava_fast.doctor import diagnose, show
 
     report = diagnose()
@@ -181,12 +181,12 @@ def doctor(
     raise typer.Exit(1 if report["problems"] else 0)
 
 
-# Which extra of llava-fast brings a package that a command turned out to need.
+# The extra of llava-fast that installs a package which a command could not import.
 _EXTRA_FOR = {"accelerate": "train", "peft": "train", "yaml": "train"}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit; a user's mistake (a wrong path, key, value) is one line and status 2."""
+    """Run the command line and exit; for a user error (a wrong path, key, value) print one line, exit status 2."""
     global _debug
     _debug = False
     try:

@@ -1,7 +1,7 @@
-"""From one checkpoint layout to another, tensor by tensor, without a model in memory.
+"""Converts a checkpoint to another layout, tensor by tensor, without a model in memory.
 
-The result is written beside its place, read back and compared, and only then renamed: it is there in full or not at
-all. An adapter is the exception to bounded memory: it is merged by peft, in a model.
+The result is written to a temporary directory beside the target, read back and compared, and then renamed, so the
+target is complete or absent. Memory is bounded except for an adapter, which peft merges into a model in memory.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ PROCESSOR_FILES = (
 
 
 class Converted(TypedDict):
-    """What `convert` returns."""
+    """The result of `convert`."""
 
     target: Path
     layout: str
@@ -81,7 +81,7 @@ def convert(
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
 ) -> Converted:
-    """Write the checkpoint in `source`, whatever its layout, to the new directory `target` in another.
+    """Write the checkpoint in `source`, of any layout, to the new directory `target`.
 
     Args:
         layout: "hf" or "original".
@@ -91,8 +91,8 @@ def convert(
         max_shard_size: bytes, or text such as "5GB".
 
     Raises:
-        FileExistsError: when `target` exists.
-        OSError, ValueError: in one line that names file, key or value; `target` does not exist then.
+        FileExistsError: if `target` exists.
+        OSError, ValueError: one line that names file, key or value; `target` is not created.
     """
     source, target = Path(source), Path(target)
     check_layout(layout, with_tower, mm_vision_tower)
@@ -105,7 +105,7 @@ def convert(
     check_checkpoint(LlavaForConditionalGeneration, opened)
     config = opened.config
     weights = {name: stored.to(dtype) for name, stored in opened.weights.items()}
-    # Loaders give the whole model one dtype: that of the language model.
+    # A loaded model has one dtype; use that of the language model.
     config.dtype = dtype or next(stored.dtype for name, stored in weights.items() if ".language_model." in name)
     processor = _processor(opened) if layout == "hf" and opened.layout == "original" else None
     flat = None
@@ -177,15 +177,15 @@ def _has_tokenizer(folder: Path) -> bool:
 
 def _processor(opened: OpenCheckpoint) -> LlavaProcessor | None:
     """HF's processor for an original checkpoint, with image and padding tokens after the vocabulary; sets their ids in
-    the config. None where the checkpoint has no tokenizer."""
+    the config. None if the checkpoint has no tokenizer."""
     config, folder = opened.config, opened.path
     if not _has_tokenizer(folder):
         return None
-    # The text config, because a tokenizer cannot be told from a model_type that transformers does not know.
+    # Pass the text config: from the original model_type, unknown to transformers, no tokenizer class would be found.
     with blaming(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config.text_config, trust_remote_code=False)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
-    # Where the embeddings did not grow there is no room for one, and <unk> pads, as it did in the original.
+    # If the embeddings did not grow, there is no row for a padding token; <unk> is used, as in the original code.
     if hasattr(config, "original_vocab_size") and tokenizer.pad_token in (None, tokenizer.unk_token):
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     rows = text_config(config).vocab_size
@@ -203,7 +203,7 @@ def _processor(opened: OpenCheckpoint) -> LlavaProcessor | None:
 
 
 def _copy_generation_config(source: Path, target: Path) -> None:
-    """The ids alone: sampling settings of old files are errors when transformers 5 writes them again."""
+    """Copy only the token ids: transformers 5 refuses to save the sampling settings of old files."""
     file = source / "generation_config.json"
     if file.is_file():
         ids = {key: value for key, value in read_json(file).items() if key.endswith("_token_id")}

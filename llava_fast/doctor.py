@@ -1,4 +1,4 @@
-"""What runs on this machine and why: versions, devices, the backend of every operation, and what is broken."""
+"""`llava-fast doctor`: reports versions, devices, the backend of every operation and its reason, and problems."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ import llava_fast
 
 
 def diagnose() -> dict[str, Any]:
-    """What runs here and why, ready for JSON.
+    """Collect the report as plain values, ready for JSON.
 
     Returns:
         llava_fast, python, platform: versions.
-        packages: by name, the version that is installed (None: not installed) and wanted, and the extra that asks.
+        packages: by name, the installed version (None: not installed), the required one, and the extra that needs it.
         devices: the CPU and each GPU.
         extension, backend: the CUDA extension; per operation its implementation and the reason.
-        caches: directories that are written to.
-        problems: one line for each thing that is broken; empty when all is well.
+        caches: directories for compiled kernels and temporary files.
+        problems: one line per problem.
     """
     problems: list[str] = []
     for name in llava_fast.__all__:
         try:
             getattr(llava_fast, name)
-        except Exception as error:  # whatever a broken installation raises is what is to be reported
+        except Exception as error:  # a broken installation may raise anything; report it
             problems.append(f"llava_fast.{name} cannot be imported: {type(error).__name__}: {error}")
     return {
         "llava_fast": llava_fast.__version__,
@@ -48,7 +48,7 @@ def diagnose() -> dict[str, Any]:
 
 
 def _packages(problems: list[str]) -> dict[str, dict[str, Any]]:
-    """Version found and version wanted of every dependency; a missing optional one is no problem."""
+    """Installed and required version of every dependency; a missing optional one is not a problem."""
     try:
         requirements = [Requirement(line) for line in metadata.requires("llava-fast") or ()]
     except metadata.PackageNotFoundError:
@@ -75,7 +75,7 @@ def _packages(problems: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _extra_of(requirement: Requirement) -> str | None:
-    """The extra of llava-fast that asks for this requirement; None when every installation does."""
+    """The extra of llava-fast that needs this requirement; None for a required dependency."""
     if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
         return None
     extras = metadata.metadata("llava-fast").get_all("Provides-Extra") or ()

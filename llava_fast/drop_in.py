@@ -1,4 +1,4 @@
-"""transformers' face of the model: `LlavaForConditionalGeneration` with its signatures, outputs and checkpoints.
+"""`LlavaForConditionalGeneration`, with the arguments, outputs and checkpoints of transformers' class of that name.
 
 Shapes: B batch rows, T tokens, D width of the language model, M image tokens in all, N images.
 """
@@ -85,38 +85,38 @@ class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, Gener
         return_logits: bool | None = None,
         **kwargs,
     ) -> LlavaCausalLMOutputWithPast:
-        """Logits, and the loss where there are labels.
+        """Logits, and the loss if labels are given.
 
-        When training with labels no logits are returned: the loss needs them for labelled rows only, and never all at
-        once. The last layer, too, computes only rows that are read.
+        In training with labels no logits are returned: the fused loss computes them for labelled rows only, in chunks.
+        The last decoder layer also computes only the rows that the loss or the logits need.
 
         Args:
             input_ids: [B, T] with `config.image_token_id` once for every image token; or
             inputs_embeds: [B, T, D].
             pixel_values: uint8 [N, H, W, 3] as decoded, or floating [N, 3, H, W] normalised; all images of the
                 batch in reading order. None for text alone.
-            attention_mask: [B, cached + T], 1 for real tokens; padding on the left or on the right. The output of a
-                padding token is that of an empty attention and means nothing.
-            position_ids: [B, T]; counted from 0 by default. Without an attention mask and a filled cache, positions
-                that restart mark packed samples, which never see each other.
+            attention_mask: [B, cached + T], 1 for real tokens; padding on the left or on the right. A padding token
+                sees no keys, and its output is meaningless.
+            position_ids: [B, T]; counted from 0 by default. If there is no attention mask and the cache is empty, a
+                position that restarts begins a new packed sample; samples never see each other.
             past_key_values: a transformers cache.
             labels: [B, T], −100 where there is nothing to predict; shifted here, not by the caller.
-            logits_to_keep: compute logits for the last so many tokens only (0: all), or for these indices.
+            logits_to_keep: compute logits for the last n tokens only (0: all), or for these indices.
             use_cache: default: the text config's when evaluating, False when training.
             key_start, key_end: int32 [B, T] key ranges (see `llava_fast.sequence`), instead of a mask.
-            image_slots: int64 [M], flat positions of the image tokens in `input_ids`, where the caller knows them.
-            label_rows: int64, ascending flat positions of the tokens whose next token has a label, where the caller
-                knows them: then nothing waits for the device.
+            image_slots: int64 [M], flat positions of the image tokens in `input_ids`, if the caller knows them.
+            label_rows: int64, ascending flat positions of the tokens whose next token has a label, if the caller
+                knows them: avoids a device synchronisation.
             mm_encoder_outputs: {"image": result of `get_image_features`} instead of pixels.
-            return_logits: whether `logits` are wanted beside a loss; by default when evaluating, not when training.
-            kwargs: for the loss: `num_items_in_batch` divides its sum, instead of the number of labelled tokens.
+            return_logits: whether to return `logits` beside a loss; default: True in evaluation, False in training.
+            kwargs: for the loss: its sum is divided by `num_items_in_batch` instead of the number of labelled tokens.
 
         Raises:
             ValueError: for inputs that contradict each other, such as a number of image tokens that is not the
                 number of image features.
         """
         if return_logits is None:
-            # The fused loss reads the head's weight itself, so a head that PEFT or a quantiser has wrapped is called.
+            # The fused loss reads the head's weight directly, which would bypass a head wrapped by PEFT or a quantiser.
             return_logits = labels is None or not self.training or type(self.lm_head) is not nn.Linear
         rows: Rows | None = None
         targets = None
@@ -174,7 +174,7 @@ class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, Gener
                 f"generate needs left-padded prompts, but attention_mask row {row} ends in padding; "
                 "set processor.tokenizer.padding_side = 'left'"
             )
-        return super().generate(*args, **kwargs)  # type: ignore[misc]  # its self is a protocol of transformers' own
+        return super().generate(*args, **kwargs)  # type: ignore[misc]  # transformers annotates `self` with a protocol
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **_) -> torch.Tensor | None:
@@ -183,9 +183,9 @@ class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, Gener
 
 
 def _labelled(labels_BT: torch.Tensor, rows: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Flat places of the tokens that have something to predict, and what: the next token's label.
+    """Flat indices of the tokens whose next token has a label, and these labels.
 
-    Where finding the places would wait for the device, none are given, and the targets are those of all tokens.
+    If finding the indices would synchronise with the device, they are None, and the labels are those of all tokens.
     """
     targets = torch.nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
     if rows is None and labels_BT.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -194,7 +194,7 @@ def _labelled(labels_BT: torch.Tensor, rows: torch.Tensor | None) -> tuple[torch
 
 
 def _rows_to_keep(hidden_BTD: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
-    """The rows that logits are wanted for, as transformers reads `logits_to_keep`."""
+    """The rows to compute logits for, by transformers' rules for `logits_to_keep`."""
     if isinstance(keep, int):
         return hidden_BTD[:, -keep:] if keep else hidden_BTD
     if keep.dim() == 1:

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def one_line(value: Any, limit: int = 200) -> str:
-    """Text from outside as a message may show it: without line breaks and control characters, cut in the middle."""
+    """Untrusted text made safe for an error message: no line breaks or control characters, shortened in the middle."""
     text = " ".join(str(value).split())
     if len(text) > limit:
         text = text[: limit // 2] + "…" + text[-limit // 2 :]
@@ -18,7 +18,7 @@ def one_line(value: Any, limit: int = 200) -> str:
 
 @contextmanager
 def blaming(file: str | os.PathLike) -> Iterator[None]:
-    """Whatever other code raises about a value in `file` becomes a ValueError of one line that names the file."""
+    """Convert any exception raised inside the block into a ValueError of one line that names `file`."""
     try:
         yield
     except OSError:

@@ -11,11 +11,11 @@ carries two int32 vectors instead of a [T, T] mask:
     sliding window w                    max(document start, i-w+1)  i + 1
     decoding from a cache               first real slot             filled length
 
-Canonical form: along T both vectors never decrease, and an empty row has start = end = its own index. The queries that
-see a given run of keys are then themselves one contiguous run.
+Canonical form: along T both vectors never decrease, and an empty row has start = end = its own index. Then the queries
+that see any key of a contiguous run are also a contiguous run.
 
-Two builders make them. `pack` works on the host from lengths that a collator knows; `key_ranges` works on the device
-from tensors that are already there, and never waits for the device.
+Two functions build the vectors: `pack`, on the host, from the sample lengths that a collator knows; and `key_ranges`,
+on the device, from tensors that are already there, without synchronisation.
 
 Shapes: B batch rows, T query tokens, S keys.
 """

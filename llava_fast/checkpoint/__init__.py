@@ -1,6 +1,6 @@
-"""Every checkpoint layout, in and out.
+"""Reads and writes checkpoints in every LLaVA layout.
 
-Files of tensors (`weights`) are opened under our names and with a config of HF's kind (`layouts`, `reader`, `adapter`),
-checked against the model (`strict`), and read into it (`load`); or a model is written (`save`) or made of two others
-(`assemble`).
+Weight files (`weights`) are opened with parameter names and config translated to ours (`layouts`, `reader`, `adapter`),
+checked against the model (`strict`), and loaded (`load`). `save` writes a model; `assemble` makes one from a vision
+tower and a language model.
 """

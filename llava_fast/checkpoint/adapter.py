@@ -1,11 +1,11 @@
-"""LoRA adapters, of the original code and of peft, under the names of whatever version trained them.
+"""Loads LoRA adapters of the original code and of peft, with the key names of any transformers version.
 
     original        adapter_config.json, adapter_model.*, config.json (llava_llama), non_lora_trainables.bin; keys
                     base_model.model.model.layers.N.*; the base is a bare language model or an original LLaVA
     HF before 4.52  base_model.model.language_model.model.layers.N.*
     HF since        base_model.model.model.language_model.layers.N.*      (ours, too)
 
-peft is imported here alone, and only once there is an adapter.
+peft is imported only in this file, and only if there is an adapter.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def is_original_adapter(folder: Path) -> bool:
 
 
 def base_of(folder: Path, base_model: str | os.PathLike | None) -> str:
-    """The base model's directory (or, where the caller names one, hub name).
+    """The base model's directory (or hub name, if the caller passed one).
 
     Raises:
-        ValueError: when the adapter names none.
-        FileNotFoundError: when what it names is not on this machine.
+        ValueError: if the adapter does not name a base model.
+        FileNotFoundError: if the named base model is not on this machine.
     """
     if base_model is not None:
         return os.fspath(base_model)
@@ -61,7 +61,7 @@ def base_of(folder: Path, base_model: str | os.PathLike | None) -> str:
 
 
 def open_original_base(folder: Path, base_model: str | os.PathLike | None, pieces: Pieces) -> OpenCheckpoint:
-    """Base, tower, and what the original LoRA run in `folder` trained in full (the projector), in one."""
+    """One checkpoint of base model, tower, and the projector that the original LoRA run in `folder` trained in full."""
     settings = folder / "config.json"
     if not settings.is_file():
         raise FileNotFoundError(f"{settings} is missing: it is the config of the model that was trained")
@@ -82,7 +82,7 @@ def apply_adapter(model: PreTrainedModel, folder: Path) -> Any:
     """`model` wrapped by peft, with the adapter in `folder` in place; a `PeftModel`.
 
     Raises:
-        ValueError: when keys and model do not fit; the message names them.
+        ValueError: if keys do not fit the model; the message names them.
     """
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -95,18 +95,18 @@ def apply_adapter(model: PreTrainedModel, folder: Path) -> Any:
             if not settings.target_modules:
                 raise ValueError(f"target_modules fit no layer of {model.name_or_path}")
         base = settings.base_model_name_or_path
-        settings.base_model_name_or_path = model.name_or_path  # peft would warn, and replace it as well
+        settings.base_model_name_or_path = model.name_or_path  # otherwise peft sets it with a warning
         wrapped = get_peft_model(model, settings)
         settings.base_model_name_or_path = base
     wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    # peft also saves a layer of the base model where its adapter is on the embeddings or the head.
+    # If the adapter covers embeddings or head, peft also saves that layer of the base model.
     require_fit(folder, weights, wanted, extra=wrapped.state_dict().keys())
     set_peft_model_state_dict(wrapped, weights)
     return wrapped.eval()
 
 
 def _adapter_weights(folder: Path) -> tuple[dict[str, torch.Tensor], bool]:
-    """The adapter's tensors with our names for the layers, and whether the file had others."""
+    """The adapter's tensors under our names, and whether names in the file were different."""
     weights, foreign = {}, False
     for key, stored in open_weights(folder, "adapter_model").items():
         name = PREFIX + our_name(key.removeprefix(PREFIX)) if key.startswith(PREFIX) else key
@@ -116,11 +116,11 @@ def _adapter_weights(folder: Path) -> tuple[dict[str, torch.Tensor], bool]:
 
 
 def _translate(settings: Any, model: nn.Module, language_only: bool) -> None:
-    """Make peft's settings, which go by the names of another version, name our layers instead."""
+    """Translate module names in peft's settings from another version's to ours."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     def aliases(name: str) -> list[str]:
-        dotted = f"{name}."  # names in the tables begin with a module and its dot
+        dotted = f"{name}."  # prefixes in the table end with a dot
         if language_only:
             return [original_name(dotted)[:-1]] if dotted.startswith((LANGUAGE, "lm_head.")) else []
         return [alias[:-1] for alias in hf_names(dotted)]
@@ -129,7 +129,7 @@ def _translate(settings: Any, model: nn.Module, language_only: bool) -> None:
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d)
-        # An excluded module comes back as an object that is false.
+        # For an excluded module peft returns a falsy object.
         and any(check_target_module_exists(settings, alias) for alias in aliases(name))
     }
 

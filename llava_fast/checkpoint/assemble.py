@@ -1,4 +1,4 @@
-"""A LLaVA from a pretrained vision tower and a pretrained language model."""
+"""`assemble`: makes a LLaVA from a pretrained vision tower and a pretrained language model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llava_fast.model.vision import feature_layers
 
 
 class AssembleMixin(LlavaPreTrainedModel):
-    """`assemble`, for a model with a network and a head."""
+    """Adds `assemble` to the model class."""
 
     model: LlavaModel
     lm_head: nn.Linear
@@ -36,19 +36,19 @@ class AssembleMixin(LlavaPreTrainedModel):
         dtype: torch.dtype = torch.float32,
         **llava_config: Any,
     ) -> Any:
-        """Put a LLaVA together from a pretrained tower and a pretrained language model; the projector is fresh.
+        """Make a LLaVA from a pretrained tower and a pretrained language model, with a newly initialised projector.
 
         Args:
             vision_tower: directory (or hub name) of a CLIP model or CLIP vision model.
             language_model: directory (or hub name) of a Llama-family causal language model.
-            tokenizer: with `<image>` among its tokens. Sets `image_token_index`; where it is longer than the language
-                model's vocabulary, the embeddings grow (to a multiple of 64, new rows the mean of the old).
+            tokenizer: has an `<image>` token, which becomes `image_token_index`. If it has more tokens than the
+                embeddings have rows, these grow to a multiple of 64; new rows are the mean of the old.
             dtype: of the result.
             llava_config: further fields of `LlavaConfig` (vision_feature_layer, mm_projector_type, …).
 
         Raises:
-            ValueError: when a directory holds another kind of model, the tokenizer has no `<image>`, or weights do not
-                fit their config; the message names them.
+            ValueError: for a directory with another kind of model, a tokenizer without `<image>`, or weights that do
+                not fit their config; the message names them.
         """
         with blaming(vision_tower):
             vision_config = AutoConfig.from_pretrained(vision_tower, trust_remote_code=False)
@@ -95,10 +95,10 @@ class AssembleMixin(LlavaPreTrainedModel):
 
 
 def _pretrained(auto_class: Any, path: str | os.PathLike, dtype: torch.dtype) -> PreTrainedModel:
-    """Tower or language model as transformers loads it, complete."""
+    """Tower or language model, loaded by transformers; missing weights are an error."""
     model, info = auto_class.from_pretrained(
         path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
     )
-    # A full CLIP checkpoint also has a text tower; what is not needed is no error here.
+    # A full CLIP checkpoint also has a text tower, so unexpected keys are no error here.
     require_complete(path, {**info, "unexpected_keys": []}, allow_mismatch=False)
     return model

@@ -1,4 +1,4 @@
-"""Names and configs of every LLaVA checkpoint layout, from and to ours. `NAMES` is the table of the names.
+"""Translates parameter names and configs between LLaVA's checkpoint layouts and ours; `NAMES` is the table of names.
 
 The original config is flat (a Llama config with `mm_…` keys), HF's nests a text and a vision config.
 Sources: haotian-liu/LLaVA (llava_arch.py, builder.py), transformers' convert_llava_weights_to_hf.py.
@@ -23,16 +23,16 @@ LAYOUTS = ("hf", "original")
 
 
 class Names(NamedTuple):
-    """How the names of some parameters begin in each layout; what follows is the same in all but the projector's."""
+    """Prefixes of parameter names in each layout; the rest of a name is the same everywhere, except the projector's."""
 
-    ours: str  # and HF's in memory since 5.6
-    on_disk: str  # HF's in all versions
+    ours: str  # also HF's in memory since 5.6
+    on_disk: str  # HF's on disk, all versions
     in_memory_4: str  # HF's in memory, transformers 4.57
     original: str
-    modules: tuple[str, ...] = ("",)  # what follows in the original, where the language model begins like all the rest
+    modules: tuple[str, ...] = ("",)  # follow the original's prefix, as its language model's is that of all names
 
     def hf(self) -> list[str]:
-        """Every beginning that an HF file may have, the longest first: `vision_model.` may be missing."""
+        """Every prefix that an HF file may use, longest first: `vision_model.` may be missing."""
         names = {self.ours, self.on_disk, self.in_memory_4}
         return sorted(names | {name.replace("vision_model.", "") for name in names}, key=len, reverse=True)
 
@@ -51,9 +51,9 @@ NAMES = (
 # fmt: on
 TOWER_MODULES = tuple(TOWER + module for module in _CLIP)
 EMBEDDINGS, HEAD = f"{LANGUAGE}embed_tokens.weight", "lm_head.weight"
-# From HF's names to ours, as transformers' `key_mapping`: applied in turn to each key.
+# From HF's names to ours, as transformers' `key_mapping`: patterns are applied to each key in order.
 KEY_MAPPING = {f"^{re.escape(theirs)}": names.ours for names in NAMES for theirs in names.hf() if theirs != names.ours}
-# Beginnings of any layout and ours, the longest first.
+# Pairs of a prefix of any layout and ours, longest first.
 _KNOWN = sorted(
     {(theirs, names.ours) for names in NAMES for theirs in names.hf()}
     | {
@@ -65,7 +65,7 @@ _KNOWN = sorted(
     key=lambda pair: -len(pair[0]),
 )
 _ORIGINAL_PROJECTOR = re.compile(r"(?:.*\.)?mm_projector\.(?:(\d+)\.)?(weight|bias)")
-# Buffers that old files carry and newer code derives.
+# Buffers that old files contain and newer code computes.
 DERIVED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 
 TEXT_CONFIGS: dict[str, type[LlamaConfig | MistralConfig]]
@@ -79,7 +79,7 @@ _CLIP_LARGE = {
     "patch_size": 14,
     "projection_dim": 768,
 }
-# What the released models name as their tower, so that its shape is known where its files are not.
+# Towers that the released models refer to: their shapes are known even if their files are not here.
 KNOWN_TOWERS = {
     "openai/clip-vit-large-patch14-336": {**_CLIP_LARGE, "image_size": 336},
     "openai/clip-vit-large-patch14": {**_CLIP_LARGE, "image_size": 224},
@@ -87,17 +87,17 @@ KNOWN_TOWERS = {
 
 
 def is_original(config: dict[str, Any]) -> bool:
-    """Whether a `config.json` is one of the original code; "llava" was its model_type before it was HF's."""
+    """Whether a `config.json` is in the original layout, whose early versions used the model_type "llava", too."""
     kind = config.get("model_type")
     flat = "mm_vision_tower" in config and "text_config" not in config
     return kind in ("llava_llama", "llava_mistral") or (kind == "llava" and flat)
 
 
 def our_name(key: str) -> str:
-    """Our name for a key of any layout; a key of none comes back as it is."""
+    """Our name for a key of any layout; an unknown key is returned unchanged."""
     if match := _ORIGINAL_PROJECTOR.fullmatch(key):
         place = int(match[1] or 0)
-        # In the original's nn.Sequential the odd places are the activations.
+        # Odd indices of the original's nn.Sequential are the activations.
         return key if place % 2 else f"{PROJECTOR}linear_{place // 2 + 1}.{match[2]}"
     for theirs, ours in _KNOWN:
         if key.startswith(theirs):
@@ -130,7 +130,7 @@ def original_name(name: str, projector_type: str = "mlp2x_gelu") -> str:
 
 
 def original_names(names: Iterable[str], flat: dict[str, Any], *, with_tower: bool) -> dict[str, str]:
-    """Ours and the original's names of what a checkpoint with the config `flat` holds."""
+    """Our names to the original's, for the parameters that a checkpoint with the config `flat` contains."""
     kept = (name for name in names if with_tower or not name.startswith(TOWER))
     return {name: original_name(name, flat["mm_projector_type"]) for name in kept}
 
@@ -152,10 +152,10 @@ def projector_type(names: Iterable[str]) -> str:
 
 
 def image_tokens(vision: CLIPVisionConfig, strategy: str) -> int:
-    """Tokens of one image: the patches, and with the strategy "full" CLIP's class token.
+    """Tokens of one image: the patches, and with the strategy "full" the CLS token.
 
     Raises:
-        ValueError: for images that are not square.
+        ValueError: for a config with non-square images.
     """
     image, patch = vision.image_size, vision.patch_size
     if not isinstance(image, int) or not isinstance(patch, int):
@@ -166,17 +166,17 @@ def image_tokens(vision: CLIPVisionConfig, strategy: str) -> int:
 def llava_config(flat: dict[str, Any], vision: CLIPVisionConfig, file: Path) -> LlavaConfig:
     """HF's config of a model whose original config is `flat`.
 
-    Like HF's own converter, the image gets a token of its own after the vocabulary and padding the one after that, and
-    the embeddings grow to a multiple of 64; `original_vocab_size` keeps how many there were. A config that names its
-    image token (as written by `original_config`) grows nothing.
+    As in HF's own converter, an image token and a padding token are appended to the vocabulary, and the embeddings grow
+    to a multiple of 64; `original_vocab_size` stores the number of rows before. If the config names its image token (as
+    written by `original_config`), nothing is appended.
 
     Args:
         flat: the original `config.json`.
-        vision: of the tower.
-        file: where `flat` is from, for messages.
+        vision: the tower's config.
+        file: the file of `flat`, for messages.
 
     Raises:
-        ValueError: naming file and key, for what neither this library nor the original code knows.
+        ValueError: naming file and key, for unsupported values.
     """
     cls = TEXT_CONFIGS[flat["model_type"]]
     for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
@@ -223,12 +223,12 @@ def llava_config(flat: dict[str, Any], vision: CLIPVisionConfig, file: Path) -> 
 
 
 def grown_vocabulary(size: int) -> int:
-    """Rows of embeddings for a vocabulary and the image and padding tokens, a multiple of 64 as in HF's converter."""
+    """Embedding rows for a vocabulary plus image and padding token, rounded up to a multiple of 64 as in HF's code."""
     return -(-(size + 2) // 64) * 64
 
 
 def kept_vocabulary(config: LlavaConfig) -> int:
-    """Rows of embeddings that the original layout gets: those it came with, where nothing else was added since."""
+    """Embedding rows to write in the original layout: its original number, unless tokens were added since."""
     original, rows = getattr(config, "original_vocab_size", None), text_config(config).vocab_size
     return original if original is not None and rows == grown_vocabulary(original) else rows
 
@@ -239,14 +239,14 @@ def original_config(
     """The original code's `config.json` of a model.
 
     Args:
-        config: of the model.
-        mm_vision_tower: CLIP directory or hub name that the original code reads its image processor from (and, without
-            a tower inside, its tower). Default: the one this model came with, or OpenAI's where it has that shape.
-        tower_inside: the tower is among the weights.
+        config: the model's config.
+        mm_vision_tower: CLIP directory or hub name from which the original code loads its image processor (and its
+            tower, unless `tower_inside`). Default: that of the loaded checkpoint, or OpenAI's if the shape is equal.
+        tower_inside: whether the tower's weights are in the checkpoint.
         dtype: of the weights; default: the config's.
 
     Raises:
-        ValueError: for what the original code cannot express, naming the key.
+        ValueError: naming the key, for a model that the original config cannot express.
     """
     vision, text = tower_config(config), text_config(config)
     if not isinstance(config.vision_feature_layer, int):
@@ -290,9 +290,9 @@ def original_config(
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "image_aspect_ratio": getattr(config, "image_aspect_ratio", "pad"),
-        # The original code reads a tower that is among the weights only when it is told that it was trained.
+        # The original code loads a tower from the checkpoint only if this key says that the tower was trained.
         "unfreeze_mm_vision_tower": tower_inside,
-        # Not of the original: the shape of the tower for readers that do not have its directory.
+        # Our own key: the tower's config, for loading without the tower's directory.
         "mm_vision_config": {key: v for key, v in vision.to_diff_dict().items() if key not in left_out},
     }
     if flat["vocab_size"] == text.vocab_size:
@@ -317,12 +317,12 @@ def legacy_rope(parameters: dict[str, Any], kind_key: str = "rope_type") -> dict
 
 @contextmanager
 def readable_by_transformers_4(config: LlavaConfig, dtype: torch.dtype) -> Iterator[None]:
-    """While this lasts, `config` is written so that transformers 4 reads it as transformers 5 does.
+    """Inside this context `config` is saved in a form that transformers 4 and 5 both read correctly.
 
-    The rotary settings get their old names, too: without them 4.45 and 4.57 take a base of 10,000 for every model, and
-    say nothing. Text and vision config get the dtype of the whole, which 4.57 believes where it differs.
+    Rotary settings are also written under their old names: without these 4.45 and 4.57 silently use a base of 10,000.
+    Text and vision config get the model's dtype, because 4.57 prefers theirs to the model's.
     """
-    # Not through the config's properties, which would change rope_parameters.
+    # `vars`, because the config's properties would change rope_parameters.
     text, vision = vars(text_config(config)), vars(tower_config(config))
     name = str(dtype).removeprefix("torch.")
     changes: list[tuple[dict[str, Any], dict[str, Any]]]
@@ -339,7 +339,7 @@ def readable_by_transformers_4(config: LlavaConfig, dtype: torch.dtype) -> Itera
 
 
 def check_layout(layout: str, with_tower: bool, mm_vision_tower: str | None) -> None:
-    """ValueError for an unknown layout, or for options of the original one where HF's is asked for."""
+    """ValueError for an unknown layout, or for options of the original layout with `layout="hf"`."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; expected {' or '.join(map(repr, LAYOUTS))}")
     if layout == "hf" and not (with_tower and mm_vision_tower is None):
@@ -347,7 +347,7 @@ def check_layout(layout: str, with_tower: bool, mm_vision_tower: str | None) -> 
 
 
 def dtype_of(name: str | torch.dtype | None) -> torch.dtype | None:
-    """A floating dtype from its name; None and "auto" stay undecided.
+    """A floating dtype from its name; None for None and "auto".
 
     Raises:
         ValueError: for another name.

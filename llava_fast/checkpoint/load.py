@@ -1,7 +1,7 @@
 """`from_pretrained` for every checkpoint layout; with `save.py` and `assemble.py` it makes `CheckpointMixin`.
 
-Loading is strict: a missing, unexpected or mis-shaped key is an error that names it. Weights are safetensors, or `.bin`
-read without running code.
+Loading is strict: a key that is missing, unexpected or has the wrong shape is an error that names it. Weights are
+safetensors, or `.bin` files, which are read without running code from them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _HUB = ("cache_dir", "force_download", "proxies", "token", "revision", "local_fi
 
 
 class CheckpointMixin(SaveMixin, AssembleMixin):
-    """Checkpoints in and out, for `LlavaForConditionalGeneration`."""
+    """Loading, saving and assembling checkpoints, for `LlavaForConditionalGeneration`."""
 
     @classmethod
     def from_pretrained(
@@ -44,21 +44,21 @@ class CheckpointMixin(SaveMixin, AssembleMixin):
     ) -> Any:
         """Load a model as `transformers.PreTrainedModel.from_pretrained` does, in any LLaVA layout.
 
-        A directory in the original layout (`model_type` llava_llama), one with an `adapter_config.json` (LoRA, of the
-        original code or of peft), and a bare language model with `mm_projector` are put together from their pieces.
-        `attn_implementation` is accepted and ignored: attention always goes by key ranges. Mean and deviation of uint8
+        Also loads a directory in the original layout (`model_type` llava_llama), one with an `adapter_config.json`
+        (LoRA, of the original code or of peft), and a bare language model with `mm_projector`.
+        `attn_implementation` is accepted and ignored: attention always uses key ranges. Mean and deviation of uint8
         pixels come from the preprocessor file beside the weights (see `model/pixels.py`).
 
         Args:
-            vision_tower: CLIP directory to take the tower from, where the checkpoint has none, or another is wanted.
-            mm_projector: `mm_projector.bin` or `.safetensors` of stage 1, to take the projector from.
-            base_model: directory of an adapter's base model, where that is not what the adapter names.
+            vision_tower: CLIP directory of the tower, if the checkpoint has none, or to replace its tower.
+            mm_projector: `mm_projector.bin` or `.safetensors` of stage 1, which replaces the projector.
+            base_model: directory of an adapter's base model, if it differs from the one that the adapter names.
             merge_adapter: merge an adapter into its base; False returns a `peft.PeftModel` instead.
 
         Raises:
-            ValueError: when keys are missing, unexpected or mis-shaped, or config and preprocessor file contradict each
-                other; the message names them.
-            OSError: when there is no checkpoint at the path, or a piece of it is missing.
+            ValueError: for keys that are missing, unexpected or have the wrong shape, or a config that contradicts the
+                preprocessor file; the message names them.
+            OSError: if there is no checkpoint at the path, or one of its files is missing.
         """
         implementation = kwargs.pop("attn_implementation", None)
         if implementation is not None:
@@ -87,18 +87,18 @@ class CheckpointMixin(SaveMixin, AssembleMixin):
 
     @classmethod
     def _from_files(cls, label: str | os.PathLike, path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own `from_pretrained` for HF names, made strict; messages begin with `label`."""
+        """transformers' own `from_pretrained`, for HF names, with strict checks; messages begin with `label`."""
         with_info = kwargs.pop("output_loading_info", False)
         allow_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
-        # transformers' own error for a mis-shaped key does not name it, hence the switch.
+        # transformers' own error for a wrong shape does not name the key, so sizes are checked here instead.
         loaded: Any = super().from_pretrained(
             path, *args, key_mapping=KEY_MAPPING, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
         model, info = loaded
         require_complete(label, info, allow_mismatch)
-        # What was renamed on the way in must not be renamed a second time on the way out.
+        # Keys were renamed at loading; transformers must not rename them again at saving.
         model._weight_conversions = None
-        # Loading replaces the parameters, and with them what the constructor froze.
+        # Loading replaces the parameters, so those that the constructor froze must be frozen again.
         model.model.vision_tower.freeze_unused(feature_layers(model.config))
         return (model, info) if with_info else model
 
@@ -106,9 +106,9 @@ class CheckpointMixin(SaveMixin, AssembleMixin):
 def _opened(
     cls: type[CheckpointMixin], name: str | os.PathLike, pieces: Pieces, hub: dict[str, Any]
 ) -> OpenCheckpoint | None:
-    """A checkpoint in the original layout or in pieces, of a directory or of the hub's local copy.
+    """Open a checkpoint in the original layout, or in several directories; local files or the hub's local copy.
 
-    None where transformers reads it by itself; config and headers of the weights are checked before it does.
+    None for HF's layout, which transformers loads itself; then config and weight headers have been checked here.
     """
     given, folder = any(piece is not None for piece in pieces.values()), Path(name)
     if not folder.is_dir():
@@ -126,13 +126,13 @@ def _opened(
             )
         folder = copy
     file = folder / "config.json"
-    if not file.is_file():  # transformers would make a model of its default size, and fill it
+    if not file.is_file():  # transformers would build a model of its default size
         raise FileNotFoundError(f"{file} is missing")
     config = read_json(file)
     if given or is_original(config) or config.get("model_type") != "llava":
         return open_checkpoint(folder, **pieces)
     if (weights := find_weights(folder)) is not None:
-        # Damaged and malicious files are found here, before transformers opens them.
+        # Rejects damaged and malicious files before transformers opens them.
         model_on_meta(cls, hf_config(config, file), file, len(open_weights(weights)))
     return None
 
@@ -142,7 +142,7 @@ def _read(cls: type[CheckpointMixin], opened: OpenCheckpoint, *args: Any, **kwar
         check_checkpoint(cls, opened)
     weights = {name: stored.read() for name, stored in opened.weights.items()}
     if kwargs.get("device_map") is None:
-        # What is read is a view of the file, which may be written over while the model lives.
+        # Tensors that were read are memory-mapped; the file may be overwritten while the model is in use.
         weights = {name: weight.clone() for name, weight in weights.items()}
     model = cls._from_files(opened.path, None, *args, config=opened.config, state_dict=weights, **kwargs)
     (model[0] if isinstance(model, tuple) else model).name_or_path = str(opened.path)
@@ -158,7 +158,7 @@ def _load_adapter(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Base model with the adapter in `folder`, merged into it or around it."""
+    """The base model with the adapter in `folder`, merged, or as a PeftModel."""
     if is_original_adapter(folder):
         model = _read(cls, open_original_base(folder, base_model, pieces), *args, **kwargs)
     else:

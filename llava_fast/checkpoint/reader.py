@@ -1,8 +1,8 @@
-"""A checkpoint in any layout as one thing: a config of HF's kind, and tensors under our names, not yet read.
+"""Opens a checkpoint in any layout: gives a config in HF's format and tensors under our names, which are read later.
 
-The pieces may lie apart, as the original code leaves them: a language model without tower, the tower in a CLIP
-directory, the projector of stage 1 in `mm_projector.bin`, what a LoRA run trained beside it in another file. Nothing is
-ever fetched from a network: a name that is not a directory here may only be one in the local cache.
+The original code may split a checkpoint: a language model without tower, the tower in a CLIP directory, the projector
+of stage 1 in `mm_projector.bin`, other trained weights of a LoRA run in another file. Nothing is downloaded: a name
+that is not a directory is only looked up in the local cache.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class OpenCheckpoint:
 
 
 class Pieces(TypedDict):
-    """What may lie elsewhere: the arguments of `from_pretrained` of these names."""
+    """Paths of separate weights: the arguments of `from_pretrained` with these names."""
 
     vision_tower: str | os.PathLike | None
     mm_projector: str | os.PathLike | None
@@ -61,17 +61,17 @@ def open_checkpoint(
     settings: Path | None = None,
     trained: dict[str, Stored] | None = None,
 ) -> OpenCheckpoint:
-    """Open a checkpoint folder of either layout, or a bare language model that `mm_projector` makes a LLaVA of.
+    """Open a checkpoint folder of either layout, or a bare language model together with `mm_projector`.
 
     Args:
-        vision_tower: CLIP directory; its weights come before those of a tower inside the checkpoint.
-        mm_projector: `mm_projector.bin` or `.safetensors` (stage 1); comes before the projector inside.
-        settings: an original `config.json` to go by instead of the folder's own (LoRA on a bare language model).
-        trained: further tensors, by our names, that come before the checkpoint's.
+        vision_tower: CLIP directory; its weights replace those of a tower in the checkpoint.
+        mm_projector: `mm_projector.bin` or `.safetensors` (stage 1); replaces a projector in the checkpoint.
+        settings: an original `config.json` to use instead of the folder's own (LoRA on a bare language model).
+        trained: further tensors, by our names, which replace the checkpoint's.
 
     Raises:
-        OSError: when a file or directory is missing; the message names it, and what to pass.
-        ValueError: for another kind of checkpoint, a damaged file, or numbers that do not fit.
+        OSError: if a file or directory is missing; the message names it, and the argument to pass.
+        ValueError: for another kind of checkpoint, a damaged file, or sizes that do not fit.
     """
     file = path / "config.json"
     own = read_json(file)
@@ -123,7 +123,7 @@ def hf_config(own: dict[str, Any], file: Path) -> LlavaConfig:
 
 
 def _by_our_names(weights: dict[str, Stored]) -> dict[str, Stored]:
-    """Tensors of any layout by our names, without buffers that can be derived."""
+    """Tensors of any layout by our names, without buffers that newer code computes."""
     renamed: dict[str, Stored] = {}
     for key, stored in weights.items():
         if DERIVED.search(key):
@@ -136,7 +136,7 @@ def _by_our_names(weights: dict[str, Stored]) -> dict[str, Stored]:
 
 
 def _flat_config(own: dict[str, Any], file: Path, settings: Path | None, weights: dict[str, Stored]) -> dict[str, Any]:
-    """The original config to go by; that of a bare language model is made into one."""
+    """The original-layout config to use; the config of a bare language model is completed to one."""
     if settings is not None:
         own, file = read_json(settings), settings
     if is_original(own):
@@ -152,12 +152,12 @@ def _flat_config(own: dict[str, Any], file: Path, settings: Path | None, weights
 
 
 def _instead(weights: dict[str, Stored], beginning: str, others: dict[str, Stored]) -> dict[str, Stored]:
-    """`weights`, with `others` in place of all whose names begin so."""
+    """`weights`, with all names that start with `beginning` replaced by `others`."""
     return {name: stored for name, stored in weights.items() if not name.startswith(beginning)} | others
 
 
 def _fit_vocabulary(path: Path, weights: dict[str, Stored], said: int, wanted: int) -> None:
-    """Check that embeddings and head have as many rows as the config says, and grow them to those that are wanted."""
+    """Check that embeddings and head have `said` rows, as in the config, and grow them to `wanted` rows."""
     for name in (EMBEDDINGS, HEAD):
         if name in weights:
             rows = weights[name].shape[0] if weights[name].shape else 0
@@ -170,10 +170,10 @@ def _fit_vocabulary(path: Path, weights: dict[str, Stored], said: int, wanted: i
 
 
 def open_projector(file: Path) -> dict[str, Stored]:
-    """The projector in `mm_projector.bin` or `.safetensors`, whatever stands before `mm_projector.` in its keys.
+    """The projector in `mm_projector.bin` or `.safetensors`, with any prefix before `mm_projector.` in its keys.
 
     Raises:
-        OSError, ValueError: when the file is missing, damaged, or has no projector in it.
+        OSError, ValueError: for a file that is missing or damaged, or contains no projector.
     """
     if not file.is_file():
         raise FileNotFoundError(f"mm_projector: no file {file}")
@@ -208,7 +208,7 @@ def clip_config(folder: Path) -> CLIPVisionConfig:
 
 
 def _clip_folder(given: str | os.PathLike | None, named: Any = None, beside: Path | None = None) -> Path | None:
-    """The CLIP directory that is passed, or that a config beside it names, where that is here."""
+    """The CLIP directory: `given`, or the one that the config names, if it exists locally."""
     if given is None:
         return local_folder(named, beside) if isinstance(named, str) else None
     if (folder := local_folder(given)) is None:
@@ -217,7 +217,7 @@ def _clip_folder(given: str | os.PathLike | None, named: Any = None, beside: Pat
 
 
 def _shape_of_tower_inside(flat: dict[str, Any], file: Path) -> CLIPVisionConfig | None:
-    """The config of a tower whose weights are in the checkpoint; None where only its directory has it."""
+    """The config of a tower whose weights are in the checkpoint; None if only the tower's directory has it."""
     shape = flat.get("mm_vision_config")
     if not isinstance(shape, dict):
         name = flat.get("mm_vision_tower")
@@ -227,7 +227,7 @@ def _shape_of_tower_inside(flat: dict[str, Any], file: Path) -> CLIPVisionConfig
 
 
 def local_folder(name: str | os.PathLike, beside: Path | None = None) -> Path | None:
-    """The directory that a name stands for: as it is, next to the checkpoint that says so, or in the local cache."""
+    """The directory of a name: a path as it is, a path relative to the checkpoint, or the local cache of the hub."""
     name = os.fspath(name)
     candidates = [Path(name)] if beside is None else [beside / name, Path(name)]
     for folder in candidates:

@@ -46,12 +46,12 @@ class SaveMixin(LlavaPreTrainedModel):
         Args:
             layout: "hf", which transformers 4.36 to 5.x load, or "original", which the original LLaVA code loads.
             with_tower: for "original": put the vision tower among the weights; the released files have none.
-            mm_vision_tower: for "original": CLIP directory or hub name that its code shall read; by default the one
-                that the model came with.
-            args, kwargs: as transformers takes them (max_shard_size, variant …).
+            mm_vision_tower: for "original": CLIP directory or hub name to write into its config; default: that of the
+                checkpoint from which the model was loaded.
+            args, kwargs: transformers' arguments (max_shard_size, variant …).
 
         Raises:
-            ValueError: for another layout, or a model that the original code has no config for; nothing is written.
+            ValueError: for another layout, or a model that the original config cannot express; nothing is written.
         """
         check_layout(layout, with_tower, mm_vision_tower)
         config = self.config
@@ -80,8 +80,8 @@ class SaveMixin(LlavaPreTrainedModel):
         """Write the projector alone, as the original code's stage 1 does: `mm_projector.bin`, or `.safetensors`.
 
         Raises:
-            ValueError: for another ending.
-            OSError: when it cannot be written; what was there before stays.
+            ValueError: for another file extension.
+            OSError: if it cannot be written; an existing file is left unchanged.
         """
         file = Path(file)
         kind = getattr(self.config, "mm_projector_type", "mlp2x_gelu")

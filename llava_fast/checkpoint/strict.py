@@ -1,4 +1,4 @@
-"""Whether tensors and model fit: a missing, unexpected or mis-shaped key is an error that names it."""
+"""Checks that tensors fit a model: a key that is missing, unexpected or has the wrong shape is a ValueError."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llava_fast.model.vision import projector_layers, tower_config
 
 
 def require_complete(path: str | os.PathLike, info: dict[str, Any], allow_mismatch: bool = False) -> None:
-    """Raise ValueError, in one line that names them, when keys are missing, unexpected or mis-shaped."""
+    """Raise ValueError, in one line that names the keys, if any is missing, unexpected or has the wrong shape."""
     problems = []
     for what in ("missing", "unexpected"):
         keys = sorted(key for key in info[f"{what}_keys"] if not DERIVED.search(key))
@@ -36,7 +36,7 @@ def require_complete(path: str | os.PathLike, info: dict[str, Any], allow_mismat
 def require_fit(
     path: str | os.PathLike, found: Mapping[str, Any], wanted: Mapping[str, Any], extra: Set[str] = frozenset()
 ) -> None:
-    """`require_complete` for tensors by name; those named in `extra` may be there."""
+    """`require_complete` for a dict of tensors; names in `extra` are allowed in addition."""
     misshaped = [(k, found[k].shape, wanted[k].shape) for k in found.keys() & wanted.keys()]
     info = {
         "missing_keys": wanted.keys() - found.keys(),
@@ -47,7 +47,7 @@ def require_fit(
 
 
 def check_checkpoint(cls: type[PreTrainedModel], opened: OpenCheckpoint) -> None:
-    """Raise, before anything is read, when the tensors are not those of a model with this config."""
+    """Raise, before any tensor is read, if the tensors do not fit a model with this config."""
     wanted = model_on_meta(cls, opened.config, opened.path / "config.json", len(opened.weights)).state_dict()
     if opened.config.tie_word_embeddings:
         wanted.pop(HEAD, None)
@@ -55,10 +55,10 @@ def check_checkpoint(cls: type[PreTrainedModel], opened: OpenCheckpoint) -> None
 
 
 def model_on_meta(cls: type[PreTrainedModel], config: LlavaConfig, file: Path, n_tensors: int) -> PreTrainedModel:
-    """The model of a config, without storage; ValueError for a config, from `file`, that there is no model of."""
+    """Build the model on "meta", without memory for parameters; ValueError naming `file` if the config is invalid."""
     with blaming(file), torch.device("meta"), init.no_init_weights():
         layers = (text_config(config).num_hidden_layers, tower_config(config).num_hidden_layers)
         depth = max(projector_layers(config), *layers)
-        if depth > n_tensors:  # to build them would take for ever
+        if depth > n_tensors:  # building so many layers would take too long
             raise ValueError(f"it is of {depth} layers, but there are {n_tensors} tensors")
         return cls(config)

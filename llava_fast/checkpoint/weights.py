@@ -1,8 +1,8 @@
-"""Weight files: read tensor by tensor without trusting them, written tensor by tensor.
+"""Weight files, safetensors or `.bin`, one file or shards with an index: read and written tensor by tensor.
 
-A checkpoint is opened as a dict of `Stored`, which know their shape and dtype and read their values when asked.
-safetensors or `.bin`, one file or shards with an index. A header that lies, an index that points elsewhere, a shard
-that is missing and a pickle with code in it are errors of one line that name the file.
+A checkpoint is opened as a dict of `Stored`, which know shape and dtype, and read their values on request. Files are
+not trusted: a wrong header, an index that points outside of its folder, a missing shard, and a pickle that contains
+code are errors of one line that name the file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from llava_fast.errors import one_line
 
-# In the order in which transformers looks for them.
+# In transformers' search order.
 WEIGHT_FILES = (
     "{}.safetensors",
     "{}.safetensors.index.json",
@@ -51,7 +51,7 @@ _HEADER_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that is somewhere on disk (or made from one that is), read anew by each `read()`."""
+    """A tensor on disk, or computed from one on disk; every `read()` reads it again."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -59,15 +59,15 @@ class Stored:
     origin: str  # file and key, for messages
 
     def to(self, dtype: torch.dtype | None) -> Stored:
-        """The same in another floating dtype; tensors of integers, and None, change nothing."""
+        """The same in another floating dtype; unchanged for integer tensors, or if `dtype` is None."""
         if dtype in (None, self.dtype) or not self.dtype.is_floating_point:
             return self
         return replace(self, dtype=dtype, read=lambda: self.read().to(dtype))
 
     def rows(self, count: int) -> Stored:
-        """The first `count` rows of a matrix; rows that it does not have are the mean of those it has.
+        """The first `count` rows of a matrix; additional rows are the mean of the existing ones.
 
-        For embeddings that is a plain start for new tokens, and for a head it gives the new token the mean of the old
+        The mean is a neutral start for new embeddings; in a head it makes a new token's logit the mean of the old
         logits, which is never the largest.
         """
         have = self.shape[0]
@@ -102,12 +102,12 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        OSError: when it cannot be read.
-        ValueError: when it is no JSON object.
+        OSError: if it cannot be read.
+        ValueError: if it is not a JSON object.
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # ValueError: no text, no JSON, or a number of too many digits
+    except (ValueError, RecursionError) as error:  # ValueError: not text, not JSON, or a number with too many digits
         raise ValueError(f"{file} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file} holds a JSON {type(value).__name__}, expected an object")
@@ -124,11 +124,11 @@ def find_weights(folder: Path, stem: str = "model") -> Path | None:
 def open_weights(path: Path, stem: str = "model") -> dict[str, Stored]:
     """The tensors of a checkpoint folder, of one weight file, or of an index, by name; nothing is read yet.
 
-    A `.bin` file is mapped into memory where its format allows (PyTorch ≥ 1.6 writes such), and otherwise read whole.
+    A `.bin` file is memory-mapped if its format allows (PyTorch ≥ 1.6), and otherwise read completely.
 
     Raises:
-        FileNotFoundError: when there are no weights, or a shard is missing.
-        ValueError: when a file is damaged, holds code, or disagrees with its index.
+        FileNotFoundError: if there are no weights, or a shard is missing.
+        ValueError: if a file is damaged, contains code, or contradicts its index.
     """
     file = find_weights(path, stem) if path.is_dir() else path
     if file is None:
@@ -147,7 +147,7 @@ def open_weights(path: Path, stem: str = "model") -> dict[str, Stored]:
 
 
 def _shards(index: Path) -> dict[str, set[str]]:
-    """Keys by file, from an index; every file is a plain name in the index's own folder, and is there."""
+    """Keys per file, from an index; checks that every file is a plain name in the index's folder, and exists."""
     entries = read_json(index).get("weight_map")
     if not isinstance(entries, dict) or not entries:
         raise ValueError(f"{index} has no weight_map")
@@ -169,7 +169,7 @@ def _shards(index: Path) -> dict[str, set[str]]:
 def _open_file(file: Path) -> dict[str, Stored]:
     weights = _open_safetensors(file) if file.suffix == ".safetensors" else _open_bin(file)
     for key in weights:
-        if not key.isprintable():  # messages name keys, and go to terminals
+        if not key.isprintable():  # keys are printed in messages: no control characters
             raise ValueError(f"{file}: '{one_line(key)}' cannot be the name of a tensor")
     return weights
 
@@ -184,7 +184,7 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def _read_entry(file: Path, key: str) -> torch.Tensor:
-    # Opened for each tensor: what an open file maps into memory stays until it is closed.
+    # Opened again for each tensor, because mapped pages of an open file stay in memory until it is closed.
     with _opened(file) as opened:
         return opened.get_tensor(key)
 
@@ -213,17 +213,17 @@ def _open_bin(file: Path) -> dict[str, Stored]:
 
 
 def load_bin(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file written by `torch.save`, mapped into memory where possible; code in it is never run."""
+    """The tensors of a file written by `torch.save`, memory-mapped if possible; code in it is never run."""
     try:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
-        # PyTorch's own message advises to load it all the same.
+        # PyTorch's own message recommends loading with weights_only=False, which would run the code.
         if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(f"{file} holds code ({named[1]}) beside its tensors, and is not loaded") from None
         raise ValueError(f"{file} is not a PyTorch file of tensors alone") from None
     except OSError:
         raise
-    except Exception as error:  # bytes that are no pickle fail in any way
+    except Exception as error:  # invalid pickles raise arbitrary exceptions
         raise ValueError(f"{file} is not a whole PyTorch file: {one_line(error) or type(error).__name__}") from None
     if not isinstance(found, dict) or not all(
         isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in found.items()
@@ -254,7 +254,7 @@ def write_weights(folder: Path, weights: Mapping[str, Stored], max_shard_bytes: 
         the SHA-256 of each tensor's bytes.
 
     Raises:
-        OSError: naming the file, when it cannot be written; what was written stays for the caller to remove.
+        OSError: naming the file, if it cannot be written; the caller removes files that were already written.
     """
     shards: list[list[str]] = [[]]
     room = max_shard_bytes
@@ -280,7 +280,7 @@ def write_weights(folder: Path, weights: Mapping[str, Stored], max_shard_bytes: 
 
 
 def _write_safetensors(file: Path, weights: Mapping[str, Stored]) -> dict[str, str]:
-    # The widest first, so that every tensor starts at a multiple of its dtype's size.
+    # Sorted by itemsize, largest first, so that every tensor starts at a multiple of its itemsize.
     ordered = sorted(weights.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -310,7 +310,7 @@ def tensor_bytes(stored: Stored) -> memoryview:
     """The values of a tensor, row by row, as bytes.
 
     Raises:
-        ValueError: when it is not what was announced.
+        ValueError: if its shape or dtype differ from those of `stored`.
     """
     tensor = stored.read()
     if tuple(tensor.shape) != stored.shape or tensor.dtype != stored.dtype:
@@ -321,7 +321,7 @@ def tensor_bytes(stored: Stored) -> memoryview:
 
 
 def sync_entry(path: Path) -> None:
-    """fsync a file, or a directory: then what was renamed or made in it is on the disk."""
+    """fsync a file, or a directory, so that files created or renamed in it are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -348,10 +348,10 @@ def write_text(file: Path, text: str) -> None:
 
 
 def verify(folder: Path, weights: Mapping[str, Stored], digests: Mapping[str, str]) -> None:
-    """Read back what `write_weights` wrote.
+    """Read the files of `write_weights` back and compare.
 
     Raises:
-        ValueError: when keys, shapes, dtypes or bytes are not those that were written.
+        ValueError: if keys, shapes, dtypes or bytes differ from those that were written.
     """
     written = open_weights(folder)
     if written.keys() != weights.keys():

@@ -1,21 +1,21 @@
 """Pretrain the demo's vision tower and text model: `python -m llava_fast.demo.pretrain [--out DIR]`.
 
-LLaVA starts from a CLIP tower and a Vicuna that others have trained; the demo starts from these two, which ship in
-`llava_fast/demo/weights`, and this script is where they come from. Neither ever sees a question about a picture:
+LLaVA starts from a pretrained CLIP tower and Vicuna; the demo starts from the two models that this script trains, and
+which ship in `llava_fast/demo/weights`. Neither is trained on questions about pictures:
 
-- The tower learns as CLIP does, by contrast: a picture against the captions of the others in its batch, and a patch
-  against the phrases of all objects there are ("a red circle at the top left").
-- The text model learns from words alone: what is on the board, then a caption of it or, in the `v1` template, questions
-  and answers about it. The board comes as *slots*, one vector each: the sum of the embeddings of an object's words, or
-  of "nothing", in any order, blurred, objects more than once. That is what a projector can be expected to make of
-  patches, so that looking up, comparing and counting need not be learned again from pictures.
+- The tower is trained like CLIP, with a contrastive loss: a picture against the captions of its batch, and a patch
+  against the phrases of all objects ("a red circle at the top left").
+- The text model is trained on text: a description of the board, then a caption of it or, in the `v1` template,
+  questions and answers about it. The description is a sequence of *slots*, one vector each: the sum of the embeddings
+  of an object's words, or of "nothing", in random order, with noise, and with repeated objects. A projector can produce
+  similar vectors from patches, so looking up, comparing and counting need not be learned again from pictures.
 
 The weights that ship come from one run of each part with the defaults, in one thread on a machine that was busy with
 other things, too: the tower's 1,500 steps took 431 s (last line "tower 1500: loss 0.047"), the text model's 4,500 steps
 (`--only text`) 1,888 s ("text 4500: answer loss 0.000, 1888 s"). With them the demo answered all of its 832 questions
 about pictures, and 32 % where the pictures were grey.
 
-Held-out scenes are not used here either. Shapes: B batch, T tokens, N patches, P phrases, D width, W words of a slot.
+Held-out scenes are not used. Shapes: B batch, T tokens, N patches, P phrases, D width, W words of a slot.
 """
 
 import argparse
@@ -90,14 +90,14 @@ def main() -> None:
 
 
 def untrained(vocab_size: int) -> LlavaForConditionalGeneration:
-    """A LLaVA of the demo's shape; its tower and its language model are trained apart."""
+    """A LLaVA of the demo's size; its tower and its language model are trained separately."""
     torch.manual_seed(0)
     config = LlavaConfig(vision_config=VISION_CONFIG, text_config={**TEXT_CONFIG, "vocab_size": vocab_size})
     return LlavaForConditionalGeneration(config).train()
 
 
 def _schedule(step: int, steps: int) -> float:
-    """Share of the peak learning rate: up over the first 2 % of the steps, down to zero over the last 40 %."""
+    """Learning rate as a share of the peak: linear warm-up over 2 % of the steps, decay to zero over the last 40 %."""
     return min(1.0, (step + 1) / (0.02 * steps), (steps - step) / (0.4 * steps))
 
 
@@ -119,7 +119,7 @@ _PHRASE_INDEX = {phrase: i for i, phrase in enumerate(PHRASES)}
 
 
 class CaptionEncoder(nn.Module):
-    """The other half of the contrast, thrown away afterwards: phrases, and captions as sets of phrases."""
+    """The text encoder of the contrastive loss, not saved: encodes phrases, and captions as sets of phrases."""
 
     def __init__(self, width: int, shared: int) -> None:
         super().__init__()
@@ -144,14 +144,14 @@ class CaptionEncoder(nn.Module):
 
         Args:
             states_BND: the tower's last hidden state, CLS first.
-            phrases_BN: index of the phrase of what each patch shows.
+            phrases_BN: index of the phrase for each patch.
             parts_BP: 1 for each phrase of a picture's caption.
         """
         words = self.words(self.counts_PW)
         phrase_PE = F.normalize(self.phrase(words), dim=-1)
         patch_BNE = F.normalize(self.patch_projection(states_BND[:, 1:]), dim=-1)
         logits = (patch_BNE @ phrase_PE.T * self.log_scales[0].exp()).flatten(0, 1)
-        # Most patches show nothing; they count less.
+        # Most patches show nothing, so they get a smaller weight.
         weight = torch.ones(len(PHRASES) + 1)
         weight[NOTHING] = 0.3
         local = F.cross_entropy(logits, phrases_BN.flatten(), weight)
@@ -169,7 +169,7 @@ def patch_phrases(scene: Scene, seed: int) -> np.ndarray:
     width = world.PICTURE_PX / side
     low = np.arange(side) * width
     phrases = np.full((side, side), NOTHING)
-    most = np.full((side, side), 0.06)  # less than that is nothing
+    most = np.full((side, side), 0.06)  # a smaller share counts as nothing
     for o, placed in zip(scene, world.layout(scene, seed), strict=True):
 
         def overlap(centre: float, radius: float = placed.radius) -> np.ndarray:
@@ -182,7 +182,7 @@ def patch_phrases(scene: Scene, seed: int) -> np.ndarray:
 
 
 def tower_batch(rng: random.Random, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """uint8 pixels [B, H, W, 3], phrases [B, N] and caption parts [B, P] of random training scenes."""
+    """uint8 pixels [B, H, W, 3], patch phrases [B, N] and caption phrases [B, P] of random training scenes."""
     side = VISION_CONFIG["image_size"]
     pixels, phrases, parts_BP = [], [], torch.zeros(size, len(PHRASES) + 1)
     for i in range(size):
@@ -194,7 +194,7 @@ def tower_batch(rng: random.Random, size: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def pretrain_tower(folder: Path, steps: int, batch_size: int = 168) -> None:
-    """Train a CLIP vision tower by contrast and write it as a CLIPVisionModel directory."""
+    """Train a CLIP vision tower with a contrastive loss and write it as a CLIPVisionModel directory."""
     model = untrained(len(SPECIAL_TOKENS))
     tower = model.model.vision_tower
     captions = CaptionEncoder(VISION_CONFIG["hidden_size"], VISION_CONFIG["projection_dim"])
@@ -268,14 +268,14 @@ TOKENIZER_CONFIG = {
     "model_max_length": TEXT_CONFIG["max_position_embeddings"],
 }
 
-Slot = list[int]  # token ids whose embeddings are added up; an ordinary token is a slot of one
+Slot = list[int]  # token ids whose embeddings are summed; a text token is a slot with one id
 
 
 @dataclass
 class TextSample:
     slots: list[Slot]
-    labels: list[int]  # the token at each position, −1 where it is not learned
-    answers: list[bool]  # whether it belongs to an answer or caption, rather than to a question
+    labels: list[int]  # the token at each position, −1: no loss
+    answers: list[bool]  # whether the token belongs to an answer or caption, not to a question
 
 
 class TextWorld:
@@ -287,7 +287,7 @@ class TextWorld:
         self.system = get_template("v1").system
 
     def captioning(self, rng: random.Random) -> TextSample:
-        """A description of up to three objects, then a caption of it, as in stage 1: practice in looking things up."""
+        """A description of up to three objects, then a caption of it, as in stage 1; trains look-up from slots."""
         scene = world.sample_scene(rng, held=False, weights=(1, 1, 1))
         sample = TextSample([], [], [])
         self._add(sample, [[self.bos], *self._slots(scene, rng)])
@@ -298,7 +298,7 @@ class TextWorld:
         """A description, then questions about it and their answers."""
         scene = world.sample_scene(rng, held=False)
         sample = TextSample([], [], [])
-        # The system prompt is the same 30 tokens each time: seeing it now and then is enough.
+        # The system prompt is always the same 30 tokens, so 20 % of the samples are enough.
         opening = f"{self.system} USER: " if rng.random() < 0.2 else " USER: "
         self._add(sample, [[self.bos], *([i] for i in self.ids(opening)), *self._slots(scene, rng)])
         between = "\n"
@@ -354,7 +354,7 @@ def text_batch(samples: list[TextSample]) -> tuple[torch.Tensor, torch.Tensor, t
 
 
 def embed_slots(table_VD: torch.Tensor, slots_BTW: torch.Tensor) -> torch.Tensor:
-    """[B, T, D]: summed word embeddings; those of several words are scaled and blurred, as a projector's will be."""
+    """[B, T, D]: summed word embeddings; sums of several words are scaled and noisy, like a projector's outputs."""
     present = slots_BTW >= 0
     embeds_BTD = (F.embedding(slots_BTW.clamp(min=0), table_VD) * present[..., None]).sum(2)
     scale = torch.empty_like(embeds_BTD[..., :1]).uniform_(0.5, 1.3)
@@ -365,8 +365,8 @@ def embed_slots(table_VD: torch.Tensor, slots_BTW: torch.Tensor) -> torch.Tensor
 class Muon(torch.optim.Optimizer):
     """Momentum, then the nearest orthogonal matrix (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
 
-    It learns to look things up in far fewer steps than AdamW does. torch.optim.Muon iterates in bf16, which is slow
-    on most CPUs; this one is in fp32 and treats matrices of one shape together.
+    The text model learns to look up slots in far fewer steps than with AdamW. torch.optim.Muon iterates in bf16, which
+    is slow on most CPUs; this one uses fp32, and batches matrices of the same shape.
     """
 
     def __init__(self, matrices: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:

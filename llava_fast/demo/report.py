@@ -13,12 +13,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llava_fast.demo.world import Question
 
-Chat = tuple[Path, list[tuple[str, str, str]]]  # the picture, and (question, said, right answer)
+Chat = tuple[Path, list[tuple[str, str, str]]]  # the picture, and (question, the model's answer, right answer)
 
 
 @dataclass(frozen=True)
 class Exam:
-    """A question about a held-out picture, and what the model said with the picture and with a grey one."""
+    """A question about a held-out picture, and the model's answers with the picture and with a grey one."""
 
     picture: Path
     question: Question
@@ -36,7 +36,7 @@ def write_report(
     """Write `out/report.html`.
 
     Args:
-        summary: what `run` returns.
+        summary: the result of `run`.
         histories: the Trainer's log of each stage, by the stage's name.
     """
     templates = Environment(
@@ -79,7 +79,7 @@ def _data_uri(picture: Path) -> str:
 
 
 def _curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Iterator[dict[str, Any]]:
-    """The training loss of each stage over the steps, in pixels of the template's drawing of 480 × 220."""
+    """The training loss of each stage over the steps, in pixel coordinates of the template's 480 × 220 drawing."""
     for stage, history in histories.items():
         losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
         if len(losses) < 2:
@@ -96,6 +96,6 @@ def _curves(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> Iterator[
 
 
 def _shots(exams: Sequence[Exam], count: int = 24) -> list[Exam]:
-    """A random choice of exam questions, no picture twice."""
+    """A random choice of exam questions, at most one per picture."""
     by_picture = {exam.picture: exam for exam in random.Random(0).sample(list(exams), len(exams))}
     return list(by_picture.values())[:count]

@@ -1,4 +1,4 @@
-"""The demo from door to door: pictures, both stages of training, an exam on unseen scenes, a chat and a report."""
+"""The complete demo: draws pictures, trains both stages, runs an exam on unseen scenes, chats and writes a report."""
 
 import json
 import platform
@@ -27,18 +27,18 @@ from llava_fast.train.trainer import TrainResult
 from llava_fast.train.trainer import run as train
 
 WEIGHTS = Path(__file__).parent / "weights"
-# The recipes of train/, linked here so that they are part of the installed package, too.
+# The recipes of train/, linked here so that they are installed with the package.
 RECIPES = {"stage 1": Path(__file__).parent / "stage1.yaml", "stage 2": Path(__file__).parent / "stage2-lora.yaml"}
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything; the defaults are the demo, smaller ones make a quick test."""
+    """Sizes of the demo; smaller values than the defaults make a quick test."""
 
     captions: int = 1500  # pictures of stage 1, one caption each
     pictures: int = 3500  # pictures of stage 2
-    questions: int = 8  # about each of them
-    held_out: int = 120  # scenes of the exam, one question of each kind that can be asked
+    questions: int = 8  # per picture of stage 2
+    held_out: int = 120  # scenes of the exam, each with one question of every possible kind
     chats: int = 3
     overrides: tuple[str, ...] = ()  # key=value for both recipes
 
@@ -81,7 +81,7 @@ def run(out: Path, size: Size | None = None) -> dict[str, Any]:
 
 
 def draw(out: Path, size: Size) -> tuple[list[Scene], list[Scene]]:
-    """Write all pictures, and stage1.json and stage2.json in LLaVA's format; return the scenes of both sides."""
+    """Write all pictures, and stage1.json and stage2.json in LLaVA's format; return training and exam scenes."""
     images = out / "images"
     if images.exists():
         shutil.rmtree(images)
@@ -110,7 +110,7 @@ def draw(out: Path, size: Size) -> tuple[list[Scene], list[Scene]]:
 
 
 def _row(name: str, turns: list[tuple[str, str]]) -> dict[str, Any]:
-    """One sample as LLaVA's data files have it: the picture's mark stands in the first question."""
+    """One sample in the format of LLaVA's data files, with the `<image>` mark in the first question."""
     conversations = []
     for i, (question, answer) in enumerate(turns):
         conversations.append({"from": "human", "value": question if i else f"<image>\n{question}"})
@@ -126,10 +126,10 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def train_stage(stage: str, out: Path, size: Size) -> TrainResult:
-    """One stage by its recipe, through the trainer that everybody uses."""
-    parts = {"vision_tower": WEIGHTS / "tower", "language_model": WEIGHTS / "text"}
+    """Train one stage by its recipe, with `train.trainer.run`."""
+    models = {"vision_tower": WEIGHTS / "tower", "language_model": WEIGHTS / "text"}
     folders = {
-        "stage 1": {**parts, "output_dir": out / "stage1"},
+        "stage 1": {**models, "output_dir": out / "stage1"},
         "stage 2": {"model": out / "stage1", "output_dir": out / "model"},
     }[stage]
     paths = {"data": out / f"{stage.replace(' ', '')}.json", "image_folder": out, **folders}
@@ -153,7 +153,7 @@ def examine(
     scenes: list[Scene],
     batch_size: int = 64,
 ) -> list[Exam]:
-    """Ask everything twice, greedily and in batches: with the picture, and with a grey one."""
+    """Ask every question twice, greedily and in batches: with the picture, and with a grey one."""
     questions = exam_questions(scenes)
     pictures = [out / "images" / f"exam-{i:05d}.png" for i, _ in questions]
     texts = [question.text for _, question in questions]
@@ -267,7 +267,7 @@ def device_name() -> str:
 
 
 def peak_mib() -> float:
-    """The most memory this process has held: on the GPU where there is one, else resident."""
+    """Peak memory of this process: on the GPU if there is one, else resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

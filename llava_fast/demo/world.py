@@ -1,9 +1,8 @@
 """The picture world: coloured shapes on a 2x2 board, their captions, and questions about them.
 
-A *scene* is up to three objects (place, colour, shape), no two of one colour, and no two in one place. Everything else
-follows from it: the picture (`render`), its caption (`caption`), and questions with answers (`ask`). `held_out(scene)`
-splits all scenes, by a hash of the scene alone, into those that training and pretraining may use and those that only
-the evaluation sees.
+A *scene* is up to three objects (place, colour, shape), with different colours and different places. From it follow
+the picture (`render`), its caption (`caption`), and questions with answers (`ask`). `held_out(scene)` splits all
+scenes, by a hash of the scene, into those for training and pretraining and those for evaluation only.
 """
 
 import hashlib
@@ -60,13 +59,13 @@ def canonical(objects: Sequence[Object]) -> Scene:
 
 
 def held_out(scene: Scene) -> bool:
-    """True for one scene in HELD_OUT_ONE_IN: it may be shown in the evaluation and nowhere else."""
+    """True for one scene in HELD_OUT_ONE_IN, which is used in the evaluation only."""
     key = ";".join(f"{o.place},{o.colour},{o.shape}" for o in canonical(scene))
     return hashlib.sha256(key.encode()).digest()[0] % HELD_OUT_ONE_IN == 0
 
 
 def sample_scene(rng: random.Random, *, held: bool, weights: Sequence[int] = (1, 3, 3)) -> Scene:
-    """A random scene from the asked side of the split; `weights` are those of one object, two objects and so on."""
+    """A random scene, held out or not; `weights` are the probabilities of one object, two objects and so on."""
     while True:
         count = rng.choices(range(1, len(weights) + 1), weights)[0]
         places = rng.sample(range(len(PLACES)), count)
@@ -103,7 +102,7 @@ def _outline(shape: str, x: float, y: float, radius: float, tilt: float) -> list
 
 
 class Placed(NamedTuple):
-    """Where an object lands in the picture: centre, radius and tilt, in pixels and radians."""
+    """The position of an object in the picture: centre, radius and tilt, in pixels and radians."""
 
     x: float
     y: float
@@ -129,7 +128,7 @@ def layout(scene: Scene, seed: int) -> list[Placed]:
 def render(scene: Scene, seed: int) -> Image.Image:
     """The scene as an RGB picture of PICTURE_PX squared, drawn where `layout` says, on slightly tinted paper."""
     rng = random.Random(f"paint {seed}")
-    scale = 2  # drawn larger, then reduced: smooth edges
+    scale = 2  # drawn larger and then downscaled, for smooth edges
     paper = rng.randint(225, 250)
     tint = tuple(paper + rng.randint(-6, 5) for _ in range(3))
     picture = Image.new("RGB", (PICTURE_PX * scale, PICTURE_PX * scale), tint)
@@ -145,7 +144,7 @@ def render(scene: Scene, seed: int) -> Image.Image:
 
 
 def blank() -> Image.Image:
-    """A grey picture that shows nothing: what an answer is worth without looking."""
+    """A grey picture, to measure how many answers are right without the image."""
     return Image.new("RGB", (PICTURE_PX, PICTURE_PX), (128, 128, 128))
 
 
@@ -157,7 +156,7 @@ def phrase(o: Object) -> str:
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """The objects in random order, put in one of three ways; the last one, half of them, also names a few empty places.
+    """The objects in random order, in one of three styles; the last (half of all captions) also names empty places.
 
     "a red circle at the top-left, a blue square at the bottom-right."
     "a circle coloured red at the top-left, a square coloured blue at the bottom-right."
@@ -165,14 +164,14 @@ def caption(scene: Scene, rng: random.Random) -> str:
     """
     match rng.randrange(4):
         case 0:
-            parts = [phrase(o) for o in scene]
+            phrases = [phrase(o) for o in scene]
         case 1:
-            parts = [f"a {o.shape} coloured {o.colour} at the {PLACES[o.place]}" for o in scene]
+            phrases = [f"a {o.shape} coloured {o.colour} at the {PLACES[o.place]}" for o in scene]
         case _:
             empty = empty_places(scene)
-            parts = [f"at the {PLACES[o.place]} a {o.name}" for o in scene]
-            parts += [f"at the {PLACES[p]} nothing" for p in rng.sample(empty, min(len(empty), rng.randint(0, 3)))]
-    return ", ".join(rng.sample(parts, len(parts))) + "."
+            phrases = [f"at the {PLACES[o.place]} a {o.name}" for o in scene]
+            phrases += [f"at the {PLACES[p]} nothing" for p in rng.sample(empty, min(len(empty), rng.randint(0, 3)))]
+    return ", ".join(rng.sample(phrases, len(phrases))) + "."
 
 
 def empty_places(scene: Scene) -> list[int]:

@@ -1,1 +1,1 @@
-"""The model, its processor and its checkpoints."""
+"""The network as nn.Modules: LLaVA, its vision tower and projector, its language model, and their caches."""

@@ -1,4 +1,4 @@
-"""Keys and values of earlier tokens: rotated straight into a static cache, and a static cache in int8.
+"""The KV cache: keys are rotated and written into a static cache in one pass; `Int8Cache` is a static cache in int8.
 
     model.generate(**inputs, past_key_values=Int8Cache(model.config, max_cache_len=1024))
 
@@ -30,10 +30,10 @@ class Int8(NamedTuple):
 
 
 class Int8Layer(StaticLayer):
-    """A layer of `Int8Cache`. `keys` and `values` are int8; `update`, which any transformers model calls, hands out a
-    dequantised copy, while this library's attention reads them as they are."""
+    """A layer of `Int8Cache`. `keys` and `values` are int8. `update`, which any transformers model calls, returns a
+    dequantised copy; this library's attention kernel reads the int8 tensors."""
 
-    # Their types are settled by `lazy_initialization`.
+    # Set by `lazy_initialization`.
     keys: torch.Tensor
     values: torch.Tensor
     key_scales: torch.Tensor
@@ -41,7 +41,7 @@ class Int8Layer(StaticLayer):
 
     def __init__(self, max_cache_len: int):
         super().__init__(max_cache_len)
-        self.empty = True  # known on the host: what comes first is all there is to see
+        self.empty = True  # a host-side flag: the first tokens need not read the cache
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(*(x[:, :, :0].to(torch.int8) for x in (key_states, value_states)))
@@ -121,13 +121,12 @@ def rotate_and_cache(
     cos_BTd: torch.Tensor,
     sin_BTd: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor | Int8, torch.Tensor | Int8]:
-    """Rotated queries, and all keys and values that the cache then has, [B, S, G, d].
+    """Rotated queries, and all keys and values of the updated cache, [B, S, G, d].
 
-    Of a static cache keys and values are its own memory. What fills an empty int8 cache sees keys and values as they
-    were before they were quantised.
-    """
+    For a static cache keys and values are views of it; for the first tokens of an int8 cache they are the new keys and
+    values before quantisation."""
     own = cache.layers[layer] if layer < len(cache.layers) else None
-    is_static = type(own) in (StaticLayer, Int8Layer)  # neither sliding nor anybody else's
+    is_static = type(own) in (StaticLayer, Int8Layer)  # exact types: no sliding window, no subclass
     if not is_static or not isinstance(own, StaticLayer) or cache.offloading or _wanted(q_BTHd, k_BTGd, v_BTGd):
         q, k = rotary(q_BTHd, k_BTGd, cos_BTd, sin_BTd)
         keys, values = cache.update(k.transpose(1, 2), v_BTGd.transpose(1, 2), layer)

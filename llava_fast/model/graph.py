@@ -1,8 +1,8 @@
-"""The tower and the projector as one CUDA graph: at inference on few images, launches take longer than the work.
+"""CUDA graphs of tower and projector: at inference on few images, kernel launches take longer than the kernels.
 
-A shape is run once as it is, and captured when it comes again. A graph reads parameters where they lay when it was
-captured, so all graphs go when one of them lies elsewhere; and it knows nothing of hooks or of modules that others have
-put in, so with those there is none.
+The first call with a shape runs without a graph, the second captures one. A graph reads parameters at the addresses of
+its capture, so all graphs are dropped if a parameter has moved. A graph cannot run hooks or replaced modules, so a
+model that has any gets no graph.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OPERATIONS = ("patch_embed", "layer_norm", "attention", "quick_gelu", "gelu", "p
 
 
 class VisionGraphs:
-    """Graphs of a function of images, by shape; the least recently used of more than `SHAPES` goes."""
+    """CUDA graphs of a function of images, one per shape; an LRU cache of `SHAPES` entries."""
 
     def __init__(self, capture: Callable[[Function, torch.Tensor], Function] | None = None):
         self._capture = capture or capture_graph
@@ -39,7 +39,7 @@ class VisionGraphs:
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type, tuple]:
-        """A copy of a model captures its own."""
+        """Graphs are not copied or pickled with the model; the copy captures its own."""
         return type(self), (self._capture,)
 
     def __len__(self) -> int:
@@ -48,11 +48,11 @@ class VisionGraphs:
     def __call__(
         self, function: Function, pixels: torch.Tensor, modules: Sequence[nn.Module], *settings: Any
     ) -> torch.Tensor:
-        """function(pixels), by a graph where there is one.
+        """function(pixels), replayed from a CUDA graph if there is one.
 
         Args:
-            function: of the pixels, the parameters of `modules`, `settings` and nothing else.
-            settings: whatever else decides what `function` does; hashable.
+            function: its result depends on the pixels, the parameters of `modules` and `settings` only.
+            settings: hashable; with shape, dtype, device and backends they are the key of the graph.
 
         Returns:
             A tensor that no later call writes to.
@@ -81,7 +81,7 @@ class VisionGraphs:
             return replay(pixels)
 
     def _unchanged(self, roots: Sequence[nn.Module]) -> bool:
-        """Whether the graphs there are may be used, and new ones be made: else there are none any more."""
+        """Drop all graphs if modules or parameters have changed; True if these modules can be captured."""
         if self._state is None or state(self._modules) != self._state or self._modules[: len(roots)] != list(roots):
             self._replays.clear()
             below = [module for root in roots for module in root.modules() if module is not root]
@@ -91,7 +91,7 @@ class VisionGraphs:
 
 
 def wanted(pixels: torch.Tensor, modules: Sequence[nn.Module]) -> bool:
-    """Whether a graph may stand for these modules here: inference on few images, by nobody else's graph or compiler."""
+    """Whether a graph may be used: inference on few images on a GPU, outside of autocast, torch.compile and capture."""
     return (
         pixels.is_cuda
         and 0 < pixels.shape[0] <= MOST_IMAGES
@@ -104,14 +104,14 @@ def wanted(pixels: torch.Tensor, modules: Sequence[nn.Module]) -> bool:
 
 
 def capturable(module: nn.Module) -> bool:
-    """Whether a module is as this library, PyTorch or transformers made it, without hooks."""
+    """Whether a module's class is from this library, PyTorch or transformers' activations, and it has no hooks."""
     kind = type(module)
     known = ("llava_fast.", "torch.nn.modules.", "transformers.activations")
     return kind.__module__.startswith(known) and is_plain(module, kind)
 
 
 def state(modules: Sequence[nn.Module]) -> list[int]:
-    """What is new where a parameter lies elsewhere, a module was replaced, or a hook or a `forward` was put in."""
+    """Changes when a parameter moves in memory, a module is replaced, or a hook or a `forward` is added."""
     return [
         *(id(child) for module in modules for child in module._modules.values()),
         *(t.data_ptr() for module in modules for t in module._parameters.values() if t is not None),
@@ -120,17 +120,17 @@ def state(modules: Sequence[nn.Module]) -> list[int]:
 
 
 def capture_graph(function: Function, pixels: torch.Tensor) -> Function:
-    """function as a CUDA graph over buffers of its own, for pixels of this shape."""
+    """Capture `function` for pixels of this shape; the graph has its own input and output buffers."""
     with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(pixels.device):
         given = torch.empty(pixels.shape, dtype=pixels.dtype, device=pixels.device)
         given.copy_(pixels)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            function(given)  # what is compiled or allocated once must be by now
+            function(given)  # warm-up: kernels are compiled and workspaces allocated before capture
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on using the GPU meanwhile.
+        # "thread_local": other threads may use the GPU during the capture.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             result = function(given)
 
@@ -138,7 +138,7 @@ def capture_graph(function: Function, pixels: torch.Tensor) -> Function:
 
     def replay(pixels: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(pixels.device):
-            done.wait()  # for the call before this one, which may be on another stream: buffers are the same
+            done.wait()  # the previous call, perhaps on another stream, uses the same buffers
             given.copy_(pixels)
             graph.replay()
             copy = result.clone()

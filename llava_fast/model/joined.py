@@ -1,8 +1,8 @@
-"""Linear layers that read one input, computed in one product at inference.
+"""Linear layers with the same input, computed in one GEMM at inference.
 
-From `eval()` until `train()` or `state_dict()` their weights lie one behind the other in one storage, and so do their
-biases; each layer keeps its parameters, which are views of it. Where somebody else has a say in where they lie (a
-wrapper, hooks, a sharded optimiser, a compiler) the layers are called one by one.
+From `eval()` until `train()` or `state_dict()` the weights are contiguous in one storage, and so are the biases; the
+layers' parameters are views of it. The layers are called one by one if they are wrapped or hooked, if their parameters
+are views of another buffer (such as a sharded optimiser's), or under torch.compile.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llava_fast.backend import is_plain
 
 
 def _adjoining(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """The tensors as one, if they lie one behind the other in one storage."""
+    """The tensors as one view, if they follow each other without gaps in one storage; else None."""
     first = tensors[0]
     place = first.data_ptr()
     for x in tensors:
@@ -32,7 +32,7 @@ def _adjoining(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
 
 
 def _separate(module: JoinedLinears, *_) -> None:
-    """A state dict has no shared storage: safetensors refuses it, and accelerate would leave all but one layer out."""
+    """A state dict must not share storage: safetensors refuses it, and accelerate would save only one of the layers."""
     module._separate()
 
 
@@ -57,11 +57,11 @@ class JoinedLinears(nn.Module):
         joined = self._joined() is not None
         super()._apply(fn, recurse)
         if joined:
-            self._join()  # what was moved or converted was so one by one
+            self._join()  # `fn` has moved or converted each parameter separately
         return self
 
     def project(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        """The outputs of the layers, in the order of `joins`. Their weights get no gradient."""
+        """The outputs of the layers, in the order of `joins`. Not for training: weights get no gradient."""
         joined = None if torch.compiler.is_compiling() else self._joined()
         if joined is None:
             return [layer(x) for layer in self._layers()]
@@ -74,17 +74,15 @@ class JoinedLinears(nn.Module):
         return [getattr(layer, name) for layer in self._layers()]
 
     def _joined(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Weight and bias of all layers, if theirs lie so and nobody has wrapped them."""
+        """The joined weight and bias, if the parameters are adjoining and no layer is wrapped or hooked; else None."""
         if not all(is_plain(layer, nn.Linear) for layer in self._layers()):
             return None
         weight, bias = _adjoining(self._parameters_of("weight")), _adjoining(self._parameters_of("bias"))
         return None if weight is None or bias is None else (weight, bias)
 
     def _join(self) -> None:
-        """Give the layers' parameters one storage, where nobody else has a say in where they lie.
-
-        What is not the whole of its storage belongs to somebody, such as the flat buffer of a sharded optimiser.
-        """
+        """Move the layers' parameters into one storage, unless one of them is a view of a larger storage, such as the
+        flat buffer of a sharded optimiser."""
         if self._joined() is not None or not all(is_plain(layer, nn.Linear) for layer in self._layers()):
             return
         everything = [*self._parameters_of("weight"), *self._parameters_of("bias")]
@@ -100,7 +98,7 @@ class JoinedLinears(nn.Module):
                 tensor.data = view
 
     def _separate(self) -> None:
-        """Give each layer a storage of its own again: a trained parameter is nobody's view."""
+        """Give each parameter a storage of its own again; training and saving expect that."""
         if self._joined() is not None:
             with torch.inference_mode(False):
                 for parameter in [*self._parameters_of("weight"), *self._parameters_of("bias")]:

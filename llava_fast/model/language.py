@@ -1,4 +1,4 @@
-"""The language model: Llama, and models of its shape (Vicuna, TinyLlama, SmolLM2, Mistral).
+"""The language model: a Llama decoder, also for Vicuna, TinyLlama, SmolLM2 and Mistral.
 
 RMSNorm, rotary positions, grouped-query attention over key ranges, SwiGLU. Parameter names are those of transformers'
 LlamaModel.
@@ -30,7 +30,7 @@ from llava_fast.ops.rotary import rotary
 
 SUPPORTED = ("llama", "mistral")
 TextConfig = LlamaConfig | MistralConfig
-# Rows of the last layer's output: so many last tokens of each batch row, or flat places b · T + t.
+# Which rows of the last layer's output to compute: the last n tokens of each batch row, or flat indices b · T + t.
 Rows = int | torch.Tensor
 
 
@@ -40,10 +40,10 @@ def text_config(config: LlavaConfig) -> TextConfig:
 
 @dataclass(frozen=True)
 class Positions:
-    """What every layer needs to know of the sequence, made once per forward pass.
+    """Rotary angles and key ranges of the sequence, made once per forward pass and read by every layer.
 
     cos, sin: [B or 1, T, d], rotary angles of the tokens.
-    ranges: [B, T], the keys each token sees, counted in the keys the cache returns.
+    ranges: [B, T], the keys each token sees, as indices into the keys that the cache returns.
     """
 
     cos: torch.Tensor
@@ -51,7 +51,7 @@ class Positions:
     ranges: KeyRanges
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Positions:
-        """For the layers on another device: accelerate's hooks call this."""
+        """A copy on another device; accelerate's hooks call this when layers are spread over devices."""
         if self.cos.device == torch.device(device):
             return self
         cos, sin = (x.to(device, non_blocking=non_blocking) for x in (self.cos, self.sin))
@@ -59,7 +59,7 @@ class Positions:
 
 
 class RMSNorm(nn.Module):
-    """Owns the weight of an RMSNorm; `forward` takes the residual to add first and returns the new one as well."""
+    """RMSNorm of x + residual; `forward` returns the normalised tensor and that sum, the new residual."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -70,7 +70,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, eps=self.eps, residual=residual)
 
     def again(self, total: torch.Tensor) -> torch.Tensor:
-        """The normalised tensor once more, from the sum that `forward` returned."""
+        """Recompute the normalised tensor from the sum that `forward` returned."""
         return rms_norm(total, self.weight, eps=self.eps)[0]
 
 
@@ -102,7 +102,7 @@ class Attention(nn.Module):
         rows: Rows | None = None,
         again: Callable[[], torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """With `rows`: queries for those alone, keys and values for all. `again()` computes `x_BTD` once more."""
+        """With `rows`: queries only for those rows, keys and values for all. `again()` recomputes `x_BTD`."""
         angles, ranges = (positions.cos, positions.sin), positions.ranges
         rotate = _rotate if cache is None else partial(rotate_and_cache, cache, self.layer)
         with recomputed(x_BTD, again):
@@ -185,7 +185,7 @@ class LanguageModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(cast(LlamaConfig, config))  # it reads what both have
+        self.rotary_emb = LlamaRotaryEmbedding(cast(LlamaConfig, config))  # reads only fields that both configs have
 
     def forward(
         self,
@@ -205,12 +205,12 @@ class LanguageModel(nn.Module):
             position_ids: [B or 1, T] int64.
             ranges: [B, T], see `Positions`.
             cache: written to, and read from, when given.
-            rows: the only rows of the last hidden state that will be read. The last layer then computes queries,
-                output projection and MLP for those alone; keys and values, and so the cache, are complete. It is
-                ignored when hidden states or attention weights are asked for.
+            rows: the only rows of the last hidden state that the caller reads. The last layer then computes queries,
+                output projection and MLP for those rows only; keys and values, and so the cache, are complete. If
+                hidden states or attention weights are asked for, all rows are computed, and `rows` taken at the end.
 
         Returns:
-            The normalised last hidden state [B, T, D] (`take_rows` gives its shape with `rows`); all hidden states
+            The normalised last hidden state [B, T, D] (with `rows`: shaped as by `take_rows`); all hidden states
             (the input, each layer's output, the last one normalised); attention weights [B, H, T, S] per layer. The
             last two are None unless asked for.
         """
@@ -246,24 +246,24 @@ class LanguageModel(nn.Module):
         )
 
 
-# Rows of the last layer's output that somebody reads: the last tokens of a prompt, or those that predict a label
+# Selecting rows for the last layer: the last tokens of a prompt, or the tokens that predict a label
 
 
 def take_rows(x_BT: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """[B, T, …] -> [B, rows, …] for the last tokens, or [1, len(rows), …] for flat places."""
+    """[B, T, …] -> [B, rows, …] for the last tokens, or [1, len(rows), …] for flat indices."""
     return x_BT[:, -rows:] if isinstance(rows, int) else x_BT.flatten(0, 1)[rows][None]
 
 
 def angles_of_rows(cos_BTd: torch.Tensor, sin_BTd: torch.Tensor, batch: int, rows: Rows) -> list[torch.Tensor]:
-    """Rotary angles of the rows; those given may be of one batch row for all."""
+    """Rotary angles of the rows; the given angles may have a batch size of 1, which is broadcast."""
     return [take_rows(angle.expand(batch, -1, -1), rows) for angle in (cos_BTd, sin_BTd)]
 
 
 def keys_of_rows(
     k_BSGd: torch.Tensor | Int8, v_BSGd: torch.Tensor | Int8, ranges: KeyRanges, rows: Rows, dtype: torch.dtype
 ) -> tuple[torch.Tensor | Int8, torch.Tensor | Int8, KeyRanges]:
-    """Keys, values and ranges for the queries of the rows. Flat places come from any batch row, so for them the keys of
-    all lie end to end as those of one, in `dtype`."""
+    """Keys, values and ranges for the queries of the rows. Flat indices may be in any batch row, so for them the keys
+    of all batch rows are laid end to end as one batch row, and int8 keys are dequantised to `dtype`."""
     start, end = ranges
     if not isinstance(rows, int):
         k_BSGd, v_BSGd = (x.dequantised(dtype) if isinstance(x, Int8) else x for x in (k_BSGd, v_BSGd))
@@ -274,25 +274,25 @@ def keys_of_rows(
     return k_BSGd, v_BSGd, KeyRanges(take_rows(start, rows), take_rows(end, rows))
 
 
-# What backward makes again instead of keeping: the normalised input of a layer, the product of SwiGLU. Each is
-# point-wise work on tensors that autograd keeps anyway, and each is saved by the linear layers that read it (for dW, or
-# by LoRA). Made again they take no memory: per token and layer 2 D + I of 6 D + 3 I numbers (D width, I that of the
-# MLP), 41 % at LLaVA-1.5-7B's sizes when everything is trained.
+# Backward recomputes two tensors instead of saving them: the normalised input of a layer, and the product of SwiGLU.
+# The linear layers that read them would save them (for dW, or for LoRA), but both are point-wise functions of tensors
+# that autograd saves anyway. This frees 2 D + I of 6 D + 3 I numbers per token and layer (D width, I intermediate size
+# of the MLP): 41 % at LLaVA-1.5-7B's sizes when all parameters are trained.
 
 
 def recomputed(tensor: torch.Tensor, make: Callable[[], torch.Tensor] | None) -> AbstractContextManager[Any]:
-    """A context for linear layers that read `tensor`: what they would save of it, backward gets from `make()`.
+    """A context for linear layers that read `tensor`: they do not save it; backward recomputes it by `make()`.
 
     Args:
         tensor: contiguous.
-        make: computes it again, bit for bit, from tensors that are saved anyway. With None nothing changes.
+        make: recomputes `tensor`, bit for bit, from tensors that are saved anyway. With None the context does nothing.
 
-    Nothing changes either where a compiler decides what is kept, or where somebody else does (activation checkpointing
-    and offloading work through the same hooks, and `make` would keep alive what they want to let go).
+    It also does nothing under torch.compile, which decides itself what to save, and inside other saved-tensor hooks:
+    activation checkpointing and offloading use them to free tensors, which `make` would keep alive.
     """
     if make is None or not torch.is_grad_enabled() or torch.compiler.is_compiling() or not tensor.is_contiguous():
         return nullcontext()
-    if type(tensor) is not torch.Tensor:  # a DTensor has no address to know it by
+    if type(tensor) is not torch.Tensor:  # a DTensor has no data pointer to compare
         return nullcontext()
     outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
     if outer is not None and not isinstance(getattr(outer[0], "__self__", None), _Remake):
@@ -302,14 +302,14 @@ def recomputed(tensor: torch.Tensor, make: Callable[[], torch.Tensor] | None) ->
 
 
 class _Remake:
-    """Hooks that replace views of one tensor; what was made is kept until the last reader has had it."""
+    """Saved-tensor hooks for one tensor: the recomputed tensor is freed after the last linear layer has unpacked it."""
 
     def __init__(self, tensor: torch.Tensor, make: Callable[[], torch.Tensor]):
         self.pointer, self.numel, self.dtype = tensor.data_ptr(), tensor.numel(), tensor.dtype
         self.make, self.readers, self.waiting = make, 0, 0
         self.made: torch.Tensor | None = None
         device = tensor.device.type
-        # Backward runs outside of autocast, which would round elsewhere.
+        # Backward runs outside of autocast; without restoring it, `make` would round differently.
         self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
     def pack(self, saved: torch.Tensor) -> torch.Tensor | tuple[torch.Size, tuple[int, ...]]:

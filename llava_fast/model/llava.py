@@ -1,8 +1,8 @@
 """LLaVA: a CLIP vision tower, a projector, and a Llama-family language model.
 
-A drop-in for transformers' model of that name: the same config, parameter names, arguments and outputs. What differs is
-underneath: no attention masks but one key range per query, only the tower layers that are read, uint8 pixels normalised
-on the device, and image rows written to their slots without a boolean mask.
+A drop-in for transformers' model of that name: the same config, parameter names, arguments and outputs. The internals
+differ: one key range per query instead of an attention mask; tower layers after the last feature layer are not run;
+uint8 pixels are normalised on the device; image rows are written to their slots without a boolean mask.
 
 Shapes: B batch rows, T tokens, D width of the language model, N images, M image tokens in all.
 """
@@ -82,7 +82,7 @@ class LlavaModel(LlavaPreTrainedModel):
         output_attentions: bool | None = None,
         rows: Rows | None = None,
     ) -> LlavaModelOutputWithPast:
-        """Last hidden state (of `rows` alone) of a mixed sequence; see `LlavaForConditionalGeneration.forward`."""
+        """Last hidden state (with `rows`: of these rows); arguments as `LlavaForConditionalGeneration.forward`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         given = _given_ranges(key_start, key_end)
@@ -101,7 +101,7 @@ class LlavaModel(LlavaPreTrainedModel):
         last, states, weights = self.language_model(embeds_BTD, position_ids, ranges, cache, **want, rows=rows)
         return LlavaModelOutputWithPast(last, cache, states, weights, None if images is None else images.rows_MD)
 
-    # Embed: the images' features, and one sequence of text and image rows
+    # Embed: image features, then one sequence of text and image embeddings
 
     @can_return_tuple
     def get_image_features(
@@ -123,8 +123,8 @@ class LlavaModel(LlavaPreTrainedModel):
             interpolate_pos_encoding: accept images of another size than the tower's.
 
         Returns:
-            `pooler_output`: one [tokens, D] tensor per image. `last_hidden_state` and `hidden_states` are the
-            tower's as far as it was computed, that is up to the last feature layer.
+            `pooler_output`: one [tokens, D] tensor per image. `last_hidden_state` and `hidden_states` come from the
+            tower, which runs only up to the last feature layer.
         """
         features_NMD, states, attentions = self._encode(
             pixel_values,
@@ -137,7 +137,7 @@ class LlavaModel(LlavaPreTrainedModel):
         return BaseModelOutputWithPooling(
             last_hidden_state=states[-1],
             pooler_output=list(features_NMD),  # type: ignore[arg-type]  # a list in transformers' LLaVA, too
-            hidden_states=tuple(states) if output_hidden_states else None,  # type: ignore[arg-type]  # none is None
+            hidden_states=tuple(states) if output_hidden_states else None,  # type: ignore[arg-type]  # without `keep` no state is None
             attentions=tuple(attentions) if output_attentions else None,
         )
 
@@ -179,7 +179,7 @@ class LlavaModel(LlavaPreTrainedModel):
         strategy: str | None,
         interpolate: bool,
     ) -> Images | None:
-        """The images' features, from pixels (by a CUDA graph where that may be) or as somebody has encoded them."""
+        """The images' features: computed from pixels (in a CUDA graph where possible), or taken from `encoded`."""
         if pixels is None:
             if encoded is None or encoded.get("image") is None:
                 return None
@@ -211,7 +211,7 @@ class LlavaModel(LlavaPreTrainedModel):
         image_slots: torch.Tensor | None,
         given: KeyRanges | None,
     ) -> torch.Tensor | None:
-        """[B, T] bool, True at image tokens, where somebody needs it; recognised by their embedding without ids."""
+        """[B, T] bool, True at image tokens; None if nothing needs it. Without ids, embeddings are compared instead."""
         ranges_need_it = self.bidirectional_images and given is None
         if ranges_need_it and input_ids is None and images is None:
             raise ValueError("image_attention='bidirectional' cannot find the images in inputs_embeds; pass key ranges")
@@ -231,7 +231,7 @@ class LlavaModel(LlavaPreTrainedModel):
         image_slots: torch.Tensor | None,
         is_image_BT: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Text and image embeddings [B, T, D], in one pass where nobody has wrapped the look-up of the text."""
+        """Text and image embeddings [B, T, D]; one fused operation if the embedding module is a plain look-up."""
         table = self.get_input_embeddings()
         if images is not None and input_ids is not None and is_plain_lookup(table):
             rows_MD = images.rows_MD.to(table.weight.device)
@@ -249,11 +249,11 @@ class LlavaModel(LlavaPreTrainedModel):
         return embeds_BTD if unused is None else embeds_BTD + 0 * unused.to(embeds_BTD.dtype)
 
     def _unused_feature(self, device: torch.device) -> torch.Tensor | None:
-        """An image feature [1, D] to be added zero times, so that a batch of text alone gives the projector gradients.
+        """An image feature [1, D] to be added zero times, so that a text-only batch gives the projector gradients (zeros).
 
-        Without it stage 1 would have nothing to differentiate there. Beside other processes it comes from a black image
-        through the whole tower, before the text is embedded: where parameters are sharded, all processes must gather
-        the same ones in the same order.
+        Otherwise the loss of a text-only batch in stage 1 would not require grad. In distributed training the feature
+        comes from a black image through the whole tower, before the text is embedded: all ranks must all-gather the
+        same sharded parameters in the same order.
         """
         vision = tower_config(self.config)
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -283,7 +283,7 @@ class LlavaModel(LlavaPreTrainedModel):
         is_image_BT: torch.Tensor | None,
         images: Images | None,
     ) -> KeyRanges:
-        """The keys each token sees, counted from the first that the cache still has."""
+        """The key range of each token; key 0 is the first key that the cache still holds."""
         window: int | None = getattr(self.language_model.config, "sliding_window", None)
         batch, tokens, _ = embeds_BTD.shape
         ranges = key_ranges(
@@ -304,7 +304,7 @@ class LlavaModel(LlavaPreTrainedModel):
         return ranges.shifted(max(past - window + 1, 0))
 
     def _outputs(self, hidden_states: bool | None, attentions: bool | None) -> dict[str, bool]:
-        """What the decoder shall return besides its last hidden state: as asked for, or as the config says."""
+        """Which optional outputs the decoder returns: the arguments if given, else the config's values."""
         config = self.config
         return {
             "output_hidden_states": bool(config.output_hidden_states if hidden_states is None else hidden_states),

@@ -1,6 +1,6 @@
-"""The file that says how uint8 pixels are normalised, read into the model's config (`image_mean`, `image_std`).
+"""Reads mean and deviation of uint8 pixels from the preprocessor file into the config (`image_mean`, `image_std`).
 
-Without such a file, and without numbers in the config, they are CLIP's.
+If neither the file nor the config has them, CLIP's are used.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def read_normalisation(name: str | os.PathLike, **hub: Any) -> tuple[Normalisati
     """The normalisation in the preprocessor file of a directory (or hub name), and the file; None without one.
 
     Args:
-        hub: as transformers takes them (revision, token, subfolder …).
+        hub: transformers' hub arguments (revision, token, subfolder …).
 
     Raises:
-        ValueError: naming file and key, for a damaged file or values of another kind.
+        ValueError: naming file and key, for a damaged file or values of the wrong type.
     """
     for file_name in ("processor_config.json", "preprocessor_config.json"):  # the first counts, as in transformers
         file = Path(name) / file_name
@@ -47,7 +47,7 @@ def keep_normalisation(config: LlavaConfig, found: tuple[Normalisation, Path] | 
     """Put what `read_normalisation` found into a model's config.
 
     Raises:
-        ValueError: when the config has other numbers of its own, or no usable ones.
+        ValueError: if the config already has different numbers, or invalid ones.
     """
     own = {key: getattr(config, key, None) for key in ("image_mean", "image_std")}
     if own != {"image_mean": None, "image_std": None}:

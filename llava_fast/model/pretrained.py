@@ -1,4 +1,4 @@
-"""What transformers wants to know of the model: what is supported, what stays together, how fresh weights are drawn."""
+"""The PreTrainedModel base class: supported features, modules that must not be split, weight initialisation."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class LlavaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ["image", "text"]  # noqa: RUF012  (the base class wants lists)
     supports_gradient_checkpointing = True
-    # The tower reads the weights of its embeddings itself, so it is one unit for FSDP and for device maps.
+    # The tower reads its embedding weights without calling the module, so FSDP and device maps must not split it.
     _no_split_modules = ["DecoderLayer", "VisionTower"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    # Attention goes by key ranges whatever transformers' setting says; these let any setting through.
+    # Attention always uses key ranges; these flags only make transformers accept any `attn_implementation`.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -27,7 +27,7 @@ class LlavaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False, or transformers would not call `_init_weights` for modules that own no parameter themselves."""
+        """False: if True, transformers does not call `_init_weights` for modules without parameters of their own."""
         return False
 
     @torch.no_grad()

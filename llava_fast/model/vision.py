@@ -1,10 +1,10 @@
-"""From pixels to rows of the language model: the CLIP vision tower, as far as its output is read, and the projector.
+"""The CLIP vision tower, run up to the last hidden state that is read, and the projector into the language model.
 
 Parameter names are those of transformers' CLIPVisionModel (≥ 5.6), so its weights load as they are. LLaVA-1.5 reads
 hidden state −2: the last layer and the final LayerNorm are never run; they keep their parameters, frozen.
 
-Both residual adds of a layer are part of the LayerNorm that follows, the next layer's for the second. Inference
-computes q, k and v in one product (`joined.py`).
+Each residual add is fused into the LayerNorm after it; for the second add of a layer that is the first LayerNorm of the
+next layer. Inference computes q, k and v in one GEMM (`joined.py`).
 
 Shapes: B images, N = patches + 1 tokens, D width, H heads, d head dimension.
 """
@@ -35,10 +35,10 @@ _NOTE = "normalisation"  # attribute of a tensor of pixels
 
 
 def pixel_normalisation(config: LlavaConfig, pixels: torch.Tensor | None = None) -> Normalisation:
-    """What a model with this config does to uint8 pixels.
+    """Mean and deviation by which a model with this config normalises uint8 pixels.
 
     Raises:
-        ValueError: where a processor has noted on the pixels that it does otherwise.
+        ValueError: if `pixels` carry a note (`note_normalisation`) with other numbers.
     """
     mean, std = getattr(config, "image_mean", None), getattr(config, "image_std", None)
     found = Normalisation(tuple(mean or CLIP_MEAN), tuple(std or CLIP_STD))
@@ -48,7 +48,7 @@ def pixel_normalisation(config: LlavaConfig, pixels: torch.Tensor | None = None)
 
 
 def check_same(numbers: Normalisation, whose: object, model: Normalisation) -> None:
-    """ValueError, in one line, when the model normalises pixels otherwise; `whose` the numbers are."""
+    """ValueError, in one line, if the model's normalisation differs from `numbers`; `whose` names their owner."""
     if not numbers.same_as(model):
         raise ValueError(
             f"{whose} normalises pixels with mean and deviation {numbers}, but the model's config (image_mean, "
@@ -57,7 +57,7 @@ def check_same(numbers: Normalisation, whose: object, model: Normalisation) -> N
 
 
 def note_normalisation(pixels: Any, normalisation: Normalisation | None) -> None:
-    """Say on a tensor of uint8 pixels what they want to be normalised with; a copy of the tensor has lost it."""
+    """Attach the normalisation to a tensor of uint8 pixels, as an attribute; a copy of the tensor loses it."""
     if isinstance(pixels, torch.Tensor) and normalisation is not None:
         setattr(pixels, _NOTE, normalisation)
 
@@ -77,7 +77,7 @@ def feature_layers(config: LlavaConfig, override: int | Sequence[int] | None = N
 
 
 class VisionEmbeddings(nn.Module):
-    """Owns the embedding parameters; the arithmetic is `ops.patch_embed`, which also needs the pre-LayerNorm."""
+    """Holds the embedding parameters; `ops.patch_embed` computes with them, fused with the pre-LayerNorm."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
@@ -88,7 +88,7 @@ class VisionEmbeddings(nn.Module):
 
     def position(self, height: int, width: int) -> torch.Tensor:
         """[1 + rows · columns, D] position embeddings for an image of `height` × `width` pixels, bicubically
-        interpolated where that is not the size the tower was made for (as CLIPVisionModel does on request)."""
+        interpolated if the size differs from `config.image_size` (as CLIPVisionModel does on request)."""
         patch = self.patch_embedding.weight.shape[-1]
         rows, columns = height // patch, width // patch
         table_ND = self.position_embedding.weight
@@ -115,7 +115,7 @@ class VisionAttention(JoinedLinears):
     def forward(
         self, x_BND: torch.Tensor, ranges: KeyRanges, want_weights: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if torch.is_grad_enabled():  # a graph of gradients has the three projections in it
+        if torch.is_grad_enabled():  # autograd needs the three projections as separate layers
             qkv: Sequence[torch.Tensor] = self.q_proj(x_BND), self.k_proj(x_BND), self.v_proj(x_BND)
         else:
             qkv = self.project(x_BND)
@@ -130,9 +130,8 @@ class VisionAttention(JoinedLinears):
 class VisionMLP(nn.Module):
     """fc2(act(fc1(x))).
 
-    The bias of fc1 is added by the GEMM as it writes its result, which moves no byte more; the activation then reads
-    and writes once. Leaving the bias to the activation would only save a trained tower one read in backward, for its
-    sum.
+    The GEMM adds the bias of fc1 in its epilogue, at no extra memory traffic. Fusing the bias into the activation would
+    only save one read in the backward pass of a trained tower, for the bias gradient.
     """
 
     def __init__(self, config: CLIPVisionConfig):
@@ -160,7 +159,8 @@ class VisionLayer(GradientCheckpointingLayer):
         ranges: KeyRanges,
         want_weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The layer's input x + added (a hidden state of the tower), its output as two addends, attention weights."""
+        """Returns the layer's input x + added (a hidden state of the tower), two tensors whose sum is the layer's
+        output, and the attention weights."""
         norm1, norm2 = self.layer_norm1, self.layer_norm2
         if added_BND is None:
             y, state = layer_norm(x_BND, norm1.weight, norm1.bias, eps=norm1.eps)
@@ -229,7 +229,7 @@ class VisionTower(nn.Module):
             pixels: uint8 [B, H, W, 3], or floating [B, 3, H, W] normalised.
             last_layer: index of the last hidden state to compute (see `resolve`).
             mean, std: normalisation of uint8 pixels.
-            keep: indices of the hidden states that are wanted; None stands in the place of any other. Default: all.
+            keep: indices of the hidden states to return; every other entry is None. Default: all.
             interpolate_pos_encoding: accept images of another size than `config.image_size`.
         """
         height, width = pixels.shape[1:3] if pixels.dtype == torch.uint8 else pixels.shape[-2:]
@@ -256,7 +256,7 @@ class VisionTower(nn.Module):
         added_BND: torch.Tensor | None = None
         for layer in self.encoder.layers[:last_layer]:
             if added_BND is not None and layer.gradient_checkpointing and self.training:
-                x_BND, added_BND = x_BND + added_BND, None  # what a checkpoint keeps is one tensor, not two
+                x_BND, added_BND = x_BND + added_BND, None  # activation checkpointing then saves one tensor, not two
             state, x_BND, added_BND, weights = layer(x_BND, added_BND, ranges, output_attentions)
             states.append(state if keep is None or len(states) in keep else None)
             if weights is not None:
@@ -300,7 +300,7 @@ class Projector(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         layers = [getattr(self, name) for name in self.layers]
-        # The fused operation reads the weights itself, so a child that somebody has wrapped or hooked is called.
+        # The fused operation reads the weights directly, which would bypass a wrapped or hooked linear layer.
         if self.act is None and all(is_plain(layer, nn.Linear) for layer in layers):
             return projector(features, [layer.weight for layer in layers], [layer.bias for layer in layers])
         act = self.act or nn.functional.gelu

@@ -1,12 +1,12 @@
-"""Operations of LLaVA-style models: each a plain PyTorch reference and, where there is a GPU, a fused kernel.
+"""Operations of LLaVA-style models, each with a plain PyTorch reference and, for GPUs, fused kernels.
 
-All are functions of tensors, differentiable unless they say otherwise, and traced by `torch.compile(fullgraph=True)`.
-`llava_fast.backend` says which implementation runs, and how to ask for another.
+All are functions of tensors, differentiable unless documented otherwise, and work in `torch.compile(fullgraph=True)`.
+`llava_fast.backend` chooses the implementation; see there how to request another.
 
     from llava_fast.ops import linear_cross_entropy, rms_norm, layer_norm, swiglu, gelu, quick_gelu
 
-These names load when they are first used. An operation whose file or folder has the same name is imported from there,
-as `llava_fast.ops.rotary` is the module:
+These names are loaded lazily. An operation that has the name of its module must be imported from the module
+(`llava_fast.ops.rotary` is the module):
 
     from llava_fast.ops.attention import attention
     from llava_fast.ops.rotary import rotary
@@ -21,7 +21,7 @@ several kernels share is in `_*.py`.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# Where each public name lives.
+# The module of each public name.
 _HOME = {
     "gelu": "activation",
     "layer_norm": "norm",
@@ -43,7 +43,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'llava_fast.ops' has no attribute {name!r}")
     value = getattr(import_module(f"llava_fast.ops.{_HOME[name]}"), name)
-    globals()[name] = value  # the next look-up finds it without coming here
+    globals()[name] = value  # cached: the next look-up does not call __getattr__
     return value
 
 

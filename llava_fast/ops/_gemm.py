@@ -1,14 +1,13 @@
-"""GEMMs over the first rows of a matrix, as many as a number on the device says, which the host never reads.
+"""Triton GEMMs over the first rows of a matrix; the number of rows is read on the device, without synchronisation.
 
-A library's GEMM takes its sizes from the host, so that "the rows that are labelled" would cost a synchronisation, or
-the product of all rows. Here the grid covers what there may be, and programs beyond `count` leave at once: a product
-of no rows costs a launch.
+A library's GEMM takes its sizes from the host, so multiplying only the labelled rows would need a synchronisation. Here
+the grid covers all rows, and programs beyond `count` return at once: a product of no rows costs one launch.
 
     rows_product(a, b)     a[:left] · b                        left = clamp(count − start, 0, rows of a)
     add_outer(out, a, b)   out += a[:left]ᵀ · b[:left]
 
-fp32 accumulation; fp32 operands are multiplied as such (no TF32). What lies in rows from `left` on, NaN too, is never
-multiplied with. Shapes: M × K times K × N, in tiles BLOCK_M × BLOCK_K × BLOCK_N.
+fp32 accumulation; fp32 operands are multiplied in fp32 (no TF32). Rows from `left` on are never read into a product, so
+they may contain NaN. Shapes: M × K times K × N, in tiles BLOCK_M × BLOCK_K × BLOCK_N.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from llava_fast.ops._triton import inlined, jit, tl
 
 @inlined
 def tile_order(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """First row and column of this program's tile, of any kernel that computes [M, N] = a · b.
+    """First row and column of this program's tile in [M, N] = a · b, in an order that reuses the L2 cache.
 
-    Programs that run together share 8 rows of tiles of a, and go along b: both stay in the L2 cache.
+    Consecutive programs work on the same 8 rows of tiles of a, column of tiles by column of b.
     """
     tiles_m = tl.cdiv(m, BLOCK_M)
     tiles_n = tl.cdiv(n, BLOCK_N)
@@ -87,7 +86,7 @@ def _gemm_kernel(
         a_tile += BLOCK_K * a_stride_k
         b_tile += BLOCK_K * b_stride_k
 
-    # Offsets from here on are computed anew, so that the loop keeps its registers.
+    # Offsets are recomputed after the loop instead of occupying registers during it.
     row = first_m + tl.arange(0, BLOCK_M)
     column = first_n + tl.arange(0, BLOCK_N)
     out_tile = out_ptr + row.to(tl.int64)[:, None] * out_stride + column[None, :]

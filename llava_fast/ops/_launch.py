@@ -1,7 +1,7 @@
-"""Every Triton kernel of this library is launched from here, so that launches can be counted, captured and tuned.
+"""`launch`, the only way to launch a Triton kernel here, so that launches can be counted, recorded and tuned.
 
-`recorded()` lists what was launched inside a block: tests assert with it that a kernel really ran. With `dry=True`
-nothing runs, and the records are what the compile report builds for other architectures, without a GPU.
+`recorded()` lists the launches inside a block: tests use it to assert that a kernel really ran. With `dry=True`
+nothing runs; the compile report compiles the recorded launches for other architectures, without a GPU.
 
 Tiles (block sizes, warps, stages) are data: `tuned/<kernel>.json` holds, per architecture and key, the tile that ships.
 
@@ -28,11 +28,11 @@ Tile = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Example:
-    """A call of an operation that launches `kernel` with the tile of `key`, as `tuned/<kernel>.json` names both.
+    """A call of an operation that launches `kernel` with the tile of `key`, both named as in `tuned/<kernel>.json`.
 
-    Each operation's `examples(device, dtype)` yields them: between them they launch its kernels in all variants, with
-    every tile that ships. The compile report runs all of them dry, with tensors on "meta"; the tuner times those that
-    have tiles worth trying, on a GPU, or on a CPU in small compares their results.
+    Each operation's `examples(device, dtype)` yields them; together they launch its kernels in all variants, with
+    every tile that ships. The compile report runs all of them dry, with tensors on "meta". The tuner times those with
+    candidate tiles on a GPU; on a CPU it only compares their results, with small sizes.
     """
 
     kernel: str
@@ -43,7 +43,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: positional arguments, then constexprs by name, then what Triton calls options."""
+    """One kernel launch: positional arguments, constexprs by name, and Triton's options (num_warps, num_stages)."""
 
     kernel: Any
     args: tuple[Any, ...]
@@ -64,7 +64,7 @@ _forced: dict[str, Tile] = {}
 
 @contextmanager
 def recorded(*, dry: bool = False, architecture: str | None = None) -> Iterator[list[Launch]]:
-    """List the launches inside the block; with `dry` only list them, as if on a GPU of `architecture`."""
+    """Record the launches inside the block; with `dry` run nothing, as if on a GPU of `architecture`."""
     global _dry, _architecture
     before = (_dry, _architecture)
     record: list[Launch] = []
@@ -79,7 +79,7 @@ def recorded(*, dry: bool = False, architecture: str | None = None) -> Iterator[
 
 @contextmanager
 def forced_tile(kernel: str, tile: Tile) -> Iterator[None]:
-    """Use `tile` for a kernel whatever the table says: how the tuner tries its candidates."""
+    """Use `tile` for a kernel instead of the table's; the tuner tries its candidates with it."""
     before = _forced.get(kernel)
     _forced[kernel] = tile
     try:
@@ -101,7 +101,7 @@ def launch(kernel: Any, grid: Callable | tuple[int, ...], *args: Any, tile: Tile
     for record in _records:
         record.append(call)
     if not _dry:
-        with torch.cuda.device_of(args[0]):  # Triton's own choice is the current device
+        with torch.cuda.device_of(args[0]):  # Triton launches on the current device
             kernel[grid](*args, **constexprs, num_warps=call.num_warps, num_stages=call.num_stages)
 
 
@@ -125,7 +125,7 @@ def tile_table(kernel: str) -> dict[str, dict[str, Any]]:
 
 
 def tile(kernel: str, key: int | str, device: torch.device) -> Tile:
-    """The shipped tile for `key` (what decides the best tile, such as the power of two ≥ the width)."""
+    """The shipped tile for `key`, the property that the best tile depends on, such as the power of two ≥ the width."""
     if kernel in _forced:
         return _forced[kernel]
     tiles = tile_table(kernel)[architecture(device)]["tiles"]
@@ -138,8 +138,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Number of multiprocessors: how many programs a persistent kernel should have. On a CPU few, on "meta" as many as
-    a GPU of the architecture has."""
+    """Number of multiprocessors, for the grid of persistent kernels. A small number on a CPU; on "meta" that of a GPU
+    of the recorded architecture."""
     if device.type == "cuda":
         return _multiprocessors(device)
     return {"sm_80": 108, "sm_90": 132}[architecture(device)] if device.type == "meta" else 4

@@ -1,4 +1,4 @@
-"""What several kernels compute alike: constants, and exact GELU with its slope. For kernels; `.value` for launchers."""
+"""Constants, exact GELU and its derivative, shared by several kernels; launchers read a constant by `.value`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from llava_fast.ops._triton import inlined, tl
 
 
 def _constant(value: float) -> Any:
-    """A number that kernels may read as a global."""
+    """A global constant that Triton kernels may read."""
     return value if tl is None else tl.constexpr(value)
 
 
@@ -20,7 +20,7 @@ NORMAL_PEAK = _constant(0.3989422804014327)  # 1 / sqrt(2π)
 
 @inlined
 def normal_below(x):
-    """Φ(x), the share of a standard normal distribution below x: GELU(x) = x · Φ(x)."""
+    """Φ(x), the cumulative distribution of a standard normal: GELU(x) = x · Φ(x)."""
     return 0.5 * (1.0 + tl.erf(x * SQRT_HALF))
 
 

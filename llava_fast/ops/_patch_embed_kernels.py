@@ -1,7 +1,7 @@
-"""The kernels of `patch_embed.py`: products with patches that are read from images as they are stored.
+"""The kernels of `patch_embed.py`: GEMMs with a matrix of patches that is read directly from the images.
 
-Row m of the left side is token m % T of image m // T, element k of it one pixel's channel, counted in the order of
-storage: (row, column, channel) of a patch for bytes [B, H, W, C], (channel, row, column) for floats [B, C, H, W].
+Row m of that matrix is token m % T of image m // T. Column k is one channel of one pixel of the patch, in storage
+order: (row, column, channel) for bytes [B, H, W, C], (channel, row, column) for floats [B, C, H, W].
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ def _patch_rows(
     first_m, rows, tokens, height, width,
     BYTES: tl.constexpr, C: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Of the rows of a tile: where its first image starts (64-bit, in elements), where each patch starts from there
-    (32-bit), and whether there is one; token 0 is the CLS, which has none."""
+    """For the rows of a tile: offset of the first row's image (64-bit, in elements), offset of each row's patch from
+    there (32-bit), and whether the row has a patch; token 0, the CLS, has none."""
     row = first_m + tl.arange(0, BLOCK_M)
     image = first_m // tokens
     token = row % tokens
@@ -34,9 +34,9 @@ def _patch_columns(
     k, height, width, scale0, scale1, scale2, shift0, shift1, shift2,
     BYTES: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Of elements k of a patch, in the order in which the image is stored: where they lie from its start, whether there
-    are such, and the scale and shift that normalise bytes."""
-    if BYTES:  # [H, W, C]: a row of a patch is one run of bytes
+    """For columns k: their offset from the start of a patch, whether they exist, and the scale and shift that normalise
+    bytes."""
+    if BYTES:  # [H, W, C]: a row of a patch is contiguous
         offset = (k // (C * P)) * width * C + k % (C * P)
     else:  # [C, H, W]
         offset = (k // (P * P)) * height * width + (k // P % P) * width + k % P
@@ -48,7 +48,7 @@ def _patch_columns(
 
 @inlined
 def _read_pixels(image_ptr, start, has_pixels, offset, inside, scale, shift, BYTES: tl.constexpr):
-    """A tile of patches: rows and columns as above, each broadcast along the other. Bytes are normalised in float32."""
+    """A tile of patches, from the results of the two functions above, broadcast. Bytes are normalised in float32."""
     values = tl.load(image_ptr + start + offset, mask=has_pixels & inside, other=0)
     if BYTES:
         values = values.to(tl.float32) * scale + shift
@@ -80,7 +80,7 @@ def _patch_embed_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # Programs side by side share rows: an image is read once from memory and then from the L2 cache.
+    # Consecutive programs have the same rows: an image is read from memory once, then from the L2 cache.
     tiles_n = tl.cdiv(width_d, BLOCK_N)
     first_m = (tl.program_id(0) // tiles_n) * BLOCK_M
     first_n = (tl.program_id(0) % tiles_n) * BLOCK_N
@@ -106,7 +106,7 @@ def _patch_embed_fwd_kernel(
         )
         sums = tl.dot(values.to(weight_ptr.dtype.element_ty), weight, sums, input_precision="ieee")
 
-    # Computed anew, so that the loop keeps its registers.
+    # Recomputed after the loop instead of occupying registers during it.
     row = first_m + tl.arange(0, BLOCK_M)
     token = row % tokens
     wanted = (row < rows)[:, None] & (column < width_d)[None, :]
@@ -159,7 +159,7 @@ def _patch_embed_dweight_kernel(
         dz_tile = dz_ptr + tl.cast(first_m, tl.int64) * width_d
         dz = tl.load(
             dz_tile + tl.arange(0, BLOCK_M)[:, None] * width_d + column[None, :],
-            mask=has_pixels[:, None] & (column < width_d)[None, :],  # which leaves out the CLS rows
+            mask=has_pixels[:, None] & (column < width_d)[None, :],  # without the CLS rows
             other=0.0,
         )
         sums = tl.dot(values.to(dz_ptr.dtype.element_ty), dz, sums, input_precision="ieee")

@@ -1,4 +1,4 @@
-"""The rotation of heads by their token's angles, inside a kernel: of `rotary.py`, and of `cache_write.py`.
+"""Device functions that rotate heads by their token's angles, for the kernels of `rotary.py` and `cache_write.py`.
 
 A head of d numbers is held as its lower and its upper half, [BLOCK_H, BLOCK_D] each, with BLOCK_D ≥ d / 2.
 """

@@ -1,4 +1,4 @@
-"""Triton, where it is installed; everywhere else the kernels stay plain functions that nobody calls."""
+"""`jit` and `tl` from Triton, with stand-ins where it is not installed, so that kernel files can still be imported."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ except ModuleNotFoundError:
 
 
 def inlined(fn):
-    """`jit` for what kernels call; in the interpreter the plain function, as a jit one is patched anew at each call."""
+    """`jit` for device functions. In the interpreter a plain function: it would patch a jit function at every call."""
     return fn if interpreting() else jit(fn)
 
 

@@ -126,7 +126,7 @@ def _activation_bwd_kernel(
 
 
 def activation_forward(x: torch.Tensor, up: torch.Tensor | None, kind: str) -> torch.Tensor:
-    """Kind "swiglu" (with `up`), "quick_gelu" or "gelu", by the kernel, without autograd; for other operations too."""
+    """The kernel, without autograd, also for other operations; `kind`: "swiglu" (with `up`), "quick_gelu" or "gelu"."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel():
         x_RC, up_RC = as_rows(x), None if up is None else as_rows(up)
@@ -230,7 +230,7 @@ register("gelu", "triton", _gelu_triton, takes)
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
-    """All kinds; SwiGLU, which moves the most bytes, decides about tiles."""
+    """All kinds; the tuner times SwiGLU, which moves the most bytes."""
     rows, columns = (832, 11008) if device.type != "cpu" else (3, 300)
     x, up, dy = torch.randn(3, rows, columns, device=device).to(dtype)
     tiles = [

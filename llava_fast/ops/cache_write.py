@@ -1,19 +1,19 @@
-"""Rotary positions and the cache's new slots in one pass: queries are rotated, keys rotated straight into their slots.
+"""Rotary embedding and KV-cache write in one pass: keys are rotated and written directly into their cache slots.
 
     q' = rotate(q);   keys[at + t] = rotate(k_t);   values[at + t] = v_t                 (rotate: see rotary.py)
 
-In bf16 q, k and v are read once and written once, 4 bytes an element. Rotary first and the copy into the cache after it
-read and write k twice, and take three launches instead of one. The first slot, `at`, is read on the device, so that
-a CUDA graph can be replayed as the cache fills.
+q, k and v are read once and written once: 4 bytes per element in bf16. Rotary followed by copies into the cache would
+read and write k twice, in three launches instead of one. The first slot, `at`, is read on the device, so a CUDA graph
+can be replayed as the cache fills.
 
-An int8 cache is quantised on the way, a scale to each token and head:
+For an int8 cache keys and values are quantised in the same pass, with one scale per token and head:
 
     scale = max|x| / 127;   stored = round(x / scale);   |x - scale · stored| ≤ scale / 2
 
-which is d + 4 bytes in place of 2 · d: 132 instead of 256 at d = 128, and half of what a decoding step reads of it.
+which takes d + 4 bytes instead of 2 · d (132 instead of 256 at d = 128); a decoding step reads half as much.
 
-Inference only. Shapes: B batch, T new tokens, S slots, H query heads, G key heads, d head dimension; a program has
-BLOCK_H heads of one token.
+Inference only. Shapes: B batch, T new tokens, S slots, H query heads, G key heads, d head dimension; a program
+processes BLOCK_H heads of one token.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from llava_fast.ops._triton import inlined, jit, takes, tl
 from llava_fast.ops.rotary import MAX_HEAD_DIM, rotary_reference
 
 LEVELS = 127
-TINY = 1e-30  # a vector below it is taken for zeros: 127 / max|x| would overflow
+TINY = 1e-30  # vectors with a smaller maximum are stored as zeros: 127 / max|x| would overflow
 
 
 def write_cache(
@@ -93,7 +93,7 @@ def quantise_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dequantise(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What the int8 `x` [..., d] and its scales [...] stand for."""
+    """x [..., d] · scale [...], in `dtype`."""
     return (x * scale[..., None]).to(dtype)
 
 
@@ -232,7 +232,7 @@ register("cache_write", "triton", _cache_write_op, _supports)
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
-    """LLaVA-1.5's prefill, into a cache of that dtype and, with a quarter of the key heads, of int8."""
+    """LLaVA-1.5's prefill into a cache of that dtype, and into an int8 cache with a quarter of the key heads."""
     tokens, heads = (640, 32) if device.type != "cpu" else (3, 4)
     at = torch.zeros((), dtype=torch.int64, device=device)
     for key in map(int, tile_table("cache_write")["sm_80"]["tiles"]):

@@ -1,24 +1,24 @@
-"""The head and its loss in one operation: cross entropy of hidden · weightᵀ, for labelled rows only, logits never kept.
+"""Fused linear cross entropy: the loss of hidden · weightᵀ, for labelled rows only, without storing all logits.
 
     z = hidden · weightᵀ;   loss = Σ (lse(z) − z[label]) / items;   dz = (softmax(z) − 1[label]) / items
 
-Rows with `ignore_index` never meet the head: of a LLaVA sample that is 69 % of them. The others are worked off in
-chunks of constant memory (`CHUNK_BYTES` of logits, at least 256 rows); dz overwrites the logits where they lie, and
-what the hidden states' and the weight's gradients need of a chunk is taken from it at once, in the forward pass
-(Mallen 2023 and Liger do so too); backward scales. A frozen head costs no dW, a frozen input no dhidden. Bytes of
-logits for 832 rows, 256 of them labelled, V = 32,000, bf16: PyTorch keeps 53 MB, 106 MB in float32 and as much for
-the gradient; here 16 MB at a time, read twice and written once (by the reference, which widens them to float32, 49 MB).
+Logits of rows with `ignore_index`, 69 % of a LLaVA sample, are not computed. The other rows are processed in chunks of
+constant memory (`CHUNK_BYTES` of logits, at least 256 rows). In each chunk dz overwrites the logits in place, and the
+gradients of hidden states and weight are computed from it at once, in the forward pass (as in Mallen 2023 and Liger);
+backward only scales them. A frozen head needs no dW, a frozen input no dhidden. Bytes of logits for 832 rows, 256 of
+them labelled, V = 32,000, bf16: PyTorch keeps 53 MB, 106 MB in float32 and as much for the gradient; here 16 MB at a
+time, read twice and written once (49 MB in the reference, which converts them to float32).
 
-The kernel takes a row of logits per program, in tiles of BLOCK_V: first the statistics, by online softmax (Milakov and
-Gimelshein 2018), then the gradient. Statistics and sums are float32 (float64 for float64). dW is summed over chunks in
-float32, and rounded once. In 16 bits dz is not divided by the number of items before it is rounded (fp16 would lose
-it): backward does that, with what GradScaler multiplies by.
+The kernel processes one row of logits per program, in tiles of BLOCK_V: first the statistics, by online softmax
+(Milakov and Gimelshein 2018), then the gradient. Statistics and sums are float32 (float64 for float64). dW is summed
+over chunks in float32, and rounded once. In 16 bits dz is rounded before the division by the number of items (fp16
+would underflow): backward divides, and applies the factor of GradScaler at the same time.
 
-The labelled rows are found without a synchronisation. Given `num_labelled` (a collator knows it), one stable sort
-puts their indices in front and the library's GEMM multiplies exactly these. Without it the chunks cover all rows and
-the kernels of `_gemm` stop at the count they read on the device: an empty chunk costs six launches and its share of
-dhidden, a full one what Triton's GEMM is slower than the library's, and dW is summed in float32 whenever *all* rows
-would be more than a chunk. "reference" counts on the host instead: free on a CPU, a synchronisation on a GPU.
+The labelled rows are found without synchronisation. With `num_labelled` (a collator knows it), one stable sort puts
+their indices first and the library's GEMM multiplies exactly these rows. Without it the chunks cover all rows, and the
+kernels of `_gemm` stop at the count that they read on the device. Its cost: six launches and zeroed rows of dhidden for
+an empty chunk, Triton's GEMM instead of the faster library GEMM for a full one, and dW summed in float32 whenever *all*
+rows are more than one chunk. "reference" counts on the host: free on a CPU, a synchronisation on a GPU.
 
 Shapes: N rows, D width, V vocabulary, C rows of a chunk.
 """
@@ -37,7 +37,7 @@ from llava_fast.ops._launch import Example, as_rows, launch, tile
 from llava_fast.ops._triton import inlined, jit, takes, tl
 
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 128 * 2**20}
-MIN_CHUNK_ROWS = 256  # fewer would leave the GEMMs waiting for the weight
+MIN_CHUNK_ROWS = 256  # with fewer rows the GEMMs are limited by reading the weight
 SMALL_VOCABULARY = 1024
 
 
@@ -50,14 +50,14 @@ def linear_cross_entropy(
     num_items: int | torch.Tensor | None = None,
     num_labelled: int | None = None,
 ) -> torch.Tensor:
-    """Mean cross entropy of `hidden · weightᵀ` against `labels`, without the logits.
+    """Mean cross entropy of `hidden · weightᵀ` against `labels`, without storing all logits.
 
     Args:
         hidden: [..., D] of a floating dtype; under autocast it and weight are cast as `F.linear` casts them.
-        weight: [V, D], in the dtype of `hidden`; may be the embedding too.
-        labels: [...] int64, those of the same row of `hidden` (the caller has shifted them).
+        weight: [V, D], in the dtype of `hidden`; may be tied to the embedding.
+        labels: [...] int64, already shifted: the label of each row of `hidden`.
         ignore_index: label of the rows to leave out.
-        num_items: what the sum over labelled rows is divided by, in place of their number (transformers'
+        num_items: divisor of the sum over labelled rows, instead of their number (transformers'
             `num_items_in_batch`).
         num_labelled: how many labels are not `ignore_index`, if the host knows. Must be right: checked on a CPU only.
 
@@ -106,7 +106,7 @@ def _chunk_loss_reference(
 
     The logits are overwritten.
     """
-    # Relative to the largest logit, so that nothing is lost to its size.
+    # Subtract the largest logit first, for precision.
     z_CV.sub_(z_CV.amax(1, keepdim=True))
     losses = -z_CV.gather(1, labels_C[:, None])[:, 0]
     sums = z_CV.exp_().sum(1, keepdim=True)
@@ -139,7 +139,7 @@ def _loss_kernel(
     ZERO_REST: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    # One program per row of the chunk: statistics first, then the gradient over the logits.
+    # One program per row of the chunk: statistics first, then the gradient, which overwrites the logits.
     logits_ptr += tl.program_id(0).to(tl.int64) * vocabulary
     row = tl.load(rows_ptr + tl.program_id(0))
     label = tl.load(labels_ptr + row)
@@ -162,7 +162,7 @@ def _loss_kernel(
         higher = tl.maximum(peak, tl.max(z, axis=0))
         exps = exps * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher), axis=0)
         peak = higher
-    # Relative to the largest logit, so that nothing is lost to its size.
+    # Relative to the largest logit, for precision.
     loss = tl.log(exps) - (at_label - peak)
     # A label outside the vocabulary gives NaN, not the 0 of a row without a label.
     tl.store(losses_ptr + row, tl.where(known, loss, float("nan")))
@@ -189,9 +189,9 @@ def _chunk_loss(
     gradient: bool,
     zero_rest: bool,
 ) -> None:
-    """Write losses into `losses_N` and, with `gradient`, that of the logits over them, for the rows that have a label.
+    """Write the losses of labelled rows into `losses_N`; with `gradient` overwrite their logits with the gradient.
 
-    The others become zeros with `zero_rest`, and else stay as they are.
+    Logits of rows without a label are zeroed with `zero_rest`, and otherwise left unchanged.
     """
     rows, vocabulary = logits_CV.shape
     launch(
@@ -208,7 +208,7 @@ def _chunk_loss(
 def _labelled_rows(
     labels_N: torch.Tensor, ignore_index: int, num_labelled: int | None, kernels: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Indices of the labelled rows, in order, and None; or of all rows, the labelled first, and how many these are."""
+    """Indices of the labelled rows, and None; or indices of all rows, labelled rows first, and the labelled count."""
     ignored = labels_N == ignore_index
     if num_labelled is None and not kernels:
         return (~ignored).nonzero()[:, 0], None
@@ -223,7 +223,7 @@ def _labelled_rows(
 
 
 def _chunks(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[int, int]]:
-    """(start, stop) of as few chunks of rows as the budget allows, all of about the same size."""
+    """(start, stop) of chunks of rows: as few as the memory limit allows, of about equal sizes."""
     limit = max(MIN_CHUNK_ROWS, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (vocabulary * dtype.itemsize))
     size = -(-rows // -(-rows // limit)) if rows else 1
     return ((start, min(start + size, rows)) for start in range(0, rows, size))
@@ -232,7 +232,7 @@ def _chunks(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device
 def _logits(hidden_CD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
     if hidden_CD.device.type != "cpu" or hidden_CD.dtype != torch.float32:
         return F.linear(hidden_CD, weight_VD).contiguous()
-    # A CPU's float32 GEMM takes 12–25 % less time this way round, the copy included (8 to 256 rows, V = 32,000).
+    # On a CPU in float32 this order of the product takes 12–25 % less time, copy included (8–256 rows, V = 32,000).
     return (weight_VD @ hidden_CD.t()).t().contiguous()
 
 
@@ -263,7 +263,7 @@ def _run(
     wanted: Sequence[bool],
     kernels: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Losses [N], not scaled; and as `wanted` the gradients of hidden and weight of their sum, times `scale`."""
+    """Unscaled losses [N]; and, if `wanted`, the gradients of their sum · `scale` for hidden and weight, else None."""
     hidden_ND = as_rows(hidden) if kernels else hidden.reshape(-1, hidden.shape[-1])
     labels_N = labels.reshape(-1)
     (rows, width), vocabulary = hidden_ND.shape, weight_VD.shape[0]
@@ -280,7 +280,7 @@ def _run(
     losses_N = torch.zeros(rows, dtype=wide, device=hidden.device)
     dhidden_ND = dweight = None
     if want_dhidden:
-        # With a count on the device the chunks cover all rows, and so write all of them.
+        # If the count is on the device, the chunks cover all rows and write all of them.
         make = torch.zeros if labelled < rows else torch.empty
         dhidden_ND = make(rows, width, dtype=hidden.dtype, device=hidden.device)
     chunks = list(_chunks(labelled, vocabulary, hidden.dtype, hidden.device))
@@ -300,7 +300,7 @@ def _run(
             _chunk_loss(dz_CV, rows_C, labels_N, scale, losses_N, ignore_index, any(wanted), zero_rest)
         else:
             z_CV = dz_CV.to(wide)
-            del dz_CV  # in 16 bits that was a copy
+            del dz_CV  # in 16 bits it is a copy
             losses_N[rows_C], z_CV = _chunk_loss_reference(z_CV, labels_N[rows_C], scale, any(wanted))
             dz_CV = z_CV.to(hidden.dtype)
         if dhidden_ND is not None:
@@ -323,11 +323,11 @@ def _run(
 
 
 def _folds(dtype: torch.dtype) -> bool:
-    """Whether the forward pass scales its gradients itself: not in 16 bits, where small numbers lose their digits."""
+    """Whether the forward pass scales the gradients: not in 16 bits, where small numbers lose precision."""
     return dtype.itemsize >= 4
 
 
-# An operator always returns tensors, so an output that is not wanted is an empty one.
+# A custom op cannot return None, so an output that is not needed is an empty tensor.
 @torch.library.custom_op("llava_fast::linear_cross_entropy", mutates_args=())
 def _op(
     hidden: torch.Tensor,
@@ -377,8 +377,8 @@ def _autograd(ctx, dloss, *_):
 
 
 def _is_one(factor: torch.Tensor) -> bool:
-    """Whether `factor` is 1; False where reading it would wait for a device or break a trace."""
-    # A saved gradient that is passed on as it is stays saved: autograd copies it if it is kept for another backward.
+    """Whether `factor` is 1; False if reading it would synchronise or break a trace."""
+    # Then the saved gradient is returned as it is; with retain_graph=True autograd copies it.
     return type(factor) is torch.Tensor and factor.device.type == "cpu" and not _tracing() and factor.item() == 1
 
 
@@ -397,7 +397,7 @@ def _apply(hidden, weight, labels, scale, num_labelled, ignore_index, kernels: b
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
-    """LLaVA-1.5-7B's head over one sample; its kernels are timed over 2048 rows."""
+    """LLaVA-1.5-7B's head over one sample; the tuner times its kernels over 2048 rows."""
     large = device.type != "cpu"
     half = dtype.itemsize == 2
     rows, width, vocabularies = (832, 4096, (SMALL_VOCABULARY, 32000)) if large else (3, 32, (1024, 2048))
@@ -429,7 +429,7 @@ def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
     hidden, weight = (torch.randn(n, width, device=device).to(dtype) for n in (rows, vocabulary))
     count = torch.full((), rows, device=device)
 
-    def several_chunks():  # whose dW is summed in float32
+    def several_chunks():  # then dW is summed in float32
         dweight, dz = torch.zeros(weight.shape, device=device), torch.randn(rows, vocabulary, device=device)
         add_outer(dweight, dz.to(dtype), hidden, count, 0)
         return dweight

@@ -1,12 +1,12 @@
-"""Token embeddings and image features in one buffer: out[row] = feature[i] in the i-th slot, else table[id].
+"""Merges token embeddings and image features: out[row] = feature[i] if the row is the i-th slot, else table[id].
 
 Replaces an embedding look-up followed by `masked_scatter`: one kernel writes each row once, from the table or from the
 features (4·T·D bytes in bf16; the look-up alone moves as much, and `masked_scatter` reads and writes it all again with
-a mask of T·D). Rows that are image tokens never read the table. The slots come from the host (a pack knows them) or
-from a running count of the image tokens on the device: one int32 per row, and nobody waits for the device.
+a mask of T·D). Rows of image tokens do not read the table. The slots come from the host (a pack knows them) or from a
+running count of the image tokens on the device: one int32 per row, without synchronisation.
 
-Backward: the features' gradient is a gather of rows. The table's is PyTorch's own for a look-up, without the image
-rows and the padding token's; a table that is frozen costs nothing. Already embedded text may come in the table's place.
+Backward: the gradient of the features is a gather of rows. That of the table is PyTorch's embedding backward, without
+the rows of image and padding tokens; it is skipped for a frozen table. `merge` takes embedded text instead of a table.
 
 Shapes: B batch, T tokens, V vocabulary, D width, M image tokens in all, R = B · T rows.
 """
@@ -31,7 +31,7 @@ def merge(
     slots_M: torch.Tensor | None = None,
     mask_BT: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Write image features over the embeddings of the image tokens.
+    """Replace the embeddings of image tokens by image features.
 
     Args:
         embeds_BTD: token embeddings.
@@ -120,7 +120,7 @@ def merge_reference(
         return rows.index_copy(0, slots_M, features_MD).view(table.shape)
     assert mask_BT is not None
     mask = mask_BT.reshape(-1)
-    # Row r of the output, if it is an image token, takes the feature with as many image tokens before it.
+    # An image token takes feature number i, where i is the number of image tokens before it.
     source = (mask.cumsum(0) - 1).clamp(min=0, max=features_MD.shape[0] - 1)
     return torch.where(mask[:, None], features_MD[source], rows).view(table.shape)
 
@@ -153,7 +153,7 @@ def _merge_fwd_kernel(
             token = tl.load(ids_ptr + row)
         known = (token >= 0) & (token < vocabulary)
         value = tl.load(table_ptr + token * table_stride + column, mask=inside & known, other=0.0).to(tl.float32)
-    # An id or a feature that does not exist gives NaN, which is noticed.
+    # An id outside the table or a missing feature gives a row of NaN rather than a silent error.
     value = tl.where(known, value, float("nan"))
     tl.store(out_ptr, value.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -179,7 +179,7 @@ def _merge_bwd_kernel(dout_ptr, source_ptr, dtext_ptr, dfeatures_ptr, count, wid
 def _sources(
     slots_M: torch.Tensor | None, mask_BT: torch.Tensor | None, rows: int, device: torch.device
 ) -> torch.Tensor:
-    """int32 [R]: which feature goes to each row, −1 for text."""
+    """int32 [R]: the index of each row's feature, −1 for text."""
     if slots_M is not None:
         order = torch.arange(slots_M.numel(), device=device, dtype=torch.int32)
         return torch.full((rows,), -1, device=device, dtype=torch.int32).index_copy_(0, slots_M, order)
@@ -228,7 +228,7 @@ def _backward(
 def _table_gradient(
     dout: torch.Tensor, ids: torch.Tensor, source_R: torch.Tensor, vocabulary: int, padding_id: int
 ) -> torch.Tensor:
-    """The gradient of a look-up. Image rows and padding get an id past the vocabulary, whose row is cut off again."""
+    """The gradient of the look-up. Image and padding rows go to an extra row past the vocabulary, which is cut off."""
     ids = ids.reshape(-1)
     ids = torch.where((source_R >= 0) | (ids == padding_id), vocabulary, ids)
     return torch.ops.aten.embedding_dense_backward(as_rows(dout), ids, vocabulary + 1, vocabulary, False)[:vocabulary]
@@ -246,7 +246,7 @@ def _merge_fake(table, ids, features, source, padding_id):
     return table.new_empty(table.shape if ids is None else (*ids.shape, table.shape[1]))
 
 
-# An operator always returns tensors, so an output that is not wanted is an empty one.
+# A custom op cannot return None, so an output that is not needed is an empty tensor.
 @torch.library.custom_op("llava_fast::merge_backward", mutates_args=())
 def _merge_backward_op(
     dout: torch.Tensor,
@@ -299,9 +299,9 @@ register("merge", "triton", _merge_triton, takes)
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
-    """A sample in which a row in four is text, from ids and from embeddings; and both gradients.
+    """A sample with one text row in four, from ids and from embeddings; and both gradients.
 
-    Tiles are chosen for the look-up, and for the features' gradient alone.
+    The tuner times the look-up, and the gradient of the features alone.
     """
     rows, width = (832, 4096) if device.type != "cpu" else (5, 300)
     table, features = (torch.randn(rows, width, device=device).to(dtype) for _ in range(2))

@@ -9,8 +9,8 @@ multiplied by the weight, as transformers' LlamaRMSNorm does.
 
 Fused: one pass over memory for add and norm. Bytes per element (bf16): forward 4 without a residual (read x, write
 y), 8 with one (read x and residual, write s and y), against 8 and 14 for PyTorch's add, norm; backward 6 (read dy, s;
-write dx), 8 with a residual (also read ds). Saved for backward: s, which the residual stream keeps anyway, and one or
-two float32 per row; nothing is saved twice. A frozen weight costs no dW.
+write dx), 8 with a residual (also read ds). Saved for backward: s, which is the residual stream itself and no copy, and
+one or two float32 per row. For a frozen weight dW is not computed.
 
 Shapes: R rows, D width; kernels work on [BLOCK_R, BLOCK_D] tiles with BLOCK_D = the power of two ≥ D.
 """
@@ -46,8 +46,8 @@ def rms_norm(
         The normalised [..., D] in the dtype of `x`, and the sum s that was normalised (`x` itself without a residual).
 
     Raises:
-        BackendUnavailable: when a backend was asked for by name that cannot take the tensors: Triton wants one dtype
-            of 32 or 16 bits, and D ≤ 8192. Shapes that do not fit are PyTorch's own errors.
+        BackendUnavailable: if the requested backend does not support the tensors: Triton needs one dtype of 32 or 16
+            bits, and D ≤ 8192. Shapes that do not fit raise PyTorch's own errors.
     """
     return choose("rms_norm", x, weight, residual)(x, weight, eps, residual)
 
@@ -86,7 +86,7 @@ def rms_norm_reference(
 
 
 class _RMSNormReference(torch.autograd.Function):
-    """Left to autograd, the arithmetic keeps three tensors of the size of x, and takes twice the time on a CPU."""
+    """With plain autograd it would save three tensors of the size of x, and take twice the time on a CPU."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -190,7 +190,7 @@ def _norm_bwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # Each program walks a run of row tiles, so that dW is summed in registers and written once per program.
+    # Each program loops over consecutive row tiles, so dW is summed in registers and written once per program.
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK_D)
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
@@ -242,7 +242,7 @@ def norm_forward(
     eps: float,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-    """By the kernel and without autograd, for other operations too: y (written to `out` if given, which may be x), s
+    """The kernel without autograd, also for other operations. Returns y (written to `out` if given, which may be x), s
     (None without a residual), mean (None for RMSNorm), rstd."""
     x_RD = as_rows(x)
     rows, width = x_RD.shape
@@ -285,7 +285,7 @@ def norm_backward(
     key = _width_key(width)
     choice = tile("norm_bwd", key, s.device)
     tiles = -(-rows // choice["BLOCK_R"])
-    # Without dW there is nothing to sum over rows, so every tile is a program of its own.
+    # Without dW nothing is summed over rows, so there is one program per tile.
     programs = min(tiles, 2 * multiprocessors(s.device)) if want_dweight else tiles
     partials = [
         torch.empty(programs, width, dtype=torch.float32, device=s.device) if want_dweight and wanted else None
@@ -308,7 +308,7 @@ def norm_backward(
     return dx, dweight, dbias
 
 
-# An operator always returns tensors, so an output that is not wanted is an empty one.
+# A custom op cannot return None, so an output that is not needed is an empty tensor.
 def _or_empty(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
@@ -444,9 +444,9 @@ register("layer_norm", "triton", _layer_norm_triton, _supports)
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
-    """Both norms at every width, with a residual: without one the kernels are the same, less a load and a store.
+    """Both norms at every width, with a residual; without one the kernels have one load and one store less.
 
-    Narrow norms are the vision tower's LayerNorms, wide ones the language model's RMSNorms: these decide about tiles.
+    The tuner times the vision tower's LayerNorm for small widths and the language model's RMSNorm for large ones.
     """
     for key in map(int, tile_table("norm_fwd")["sm_80"]["tiles"]):
         rows = 2**22 // key if device.type != "cpu" else 9

@@ -7,18 +7,18 @@
 uint8 pixels are normalised as (p / 255 - mean) / std in float32 and rounded to the weight's dtype once: folding mean
 and deviation into rounded weights would double the error.
 
-Two passes. The first is a product whose left side is read from the image itself, byte by byte, and normalised in
-registers: no float image, no im2col buffer. Its epilogue adds the position (or makes the CLS row), so there is no
-concatenation. It writes z in the dtype of the result: PyTorch rounds twice before the norm (convolution, sum), this
-once, and float32 would move 4 bytes more for each element of z. The second pass is the norm, in place unless z is kept
-for backward. The weight is laid out anew in each call, [K, D] in the order in which an image is stored: 1.2 MB.
+Two passes. The first is a GEMM that reads patches directly from the image bytes and normalises them in registers: no
+float image, no im2col buffer. Its epilogue adds the position (or writes the CLS row), so there is no concatenation. It
+writes z in the dtype of the result: PyTorch rounds twice before the norm (convolution, sum), this kernel once; float32
+would move 4 bytes more per element of z. The second pass is the norm, in place unless z is saved for backward. Each
+call permutes the weight to [K, D], with K in the image's storage order: 1.2 MB.
 
-Bytes in bf16 for CLIP ViT-L/14 at 336 (T = 577, D = 1024, K = 588), an image: 0.34 MB of pixels, then z written, read
+Bytes per image in bf16 for CLIP ViT-L/14 at 336 (T = 577, D = 1024, K = 588): 0.34 MB of pixels, then z written, read
 and written again, 1.2 MB each: 3.9 MB, besides the weight's 3.6. PyTorch's float image, convolution, concatenation, sum
-and norm move 22 MB an image. FLOPs: 2 B N K D.
+and norm move 22 MB per image. FLOPs: 2 B N K D.
 
-Backward: the norm's, then dW = patchesᵀ · dz with the patches read and normalised as in the forward pass; only z and
-two float32 a row are kept. Gradients that nobody wants are not computed.
+Backward: that of the norm, then dW = patchesᵀ · dz with the patches read and normalised as in the forward pass; only z
+and two float32 per row are saved. Gradients that are not needed are not computed.
 
 Shapes: B images, H × W pixels, C = 3 channels, P patch size, K = C P², N = (H/P)(W/P) patches, T = 1 + N, D width.
 """
@@ -67,7 +67,7 @@ def patch_embed(
         [B, 1 + N, D] in the dtype of the weight.
 
     Raises:
-        ValueError: when the pixels have neither shape, or do not give N patches.
+        ValueError: if the pixels have neither of these shapes, or do not give N patches.
     """
     expected = "uint8 [images, height, width, 3] or floating [images, 3, height, width]"
     if pixels.dim() != 4 or pixels.shape[3 if pixels.dtype == torch.uint8 else 1] != weight_DCPP.shape[1]:
@@ -102,12 +102,12 @@ class Normalisation(NamedTuple):
 
 
 def folded(settings: Mapping[str, Any]) -> Normalisation:
-    """The normalisation that does what an image processor with these settings does; CLIP's where they say nothing.
+    """All normalisation settings of an image processor as one mean and deviation; CLIP's where a setting is missing.
 
     (pixel · factor − mean) / deviation is (pixel / 255 − mean / s) / (deviation / s) with s = 255 · factor.
 
     Raises:
-        ValueError: naming the key, for values that no pixel can be normalised with.
+        ValueError: naming the key, for values that cannot normalise a pixel.
     """
 
     def value(key: str, default: Any) -> Any:
@@ -158,7 +158,7 @@ def patch_embed_reference(
 
 
 def _tile_key(dtype: torch.dtype, rows: int) -> str:
-    """Few rows are cut into smaller tiles, to give every multiprocessor one."""
+    """The key of the tile table; few rows get smaller tiles, so that every multiprocessor has one."""
     return f"{'single' if dtype == torch.float32 else 'half'}_{'few' if rows <= 2048 else 'many'}"
 
 
@@ -190,7 +190,7 @@ def _forward(
     std: Sequence[float],
     keep_z: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """The result, z if it is to be kept, and the norm's mean and 1 / deviation of each row."""
+    """The result; z if it is saved for backward; the norm's mean and 1 / deviation of each row."""
     pixels = pixels.contiguous()
     images, tokens, d = pixels.shape[0], *position_TD.shape
     rows = images * tokens
@@ -208,7 +208,7 @@ def _forward(
             **constexprs,
         )
     out, _, row_mean, rstd = norm.norm_forward(z, norm_weight_D, norm_bias_D, None, eps, out=None if keep_z else z)
-    assert row_mean is not None  # of a LayerNorm
+    assert row_mean is not None  # it is None only for RMSNorm
     return out, z if keep_z else None, row_mean, rstd
 
 
@@ -232,7 +232,7 @@ def _dweight(
 
 
 def _dpixels(pixels: torch.Tensor, weight_DCPP: torch.Tensor, dz_BTD: torch.Tensor) -> torch.Tensor:
-    """The gradient of float pixels; rarely wanted, so by PyTorch. A pixel is in one patch, or at the margin in none."""
+    """The gradient of float pixels, in PyTorch since it is rarely needed. Pixels at the margin may be in no patch."""
     images, channels, height, width = pixels.shape
     patch = weight_DCPP.shape[-1]
     rows, columns = height // patch, width // patch
@@ -265,7 +265,7 @@ def _patch_embed_fake(pixels, weight, cls, position, norm_weight, norm_bias, eps
     return out, torch.empty_like(out) if keep_z else out.new_empty(0), row, torch.empty_like(row)
 
 
-# An operator always returns tensors, so a gradient that is not wanted is an empty one.
+# A custom op cannot return None, so a gradient that is not needed is an empty tensor.
 @torch.library.custom_op("llava_fast::patch_embed_backward", mutates_args=())
 def _patch_embed_backward_op(
     dout: torch.Tensor,
@@ -281,7 +281,7 @@ def _patch_embed_backward_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`want` and the results: pixels, weight, cls, position, norm weight, norm bias."""
     dz, dnorm_weight, dnorm_bias = norm.norm_backward(dout, None, z, norm_weight, row_mean, rstd, want[4] or want[5])
-    nothing = z.new_empty(0)  # an output may not be another one
+    nothing = z.new_empty(0)  # two outputs must not be the same tensor
     return (
         _dpixels(pixels, weight, dz) if want[0] else pixels.new_empty(0),
         _dweight(pixels, weight, dz, mean, std) if want[1] else nothing,
@@ -373,7 +373,7 @@ def _supports_cuda(pixels: torch.Tensor, weight: torch.Tensor, *others: torch.Te
     answer = _supports(pixels, weight, *others)
     if answer is not True:
         return answer
-    module, nowhere = extension(), 16  # an address that is aligned
+    module, nowhere = extension(), 16  # any aligned address
     names = ("output", "pixels", "weight", "cls", "position", "norm_weight", "norm_bias")
     try:
         sizes = _cuda_sizes(module, pixels, weight)
@@ -389,8 +389,8 @@ register("patch_embed", "cuda", _patch_embed_cuda, _supports_cuda)
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
-    """CLIP ViT-L/14 at 336, from bytes, which decide about tiles, and from floats: of one image, and of 31, whose
-    number of rows is no multiple of 16, as with most batches."""
+    """CLIP ViT-L/14 at 336, from bytes (timed by the tuner) and from floats: one image, and 31, whose number of rows is
+    not a multiple of 16, as in most batches."""
     side, width, patch = (336, 1024, 14) if device.type != "cpu" else (28, 32, 14)
     single, tokens = dtype == torch.float32, 1 + (side // patch) ** 2
     shapes = ((width, 3, patch, patch), (width,), (tokens, width), (width,), (width,))

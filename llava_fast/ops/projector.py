@@ -5,16 +5,16 @@
 No layers at all is the identity. GELU is the exact one (Hendrycks & Gimpel 2016).
 
 Fused, for M rows and a hidden width of D in bf16: bias and GELU in the epilogue of the GEMM, which writes a once
-(2·M·D bytes; a GEMM, then GELU moves 6·M·D). When a backward will come it writes h beside it, and only h is saved:
-PyTorch keeps both, GELU's input and its output. Backward recomputes a from h in the pass that multiplies by GELU' and
-sums the bias gradient (reads da and h, writes dh over da, and a if a weight wants its gradient: 8·M·D, or 6·M·D;
-PyTorch's GELU backward and sum move 8·M·D with a kept). Sums go by partial sums in a fixed order, without atomics. What
-is frozen costs nothing. The rows of x may be two-level, as the patches of images without their CLS token are: the GEMM
-reads them where they are.
+(2·M·D bytes; a GEMM, then GELU moves 6·M·D). For a later backward it also writes h, and only h is saved; PyTorch saves
+the input and the output of GELU. Backward recomputes a from h in the pass that multiplies by GELU' and sums the bias
+gradient (reads da and h, writes dh over da, and a if a weight needs its gradient: 8·M·D, or 6·M·D; PyTorch's GELU
+backward and sum move 8·M·D with a saved). Sums use partial sums in a fixed order, without atomics. Gradients of frozen
+parameters are not computed. The rows of x may have two strides (patches of images without their CLS token): the GEMM
+reads them in place.
 
-`LIBRARY` of an entry of `tuned/projector_fwd.json` chooses the GEMM: 1 is the library's, with GELU as a pass of its
-own; 0 is the fused kernel, where K is a multiple of BLOCK_K. Everything ships with 1 until the tuner, which times both,
-has measured the fused kernel to be faster. Gradients of weights and inputs are the library's products either way.
+`LIBRARY` in an entry of `tuned/projector_fwd.json` chooses the GEMM: 1 is the library's, with GELU in a separate pass;
+0 is the fused kernel, if K is a multiple of BLOCK_K. All entries ship with 1 until the tuner, which times both, has
+measured the fused kernel to be faster. Gradients of weights and inputs always use the library's GEMM.
 
 Shapes: M rows, K columns of a layer's input, N of its output; tiles are BLOCK_M × BLOCK_N, in steps of BLOCK_K.
 """
@@ -50,7 +50,7 @@ def projector(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence
         [..., D_out] of the last layer.
 
     Raises:
-        ValueError: when there are not as many biases as weights.
+        ValueError: if the numbers of biases and weights differ.
     """
     if len(biases) != len(weights):
         raise ValueError(f"projector: {len(weights)} weights, {len(biases)} biases")
@@ -91,7 +91,7 @@ def _projector_fwd_kernel(
     BLOCK_K: tl.constexpr,
 ):
     first_m, first_n = tile_order(m, n, BLOCK_M, BLOCK_N)
-    # Rows and columns beyond the last are read as the last, and k is whole steps: nothing needs a mask.
+    # Loads need no mask: row and column indices are clamped to the last, and K is a multiple of BLOCK_K.
     row = tl.minimum(first_m + tl.arange(0, BLOCK_M), m - 1)
     column = tl.minimum(first_n + tl.arange(0, BLOCK_N), n - 1)
     step = tl.arange(0, BLOCK_K)
@@ -106,7 +106,7 @@ def _projector_fwd_kernel(
         x_tile += BLOCK_K
         weight_tile += BLOCK_K * weight_stride_k
 
-    # Offsets from here on are computed anew, so that the loop keeps its registers.
+    # Offsets are recomputed after the loop instead of occupying registers during it.
     row = first_m + tl.arange(0, BLOCK_M)
     column = first_n + tl.arange(0, BLOCK_N)
     inside = (row < m)[:, None] & (column < n)[None, :]
@@ -132,8 +132,8 @@ def _projector_bwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # dh = da · GELU'(h), written over da. Each program walks a run of row tiles, and sums the bias gradient of its
-    # columns in registers.
+    # dh = da · GELU'(h), written over da. Each program loops over consecutive row tiles, and sums the bias gradient of
+    # its columns in registers.
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     sums = tl.zeros([BLOCK_D], tl.float32)
     for step in range(tiles_per_program):
@@ -165,7 +165,7 @@ def _linear(
     gelu: bool,
     save: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """a = x · Wᵀ + b [M, N], through GELU with `gelu`; and what was before it with `save`."""
+    """x · Wᵀ + b [M, N], with `gelu` followed by GELU; with `save` also the input of GELU."""
     m, (n, k) = x.numel() // max(x.shape[-1], 1), weight_NK.shape
     choice = tile("projector_fwd", _fwd_key(m, x.dtype), x.device)
     if choice["LIBRARY"] or k % choice["BLOCK_K"]:
@@ -190,11 +190,11 @@ def _linear(
 def _through_gelu(
     da_MD: torch.Tensor, h_MD: torch.Tensor, want_a: bool, want_dbias: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """dh, written over `da`; as wanted a = GELU(h), and the sum of dh over rows."""
+    """dh, written over `da`; and, if wanted, a = GELU(h) and the sum of dh over rows."""
     rows, width = h_MD.shape
     choice = tile("projector_bwd", "any", h_MD.device)
     tiles, across = -(-rows // choice["BLOCK_R"]), -(-width // choice["BLOCK_D"])
-    # Without a sum over rows every tile is a program of its own.
+    # Without a sum over rows there is one program per tile.
     programs = min(tiles, -(-4 * multiprocessors(h_MD.device) // across)) if want_dbias else tiles
     a_MD = torch.empty_like(h_MD) if want_a else None
     partials = torch.empty(programs, width, dtype=torch.float32, device=h_MD.device) if want_dbias else None
@@ -211,7 +211,7 @@ def _through_gelu(
 def _forward(
     x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], save: bool
 ) -> list[torch.Tensor]:
-    """The result [M, N], and with `save` h of every layer but the last."""
+    """The result [M, N]; with `save` also h of every layer but the last."""
     hidden = []
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         x, h = _linear(x, weight, bias, gelu=i < len(weights) - 1, save=save)
@@ -254,7 +254,7 @@ def _backward(
     return dx, dweights, dbiases
 
 
-# The biases that there are, and of which layers: a list with gaps would get no gradients.
+# A custom op gives no gradients to a list with None entries, so it takes the existing biases and a flag per layer.
 def _with_gaps(biases: Sequence[torch.Tensor], has_bias: Sequence[bool]) -> list[torch.Tensor | None]:
     present = iter(biases)
     return [next(present) if has else None for has in has_bias]
@@ -348,9 +348,9 @@ register("projector", "triton", _projector_triton, _supports)
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
-    """LLaVA-1.5's first layer, of one image and of 32, which decides about tiles: the library's GEMM is among them.
+    """LLaVA-1.5's first layer for one image and for 32, timed by the tuner, with the library's GEMM as a candidate.
 
-    The fused kernel is launched whether or not the tile that ships leaves the product to the library.
+    The fused kernel is launched even if the shipped tile chooses the library's GEMM.
     """
     large, half = device.type != "cpu", dtype.itemsize == 2
     into, width = (1024, 4096) if large else (64, 40)
@@ -365,7 +365,7 @@ def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
         if 32 <= m * n // (32 * warps) <= 128 or not half
     ]
     for key, rows in (("few", 576 if large else 70), ("many", 32 * 576 if large else FEW_ROWS + 1)):
-        # Random, as tuning compares results.
+        # Random values, since the tuner compares results.
         x, weight, bias = (
             torch.randn(size, device=device).to(dtype) * scale
             for size, scale in (((rows, into), 1.0), ((width, into), into**-0.5), ((width,), 1.0))

@@ -1,18 +1,18 @@
-"""Decoded images of any sizes to the tower's square: PIL's antialiased bicubic resize, with centre crop or padding.
+"""Resizes decoded images to the tower's square as PIL does: antialiased bicubic, with centre crop or padding.
 
     out = second(first(image)),  each  round(Σ_j k[o, j] · x[start[o] + j])  to 8 bits along one axis
 
 The weights are PIL's (Pillow, `Resample.c`): Keys' cubic with a = -1/2 (Keys 1981), stretched by the scale where the
-image shrinks, normalised in float64 and rounded to 22 fractional bits. With integer sums from there on, the result is
-PIL's to the bit. They are made here, on the host, and both implementations read the same tables.
+image shrinks, normalised in float64 and rounded to 22 fractional bits. All later arithmetic is integer, so the result
+is bit-identical to PIL's. The host computes the weights, and both implementations read the same tables.
 
-Nothing is computed that is cropped away, and no padded square is made: what lies outside of the image is the fill.
+Cropped pixels are not computed, and no padded square is built: positions outside of the image have the fill colour.
 Bytes, an image of H × W to S × S: 3 HW read, 3 HS written and read (8 bits, as in PIL), 3 S² written; and a table of
-(1 + taps) · 4 S for each axis, where taps are 4 scales and a bit. The batch is ragged: all images lie in one run of
-bytes, and a pass over all of them is one launch.
+(1 + taps) · 4 S for each axis, with slightly more than 4 · scale taps. The batch is ragged: all images are stored in
+one buffer, and each pass over all of them is one launch.
 
-Shapes: B images, H × W pixels each its own, S output side. The first pass goes along each of L lines (rows, unless the
-columns are first), and makes [L, S, 3]; the second goes across them.
+Shapes: B images of H × W pixels (different sizes), S output side. The first pass resizes along each of L lines (rows,
+or columns if those come first) to [L, S, 3]; the second pass resizes across the lines.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from llava_fast.backend import choose, extension, register
 FRACTION_BITS = 22
 # Columns of a plan's `images`; csrc/resize.h has them in this order.
 FIELDS = (
-    "pixels",  # the first byte of the first line that matters
-    "line_bytes",  # from a line to the next, and from a pixel to the next on a line
+    "pixels",  # offset of the first line that is needed
+    "line_bytes",  # stride between lines; the next field: between pixels of a line
     "pixel_bytes",
-    "length",  # of a line, and where it lies in the square that it is padded to
+    "length",  # of a line; the next field: its offset in the padded square
     "margin",
-    "lines",  # how many matter, where the first of them lies in the square, and the lines of earlier images
+    "lines",  # number of lines needed; then: the offset of the first in the square; the lines of all earlier images
     "first_line",
     "lines_before",
-    "first",  # where the table of each pass starts in `tables`, and its taps
+    "first",  # per pass: the offset of its table in `tables`, and its taps
     "first_taps",
     "second",
     "second_taps",
@@ -55,14 +55,14 @@ def preprocess(
     fill: tuple[int, int, int] | None = None,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """Resize decoded images for the vision tower, as LLaVA's image processors do it with PIL, to the bit.
+    """Resize decoded images for the vision tower, bit-identical to LLaVA's image processors, which use PIL.
 
     Args:
         images: uint8 [H, W, 3] each, all on one device.
         size: side of the result in pixels.
         fill: colour of the square that each image is centred on before it is resized; None: the shorter side is
-            resized to `size`, and the middle is cut out.
-        device: where to do it and leave the result; None: where the images are. All images go there in one copy.
+            resized to `size`, followed by a centre crop.
+        device: of the computation and the result; default: that of the images. All images are copied there at once.
 
     Returns:
         uint8 [B, size, size, 3].
@@ -82,11 +82,11 @@ def preprocess(
 
 @dataclass(frozen=True)
 class ResizePlan:
-    """How to resize a batch.
+    """Sizes, offsets and weight tables to resize a batch.
 
     images: int64 [B, 13], see `FIELDS`.
-    tables: int32; for each axis of each image [S, 1 + taps]: the first position that counts, then the weights.
-    lines: of all images.
+    tables: int32; for each axis of each image [S, 1 + taps]: the first input position, then the weights.
+    lines: number of lines of all images.
     """
 
     size: int
@@ -100,7 +100,7 @@ class ResizePlan:
 def axis_table(length: int, resized: int, first: int, size: int) -> np.ndarray:
     """Weights to resize `length` pixels to `resized`, for results `first` to `first + size`: int32 [size, 1 + taps].
 
-    The first column is the position in the input of the first weight; weights that are not needed are 0.
+    The first column is the input position of the first weight; unused weights are 0.
     """
     scale = length / resized
     stretch = max(scale, 1.0)
@@ -114,7 +114,7 @@ def axis_table(length: int, resized: int, first: int, size: int) -> np.ndarray:
     near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1
     far = (((x - 5) * x + 8) * x - 4) * a
     weights = np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0)) * (position < end[:, None])
-    weights /= np.cumsum(weights, axis=1)[:, -1:]  # summed one after the other, as in C
+    weights /= np.cumsum(weights, axis=1)[:, -1:]  # summed sequentially, as in Pillow's C code
     fixed = np.trunc(weights * (1 << FRACTION_BITS) + np.copysign(0.5, weights))
     table = np.concatenate((start[:, None], fixed), axis=1).astype(np.int32)
     table.setflags(write=False)
@@ -122,7 +122,7 @@ def axis_table(length: int, resized: int, first: int, size: int) -> np.ndarray:
 
 
 def columns_first(height: int, width: int, resized_height: int, resized_width: int) -> bool:
-    """Whether PIL resizes columns before rows. Values are rounded to 8 bits in between, so the results differ."""
+    """Whether PIL resizes columns before rows; the order matters, as it rounds to 8 bits between the passes."""
     shrinks = resized_height < height
     if _PILLOW >= (13, 0):
         return shrinks and height - resized_height > 2 * (width - resized_width)
@@ -130,7 +130,7 @@ def columns_first(height: int, width: int, resized_height: int, resized_width: i
 
 
 class _Axis(NamedTuple):
-    """One axis of an image: its pixels and the bytes between them, its place in the square, and how it is resized."""
+    """One axis of an image: its length and stride, its offset in the square, and how it is resized."""
 
     length: int
     stride: int
@@ -181,7 +181,7 @@ def make_plan(shapes: Sequence[tuple[int, int]], size: int, fill: tuple[int, int
 
 
 def _pass(x_NLC: torch.Tensor, table: torch.Tensor, start: int, fill_C: torch.Tensor) -> torch.Tensor:
-    """[N, L, 3] to [N, S, 3] along the middle; the input's first pixel is at position `start`, others are `fill_C`."""
+    """[N, L, 3] to [N, S, 3]; the first input pixel is at position `start`, pixels outside are `fill_C`."""
     position_S, weights_SJ = table[:, 0].long() - start, table[:, 1:]
     sums_NSC = torch.full((), 1 << (FRACTION_BITS - 1), dtype=torch.int32, device=x_NLC.device)
     for j in range(weights_SJ.shape[1]):

@@ -3,9 +3,8 @@
     rotate(x)[i]       = x[i] * cos[i] - x[i + d/2] * sin[i]            for i < d/2
     rotate(x)[i + d/2] = x[i + d/2] * cos[i + d/2] + x[i] * sin[i + d/2]
 
-Queries and keys are rotated by one kernel in one pass: 4 bytes an element in bf16 (read, write), where PyTorch's
-products, negation, concatenation and sum move 20. The gradient is the transposed rotation, so nothing but the angles
-is saved.
+One kernel rotates queries and keys in one pass: 4 bytes per element in bf16 (read, write), where PyTorch's products,
+negation, concatenation and sum move 20. The gradient is the transposed rotation, so only the angles are saved.
 
 Shapes: B batch, T tokens, H query heads, G key heads, d head dimension; a program rotates BLOCK_H heads of one token.
 """
@@ -39,7 +38,7 @@ def rotary(
         The rotated queries and keys, new tensors of the same shapes and dtypes.
 
     Raises:
-        ValueError: for an odd head dimension, or angles of another one, or that want a gradient: there is none.
+        ValueError: for an odd head dimension, angles of another head dimension, or angles that require grad.
     """
     if q_BTHd.shape[-1] % 2 or cos_BTd.shape[-1] != q_BTHd.shape[-1]:
         raise ValueError(
@@ -58,7 +57,7 @@ def rotary_reference(
 
 
 class _RotaryReference(torch.autograd.Function):
-    """Half as many passes over memory as products, negation, concatenation and sum; autograd keeps the angles only."""
+    """Half as many passes over memory as products, negation, concatenation and sum; saves only the angles."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -66,14 +65,14 @@ class _RotaryReference(torch.autograd.Function):
         (low, high), (sin_low, sin_high) = x.chunk(2, dim=-1), sin.chunk(2, dim=-1)
         out = x * cos
         out_low, out_high = out.chunk(2, dim=-1)
-        # Products rounded by themselves, as transformers' are.
+        # Each product is rounded before the sum, as in transformers.
         out_low.sub_(high * sin_low)
         out_high.add_(low * sin_high)
         return out
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        # The transposed rotation: the other sign, and each half takes the other's sine.
+        # The transposed rotation: opposite sign, and each half uses the sine of the other half.
         cos, sin = ctx.saved_tensors
         return _RotaryReference.apply(dy, cos, -sin.roll(sin.shape[-1] // 2, dims=-1)), None, None
 

@@ -1,4 +1,4 @@
-"""From photographs and text to the model's inputs."""
+"""The processor: converts images and text to the model's inputs."""
 
 from llava_fast.processor.processor import LlavaProcessor
 

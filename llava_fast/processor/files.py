@@ -1,4 +1,4 @@
-"""A processor from transformers' files and back, and made for a vision tower and a language model."""
+"""Loading and saving a processor in transformers' files, and assembling one for a vision tower and a language model."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class FilesMixin(transformers.LlavaProcessor):
-    """What `LlavaProcessor` reads, writes and is put together from."""
+    """Loading, saving and assembling, for `LlavaProcessor`."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, *args: Any, **kwargs: Any) -> Self:
-        # Left out, transformers asks on the terminal whether to run code of the checkpoint, and a pipe may answer.
+        # Without trust_remote_code=False transformers asks on stdin whether to run code of the checkpoint.
         with blaming(pretrained_model_name_or_path):
             return super().from_pretrained(
                 pretrained_model_name_or_path, *args, **{"trust_remote_code": False, **kwargs}
@@ -69,7 +69,7 @@ class FilesMixin(transformers.LlavaProcessor):
         pad_to_square: bool,
         vision_feature_select_strategy: str,
     ) -> Self:
-        """The processor that makes square images of a tower's size, and so many tokens of each."""
+        """The processor for a vision tower: square images of the tower's size, with the right number of tokens."""
         side = vision.image_size
         image_processor = LlavaImageProcessorPil(
             size={"shortest_edge": side},
@@ -87,7 +87,7 @@ class FilesMixin(transformers.LlavaProcessor):
         )
 
     def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        # transformers 5 does not write down a Llama tokenizer's `legacy`, and reads another tokenizer back.
+        # transformers 5 does not save `legacy` of a Llama tokenizer; without it the loaded tokenizer differs.
         if hasattr(self.tokenizer, "legacy"):
             self.tokenizer.init_kwargs["legacy"] = self.tokenizer.legacy
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)

@@ -1,12 +1,12 @@
-"""Pictures and prompts into a batch: `LlavaProcessor`, a drop-in for transformers' class of that name.
+"""`LlavaProcessor`: images and prompts to a batch; a drop-in for transformers' class of that name.
 
-What differs from transformers' own, on purpose:
-- pixels come as uint8 [N, H, W, 3] and the model normalises them; `pixels="float"` gives HF's [N, 3, H, W];
-- the number of tokens an image takes is checked when the processor is made, not discovered in the model;
-- rows of unequal length are padded, on the left, because batches of prompts are what one generates from;
-- a bad image, or a row whose `<image>` marks do not match its images, is one line that names the file or the row.
+Intended differences from transformers:
+- pixels are uint8 [N, H, W, 3] and the model normalises them; `pixels="float"` gives HF's [N, 3, H, W];
+- the number of tokens of an image is checked when the processor is created, not only in the model;
+- rows of unequal length are padded by default, on the left, as batched generation needs it;
+- a bad image, or a row whose `<image>` marks do not match its images, is an error of one line with the file or the row.
 
-Everything is saved in transformers' own files, so either library loads what the other wrote.
+Files are those of transformers, so either library loads what the other saved.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from llava_fast.ops.patch_embed import Normalisation, folded
 from llava_fast.ops.resize import preprocess
 from llava_fast.processor.files import FilesMixin
 
-# transformers fences control tokens that came from a user with this character (`sanitize_control_tokens`).
+# transformers marks control tokens in a user's text with this character (`sanitize_control_tokens`).
 _USER_TEXT_FENCE = "\U000f0000"
 
-# Formats that pictures come in. PIL has readers for more, some of which start other programs (EPS: Ghostscript).
+# Allowed image formats. PIL reads more, for some of which it starts other programs (EPS: Ghostscript).
 FORMATS = "AVIF BMP DIB GIF ICO JPEG JPEG2000 MPO PCX PNG PPM QOI TGA TIFF WEBP".split()
-MAX_FILE_BYTES = 2**30  # some readers take in the whole file to learn its size in pixels
+MAX_FILE_BYTES = 2**30  # some PIL readers load the whole file to get its size in pixels
 
-# Settings of an image processor that decide its pixels; another class of processor may have more, which we ignore.
+# Settings of an image processor that affect its pixels; further settings of other classes are ignored.
 _IMAGE_SETTINGS = (
     "do_resize size resample do_center_crop crop_size do_rescale rescale_factor "
     "do_normalize image_mean image_std do_convert_rgb do_pad"
@@ -47,12 +47,12 @@ _IMAGE_SETTINGS = (
 
 
 def _size(setting: Any) -> dict[str, int]:
-    """An image processor's `size` or `crop_size` as a plain dict, whatever class a version of transformers uses."""
+    """An image processor's `size` or `crop_size` as a plain dict; its class depends on the transformers version."""
     return {key: value for key, value in dict(setting or {}).items() if value is not None}
 
 
 class _Batch(BatchFeature):
-    """A batch whose uint8 pixels say what they want to be normalised with, also on another device."""
+    """A batch that keeps the normalisation note on its uint8 pixels when it moves to another device."""
 
     def to(self, *args: Any, **kwargs: Any) -> BatchFeature:
         noted = noted_normalisation(self.data.get("pixel_values"))
@@ -67,15 +67,15 @@ class LlavaProcessor(FilesMixin):
     Args:
         image_processor: transformers' CLIP or LLaVA image processor; its settings are used, not its code.
         tokenizer: a tokenizer that has `image_token` as one token.
-        patch_size: of the vision tower, in pixels.
+        patch_size: the vision tower's patch size in pixels.
         vision_feature_select_strategy: "default" drops the tower's CLS token, "full" keeps it.
         chat_template: Jinja; see `llava_fast.processor.templates`.
-        image_token: the mark that stands for an image in a prompt.
+        image_token: the text that marks an image in a prompt.
         num_additional_image_tokens: tokens of the tower besides the patches; 1, the CLS token, for CLIP.
-        pad_to_square: pad images with their mean colour instead of cropping them; None keeps the image processor's
-            own choice. It lives in the image processor (LLaVA's `do_pad`), where transformers reads it too.
+        pad_to_square: pad images with the image processor's mean colour instead of cropping them; None keeps the
+            image processor's setting. Stored in the image processor (LLaVA's `do_pad`), where transformers reads it.
     Raises:
-        ValueError: for settings that cannot give the right number of image tokens.
+        ValueError: for settings that would give a wrong number of image tokens.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class LlavaProcessor(FilesMixin):
                 f"the tokenizer has no token {token!r}: "
                 f"tokenizer.add_tokens([{token!r}], special_tokens=True), and resize the model's embeddings"
             )
-        if tokenizer.pad_token is None:  # the original pads with <unk>
+        if tokenizer.pad_token is None:  # the original code pads with <unk>
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         super().__init__(
             image_processor,
@@ -125,22 +125,22 @@ class LlavaProcessor(FilesMixin):
     # Images
 
     def check(self, config: LlavaConfig) -> None:
-        """ValueError, in one line, when a model with this config normalises pixels otherwise than this processor.
+        """ValueError, in one line, if a model with this config normalises pixels differently from this processor.
 
-        Where both are of one directory they agree. This is for pairs of a model and a processor from two places.
+        Needed only if model and processor come from different directories.
         """
         check_same(self.normalisation, "the processor", pixel_normalisation(config))
 
     @property
     def normalisation(self) -> Normalisation:
-        """What the image processor's settings (mean, deviation, factor, switches) do to uint8 pixels."""
+        """The normalisation of uint8 pixels: the image processor's mean, deviation, rescale factor and `do_…` flags."""
         settings = {key: getattr(self.image_processor, key, None) for key in _IMAGE_SETTINGS}
         return folded(settings | {key: bool(settings[key]) for key in ("do_rescale", "do_normalize")})
 
     @property
     def pad_to_square(self) -> bool:
         """Whether images are padded to a square before they are resized; can be set."""
-        # CLIP's image processor has a `do_pad` as well, which means padding a batch to its largest image.
+        # CLIP's image processor also has `do_pad`, but it means padding a batch to its largest image.
         is_llava = type(self.image_processor).__name__.startswith("LlavaImageProcessor")
         return is_llava and bool(self.image_processor.do_pad)
 
@@ -158,7 +158,7 @@ class LlavaProcessor(FilesMixin):
         """(height, width) in pixels of every image the model will see.
 
         Raises:
-            ValueError: if the image processor's settings leave it to the image.
+            ValueError: if by the image processor's settings the size depends on the image.
         """
         settings = self.image_processor
         size, crop = _size(settings.size), _size(settings.crop_size)
@@ -178,7 +178,7 @@ class LlavaProcessor(FilesMixin):
         """Tokens one image takes in `input_ids`.
 
         Args:
-            height, width: of the image's pixels after preprocessing; left out, `image_size`.
+            height, width: of the image after preprocessing, in pixels; default: `image_size`.
         """
         default_height, default_width = self.image_size
         rows, columns = (height or default_height) // self.patch_size, (width or default_width) // self.patch_size
@@ -186,9 +186,9 @@ class LlavaProcessor(FilesMixin):
         return rows * columns + self.num_additional_image_tokens - dropped
 
     def image_pixels(self, image: Image.Image | str | PathLike | np.ndarray | torch.Tensor) -> np.ndarray:
-        """One image, cropped or padded to the model's size: uint8 [H, W, 3]. See `read_rgb` for what it takes.
+        """One image, cropped or padded to the model's size: uint8 [H, W, 3]. `read_rgb` lists the accepted types.
 
-        The arithmetic is that of transformers' PIL image processors, to the bit.
+        Bit-identical to transformers' PIL image processors.
         """
         settings, rgb = self.image_processor, self._opened(image)
         if self.pad_to_square:
@@ -198,14 +198,14 @@ class LlavaProcessor(FilesMixin):
         if settings.do_center_crop:
             height, width = self.image_size
             left, top = (rgb.width - width) // 2, (rgb.height - height) // 2
-            rgb = rgb.crop((left, top, left + width, top + height))  # black outside of the image
+            rgb = rgb.crop((left, top, left + width, top + height))  # PIL fills black outside of the image
         return np.array(rgb)
 
     def pixels_on(self, device: torch.device | str, images: Sequence[Any]) -> torch.Tensor:
-        """`image_pixels` of all images at once, made on `device` to the bit: uint8 [N, H, W, 3].
+        """`image_pixels` of all images at once, computed on `device`, bit-identical: uint8 [N, H, W, 3].
 
         Raises:
-            ValueError: for settings other than LLaVA's: bicubic to the shortest edge, and a crop or padding.
+            ValueError: for settings other than LLaVA's: bicubic resize of the shortest edge, then crop, or padding.
         """
         settings, (height, width) = self.image_processor, self.image_size
         edge = _size(settings.size).get("shortest_edge")
@@ -219,7 +219,7 @@ class LlavaProcessor(FilesMixin):
         return preprocess(decoded, size=edge, fill=fill, device=device)
 
     def _opened(self, image: Any) -> Image.Image:
-        """A picture as RGB, if what padding and resizing would make of it is within PIL's limit."""
+        """Read an image as RGB; an error if it, padded or resized, has more pixels than PIL's limit."""
         rgb = read_rgb(image)
         width, height = rgb.size
         try:
@@ -278,18 +278,18 @@ class LlavaProcessor(FilesMixin):
         """Prompts and their images to `input_ids`, `attention_mask` and `pixel_values`.
 
         Args:
-            images: one image; a flat list, used up by the rows' `<image>` marks in order; or one list per row, empty
-                or None for a row of text alone. Anything `read_rgb` takes.
+            images: one image; a flat list, assigned to the rows' `<image>` marks in order; or one list per row, empty
+                or None for a text-only row. Each may be anything that `read_rgb` takes.
             text: a prompt or a list of them.
             pixels: "uint8" [N, H, W, 3], or "float" [N, 3, H, W] as transformers makes it.
-            device: where to resize images and leave `pixel_values`, a tensor then; None: on the host, by PIL.
-            padding: as the tokenizer's; left out, several rows are padded to the longest.
+            device: resize images on this device and return `pixel_values` as a tensor there; None: on the host, by PIL.
+            padding: as the tokenizer's; default: several rows are padded to the longest.
             padding_side: "left", for generation, or "right".
             return_tensors: "pt", "np" or None for lists.
             text_kwargs, kwargs: for the tokenizer.
         Raises:
-            ValueError: where marks and images do not match, naming the row, or truncation cuts image tokens.
-            TypeError: for an option of images; those belong to the image processor.
+            ValueError: if marks and images do not match, naming the row, or truncation cuts image tokens.
+            TypeError: for an image option; these are settings of the image processor.
         """
         if videos is not None or audio is not None:
             raise TypeError("LLaVA reads images and text, no videos or audio")
@@ -308,7 +308,7 @@ class LlavaProcessor(FilesMixin):
         texts = [text] if isinstance(text, str) else text if text is None else list(text)
         flat = self._flat_images(images, texts)
         if texts is not None:
-            # transformers' chat templates ask for these two to find the assistant's tokens.
+            # transformers' chat template code needs these two to find the assistant's tokens.
             wants_spans = options.pop("return_text_replacement_offsets", False)
             wants_types = options.pop("return_mm_token_type_ids", False)
             encoded, spans = self._tokenize(texts, padding, padding_side, options)
@@ -333,7 +333,7 @@ class LlavaProcessor(FilesMixin):
         return re.compile(f"(?<!{_USER_TEXT_FENCE}){re.escape(self.image_token)}")
 
     def _flat_images(self, images: Any, texts: list[str] | None) -> list[Any]:
-        """All images in order, once it is certain that every row has as many as it has marks."""
+        """All images in order, after a check that every row has as many images as marks."""
         if images is None:
             images = []
         elif isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
@@ -370,7 +370,7 @@ class LlavaProcessor(FilesMixin):
     def _tokenize(
         self, texts: list[str], padding: bool | str | None, padding_side: str, options: dict[str, Any]
     ) -> tuple[dict[str, Any], list[list[dict[str, tuple[int, int]]]]]:
-        """Expand the marks and tokenise; also the characters each mark took before and after."""
+        """Expand the marks and tokenise; also returns the character span of each mark before and after expansion."""
         count = self.num_image_tokens()
         width = count * len(self.image_token)
         expanded, spans = [], []
@@ -391,28 +391,27 @@ class LlavaProcessor(FilesMixin):
         return data, spans
 
 
-# Reading pictures. What comes in is not trusted: a file is refused by what its header says before anything is decoded
-# (more pixels than PIL's limit, a format outside of `FORMATS`, a file larger than `MAX_FILE_BYTES`), and whatever a
-# decoder raises becomes a ValueError that names the file. Nothing but a regular file is opened, so a pipe cannot make a
-# run wait for ever.
+# Reading images. Files are not trusted: one with more pixels (by its header) than PIL's limit, a format outside of
+# `FORMATS`, or more than `MAX_FILE_BYTES` is refused before decoding; any exception of a decoder becomes a ValueError
+# that names the file; only regular files are opened, since a pipe could block for ever.
 #
-# The pixels are those of LLaVA's `convert("RGB")`: of an animation the first frame, without alpha channel, 16 bits
-# clipped to 8, a palette looked up, CMYK converted without a colour profile. EXIF orientation is not applied: neither
-# LLaVA nor transformers' image processors turn a picture (transformers' `load_image`, which fetches URLs, does).
+# Pixels are those of LLaVA's `convert("RGB")`: the first frame of an animation, alpha channel dropped, 16 bits clipped
+# to 8, palettes looked up, CMYK converted without a colour profile. EXIF orientation is not applied: neither LLaVA nor
+# transformers' image processors rotate images (transformers' `load_image`, which fetches URLs, does).
 
 
 def read_rgb(source: Image.Image | str | PathLike | np.ndarray | torch.Tensor) -> Image.Image:
-    """Open a picture in any PIL mode as RGB, decoded.
+    """Read and decode an image in any PIL mode, as RGB.
 
     Args:
         source: a PIL image, a file, an http(s) URL, or a uint8 array or tensor ([H, W], [H, W, C] or [C, H, W]).
     Raises:
-        FileNotFoundError: for a file that is not there.
-        ValueError: for one that is no picture, is cut short or has more pixels than PIL allows; one line, with the
-            file's name.
+        FileNotFoundError: for a missing file.
+        ValueError: for a file that is not an image, is truncated, or has more pixels than PIL allows; one line, with
+            the file's name.
 
     As in LLaVA this is `convert("RGB")` alone: EXIF orientation is not applied, 16-bit values are clipped and an
-    alpha channel is dropped (recent transformers lay it on white, which LLaVA's weights have never seen).
+    alpha channel is dropped (recent transformers versions blend it with white, unlike LLaVA's training data).
     """
     if isinstance(source, (np.ndarray, torch.Tensor)):
         source = _from_array(source)
@@ -429,7 +428,7 @@ def read_rgb(source: Image.Image | str | PathLike | np.ndarray | torch.Tensor) -
             return _to_rgb(source)
         with load_image(name) if _is_inline(name) else Image.open(name, formats=_formats()) as opened:
             return _to_rgb(opened)
-    except Exception as error:  # decoders raise all sorts: OSError, SyntaxError, struct.error, zlib.error ...
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error ...
         reason = one_line(error, 300) or type(error).__name__
         raise ValueError(f"cannot read image {one_line(name)}: {reason}") from error
 
@@ -437,7 +436,7 @@ def read_rgb(source: Image.Image | str | PathLike | np.ndarray | torch.Tensor) -
 def check_area(width: int, height: int) -> None:
     """ValueError for more pixels than PIL's limit, `Image.MAX_IMAGE_PIXELS`.
 
-    PIL itself only warns up to twice its limit, and knows nothing of what padding or resizing will make.
+    PIL itself only warns up to twice its limit, and does not check the size after padding or resizing.
     """
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
@@ -445,7 +444,7 @@ def check_area(width: int, height: int) -> None:
 
 
 def expand_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
-    """Centre an image on a square of `color` as wide as its longer side; on an odd margin, left and top are less."""
+    """Centre an image on a square of `color` of its longer side; an odd margin is one pixel less on the left or top."""
     side = max(image.size)
     if image.size == (side, side):
         return image
@@ -476,7 +475,7 @@ def _check_file(name: str) -> None:
 
 @cache
 def _formats() -> list[str]:
-    """Those of `FORMATS` that this PIL can read; given one that it cannot, `Image.open` would raise KeyError."""
+    """Those of `FORMATS` that this PIL build can read; for any other `Image.open` would raise KeyError."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 

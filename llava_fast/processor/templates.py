@@ -1,15 +1,14 @@
-"""Conversation styles: the exact strings a LLaVA is trained and prompted with.
+"""Conversation templates: the exact strings with which a LLaVA is trained and prompted.
 
 A template turns a conversation into *pieces*, a list of `(text, supervised)` whose texts joined are the training
-prompt, and (except `plain`) carries the Jinja chat template of the same style. Both end a prompt for generation where
-the first supervised piece of a training sample starts, so a model is asked exactly what it was taught.
+prompt, and (except `plain`) has the Jinja chat template of the same style. A generation prompt ends where the first
+supervised piece of a training sample starts, so a model is prompted exactly as it was trained.
 
-Where a supervised piece starts: after `ASSISTANT:`, before the space. With a SentencePiece vocabulary that space is
-part of the answer's first token or, in front of a newline or a CJK character, a token of its own, which the model has
-to produce by itself after the generation prompt. The original code supervises it too: it tokenises `... ASSISTANT: `
-with the space and takes the last token off again.
+A supervised piece starts after `ASSISTANT:`, before the space. With a SentencePiece vocabulary that space belongs to
+the answer's first token or, before a newline or a CJK character, is a separate token, which the model must generate.
+The original code supervises it too: it tokenises `... ASSISTANT: ` with the space and removes the last token again.
 
-An empty turn leaves its role with nothing after the colon (`ASSISTANT:`, no space and no `</s>`), as in the original.
+An empty turn is written as its role without space and `</s>` (`ASSISTANT:`), as in the original.
 
 Strings: llava/conversation.py of haotian-liu/LLaVA and the chat template of llava-hf/llava-1.5-7b-hf.
 """
@@ -24,8 +23,8 @@ IMAGE_MARK = "<image>"
 
 Piece = tuple[str, bool]
 
-# What every style does with a message: `content` is a string, kept as it is, or transformers' list of entries, whose
-# images come first, one per line, then its texts. `trim` as `marks_first` strips.
+# Shared by all styles: `content` is a string, used unchanged, or transformers' list of entries, whose images come
+# first, one per line, then its texts. `trim` strips like `marks_first`.
 _FLATTEN = r"""
 {%- macro flatten(content) -%}
 {%- if content is string -%}
@@ -100,9 +99,9 @@ _HF_CHAT = (
 
 
 def marks_first(text: str) -> str:
-    """Move a turn's `<image>` marks to its front, each followed by a newline, and strip what is left.
+    """Move a turn's `<image>` marks to its front, each followed by a newline, and strip the rest of the text.
 
-    A turn without a mark comes back unchanged. Several marks stay several, unlike in the original, which keeps one.
+    A turn without a mark is unchanged. Several marks are all kept, unlike in the original, which keeps one.
     """
     marks = text.count(IMAGE_MARK)
     if not marks:
@@ -123,11 +122,11 @@ class Template(ABC):
 
         Args:
             turns: texts of human, assistant, human, ... in this order, with their `<image>` marks.
-            bos, eos: the tokenizer's own beginning and end of sequence, where the style spells them out.
+            bos, eos: the tokenizer's BOS and EOS tokens, for styles that contain them as text.
         Returns:
             `(text, supervised)` pairs; the joined texts are the prompt, without a leading `bos`.
         Raises:
-            ValueError: for turns the style cannot express.
+            ValueError: for turns that the style does not support.
         """
 
     @property
@@ -135,7 +134,7 @@ class Template(ABC):
         return None
 
     def prepare(self, values: Sequence[str]) -> list[str]:
-        """The turns of a row that has images, made ready for `pieces`."""
+        """The turns of a row with images, as `pieces` expects them."""
         return [marks_first(value) for value in values]
 
 
@@ -170,7 +169,7 @@ class Plain(Template):
         return [(IMAGE_MARK * turns[0].count(IMAGE_MARK), False), (turns[1] + "\n", True)]
 
     def prepare(self, values: Sequence[str]) -> list[str]:
-        return list(values)  # the question is dropped and the caption taken as it is, spaces included
+        return list(values)  # `pieces` drops the question; the caption is not stripped
 
 
 @dataclass(frozen=True)
@@ -197,7 +196,7 @@ class Llama2(Template):
 class HuggingFace(Template):
     """`USER: {q} ASSISTANT: {a} `, what llava-hf's own chat template prompts with: no system prompt, no `</s>`.
 
-    Nothing here teaches a model to stop; train with `v1` and prompt with this one if you must.
+    A model trained with it does not learn to stop: train with `v1`, and use this style only to prompt.
     """
 
     def pieces(self, turns: Sequence[str], *, bos: str = "<s>", eos: str = "</s>") -> list[Piece]:

@@ -11,7 +11,7 @@ from llava_fast.train.recipe import RecipeError, load_recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 on success, 2 for a bad recipe, 1 for what could not be written; one line says why."""
+    """Run the command line. Returns 0 on success, 2 for a bad recipe, 1 if writing fails; the error is one line."""
     parser = argparse.ArgumentParser(
         prog="python -m llava_fast.train",
         description="Train LLaVA: stage 1 (projector), stage 2 (full or LoRA). "

@@ -1,9 +1,9 @@
-"""Checkpoints that are there in full or not at all, and what a run may continue from.
+"""Atomic training checkpoints, and the checks before a run resumes from one.
 
-Everything is written in `output_dir/.unfinished`, fsynced and then renamed to its place; what is deleted is first
-renamed into `.unfinished`. So a `checkpoint-N` is whole whenever the process is killed, the disk is full or the power
-fails, and the last one stays until the next is in its place. `complete.json`, written last, lists the files of a
-checkpoint with their sizes, and what it was made from.
+Files are written in `output_dir/.unfinished`, fsynced, and then renamed; to delete a folder, it is first renamed into
+`.unfinished`. So a `checkpoint-N` is always complete, even if the process is killed, the disk is full or the power
+fails, and the previous checkpoint is kept until the next one is complete. `complete.json`, written last, lists a
+checkpoint's files with their sizes, and the settings and data of the run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ UNFINISHED = ".unfinished"
 MANIFEST = "complete.json"
 MADE_FROM = {"settings", "files", "samples", "base"}
 PROGRESS = {"processes", "sharding", "logged_step", "loss_since"}
-# Keys that may change at a resume: where things lie, what is logged and saved, and how a step is cut into passes.
+# Recipe keys that may change at a resume: paths, logging and saving, and the number of forward passes of a step.
 FREE = frozenset(
     "output_dir data validation model vision_tower language_model processor image_folder resume report_to workers "
     "cache max_errors logging_steps save_steps save_total_limit eval_steps gradient_checkpointing "
@@ -39,7 +39,7 @@ FREE = frozenset(
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint or model that could not be written; the message is one line that names its path."""
+    """A checkpoint or model could not be written; the message is one line that names its path."""
 
 
 # Writing
@@ -47,21 +47,21 @@ class CheckpointError(RuntimeError):
 
 @contextmanager
 def writing(target: Path, unfinished: Path) -> Iterator[None]:
-    """Turn an error of writing into one line that names `target`, and remove what has been written in `unfinished`.
+    """Turn a write error into one line that names `target`, and remove the files written in `unfinished`.
 
     Raises:
-        CheckpointError: the checkpoints that were there are there.
+        CheckpointError: if writing fails; existing checkpoints are unchanged.
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch's and safetensors' writers have their own
+    except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors raise the last two
         shutil.rmtree(unfinished, ignore_errors=True)
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{target}: could not be written: {reason}; earlier checkpoints are untouched") from error
 
 
 def clean(output_dir: Path) -> None:
-    """Make sure that `output_dir` can be written, and remove what a killed run has left unfinished in it."""
+    """Check that `output_dir` is writable, and remove the unfinished files of a killed run."""
     output_dir.mkdir(parents=True, exist_ok=True)
     if os.path.lexists(output_dir / UNFINISHED):
         shutil.rmtree(output_dir / UNFINISHED)
@@ -69,7 +69,7 @@ def clean(output_dir: Path) -> None:
 
 
 def seal(folder: Path, made_from: dict[str, Any], progress: dict[str, Any]) -> None:
-    """Declare the checkpoint in `folder` complete; all of it has been through fsync on return."""
+    """Write `complete.json` for the checkpoint in `folder`, and fsync all files."""
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
     manifest = {"files": files, "made_from": made_from, "progress": progress}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -77,7 +77,7 @@ def seal(folder: Path, made_from: dict[str, Any], progress: dict[str, Any]) -> N
 
 
 def publish(source: Path, target: Path) -> None:
-    """Rename what is whole and fsynced to its place. A file there is replaced, a folder moved out of the way first."""
+    """Rename a complete, fsynced file or folder to `target`; replaces an existing file, moves a folder away first."""
     if target.is_dir():
         _discard(target)
     os.replace(source, target)
@@ -85,7 +85,7 @@ def publish(source: Path, target: Path) -> None:
 
 
 def publish_model(source: Path, target: Path) -> None:
-    """Move a model's files and folders into `target`, `config.json` last: without it nothing loads half a model."""
+    """Move a model's files and folders into `target`, `config.json` last: without it a partial model cannot load."""
     sync(source)
     (target / "config.json").unlink(missing_ok=True)
     sync_entry(target)
@@ -95,7 +95,7 @@ def publish_model(source: Path, target: Path) -> None:
 
 
 def rotate(output_dir: Path, step: int, limit: int | None) -> None:
-    """Keep `limit` checkpoints, always that of `step`. Later ones, of an earlier run, go first, then the oldest."""
+    """Keep `limit` checkpoints, including that of `step`; deletes later ones (of an earlier run), then the oldest."""
     found = sorted(checkpoints_by_step(output_dir).items(), key=lambda item: (item[0] <= step, item[0]))
     for _, folder in found[: -limit if limit else 0]:
         _discard(folder)
@@ -123,7 +123,7 @@ def sync(folder: Path) -> None:
 
 @contextmanager
 def reading(folder: str | Path | None) -> Iterator[None]:
-    """Turn the contents of a checkpoint that cannot be used into one line; without a checkpoint nothing is read.
+    """Turn any error while reading the checkpoint in `folder` into one line; does nothing if `folder` is None.
 
     Raises:
         RecipeError: naming the checkpoint.
@@ -136,7 +136,7 @@ def reading(folder: str | Path | None) -> Iterator[None]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are all there, in full.
+    """The manifest (`complete.json`) of a checkpoint, after a check of all its files.
 
     Raises:
         RecipeError: naming the file that is missing or has another size.
@@ -162,15 +162,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _instead(folder: Path) -> str:
-    """Advice to go on from the checkpoint before `folder`."""
+    """Advice for an error message: resume from the checkpoint before `folder`."""
     earlier = [path for _, path in sorted(checkpoints_by_step(folder.parent).items()) if path != folder]
     return f"; to go on from another one, set resume={earlier[-1]}" if earlier else ""
 
 
 def made_from(recipe: Recipe, lengths: list[int], model: nn.Module) -> dict[str, Any]:
-    """What decides the numbers of a run: settings, the data files' content, the samples' lengths, LoRA's base.
+    """Everything that decides a run's results: settings, hashes of the data files, sample lengths, LoRA's base model.
 
-    Files are known by content, so they may be moved. Where a checkpoint is the whole model its origin is not kept.
+    Files are compared by hash, so they may be moved. A checkpoint with all weights does not record its base model.
     """
     settings = {key: value for key, value in asdict(recipe).items() if key not in FREE and key != "lora"}
     settings |= {f"lora.{key}": value for key, value in (asdict(recipe.lora) if recipe.lora else {}).items()}
@@ -188,7 +188,7 @@ def made_from(recipe: Recipe, lengths: list[int], model: nn.Module) -> dict[str,
 
 
 def check_same(recipe: Recipe, folder: Path, now: dict[str, Any], then: dict[str, Any]) -> None:
-    """Check that the checkpoint in `folder`, made from `then`, is one of the run that `now` describes.
+    """Check that `then`, recorded in the checkpoint in `folder`, equals `now`, the run that resumes from it.
 
     Raises:
         RecipeError: naming the key or the file that has changed.
@@ -223,7 +223,7 @@ def _hash_file(path: Path) -> str:
 
 
 def _hash_weights(model: nn.Module) -> str:
-    """A check sum of all frozen weights at the speed of memory: one sum of integers for each tensor."""
+    """A fast checksum of all frozen weights: one integer sum per tensor, limited by memory bandwidth."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = {
         name: int(weight.detach().contiguous().view(integers[weight.element_size()]).sum(dtype=torch.int64))

@@ -1,6 +1,6 @@
-"""LLaVA's training data: JSON rows into token ids, labels and uint8 pixels, and samples into packs.
+"""The dataset and the collator: JSON rows to token ids, labels and uint8 pixels, and samples to packs.
 
-Nothing is lost silently: `LlavaDataset.report` counts every row that was left out, shortened or replaced, and why.
+`LlavaDataset.report` counts every row that was dropped, truncated or replaced, by reason.
 
 Shapes: T tokens, n images of one sample, N images of a pack, H and W pixels.
 """
@@ -50,12 +50,12 @@ from llava_fast.train.rows import (
 )
 
 _logger = logging.getLogger(__name__)
-_SCAN_ROWS = 1000  # rows tokenised in one call, which a fast tokenizer spreads over the cores
-_MAX_SUBSTITUTES = 16  # unreadable images one after another that are bad luck; more are a wrong image_folder
+_SCAN_ROWS = 1000  # rows per tokenizer call, which a fast tokenizer parallelises
+_MAX_SUBSTITUTES = 16  # more unreadable images in a row mean a wrong image_folder
 
 
 class _LeftOut(Exception):
-    """A row cannot be used."""
+    """Raised for a row that cannot be used."""
 
     def __init__(self, reason: str, words: str) -> None:
         super().__init__(words)
@@ -76,9 +76,9 @@ class _Kept(NamedTuple):
 
 
 class _Ragged:
-    """Arrays of unequal length in one buffer, which forked workers share.
+    """Arrays of unequal length in one buffer, which forked worker processes share.
 
-    Separate Python objects would be copied into each worker: counting a reference writes to the object's page.
+    Separate Python objects would be copied into each worker: reference counting writes to their memory pages.
     """
 
     def __init__(self, arrays: Sequence[np.ndarray]) -> None:
@@ -90,39 +90,38 @@ class _Ragged:
 
 
 class LlavaDataset(Dataset):
-    """Rows of LLaVA data files as training samples; images are read when a sample is asked for.
+    """Rows of LLaVA data files as training samples; images are read when a sample is loaded.
 
     `dataset[i]` is `{"input_ids": int64 [T], "labels": int64 [T], "pixel_values": uint8 [n, H, W, 3]}` with image
     tokens expanded; n is 0 for text alone.
 
-    Each row is checked and tokenised once, when the dataset is made, and its tokens are kept, so `lengths` and `report`
-    are those of what is trained on. Memory is 2 bytes a token (4 where ids do not fit in int16), with one token for an
-    image: 0.4 GB for LLaVA's 665k rows of about 300 tokens. Rows that cannot be used are left out and counted. An image
-    that turns out unreadable later does not stop a run: another row with images takes that sample's place, and the
-    report counts it.
+    Each row is checked and tokenised once, when the dataset is created, and its tokens are stored, so `lengths` and
+    `report` are exact. Memory is 2 bytes per token (4 if ids do not fit in int16), with one token per image: 0.4 GB for
+    LLaVA's 665k rows of about 300 tokens. Rows that cannot be used are dropped and counted. If an image cannot be read
+    when its sample is loaded, the sample is replaced by another row with images, and counted.
 
     Attributes:
         lengths: tokens of each sample, image tokens included.
-        n_images: of each sample.
-        problems: every row that was left out, and why.
+        n_images: number of images of each sample.
+        problems: every dropped row, with the reason.
 
     Args:
         data_path: a JSON list or JSONL file of `{"id", "image", "conversations"}`, or several as `DataSource`s, whose
             samples follow one another.
-        image_folder: what `image` paths are relative to and cannot leave, for a source that names no folder of its
-            own; None if no row has images.
+        image_folder: `image` paths are relative to it and cannot leave it, unless a source has its own image folder;
+            None if no row has images.
         processor: gives pixels, tokens and the number of tokens per image.
         template: a name from `TEMPLATES`, or a template.
-        max_length: in tokens, images included; what is longer is cut.
-        on_error: what becomes of a row that breaks the format, has not as many images as marks, or an image that is
-            missing or unreadable: "raise", or "skip", which counts it. None raises for the format alone.
-        max_errors: how many such rows are skipped (by this process and its workers) before the next one raises.
-        seed: of the sources' sampling.
-        cache: keep finished samples in memory, for small data that is seen many times.
+        max_length: in tokens, images included; longer rows are truncated.
+        on_error: for a row that breaks the format, whose numbers of images and marks differ, or with an image that is
+            missing or unreadable: "raise", or "skip", which counts it. None raises only for a broken format.
+        max_errors: how many broken rows are skipped (by this process and its workers) before the next one raises.
+        seed: for the sources' sampling.
+        cache: keep finished samples in memory, for small data sets and many epochs.
     Raises:
         FileNotFoundError: for a missing data file or image folder.
         ValueError: for a row that breaks the format (roles that do not alternate, a wrong number of turns for
-            `plain`, an image outside of the folder) or whatever `on_error` and `max_errors` do not allow, naming the
+            `plain`, an image outside of the folder), or that `on_error` and `max_errors` do not allow, naming the
             file and the row; or if no row can be used.
     """
 
@@ -185,9 +184,9 @@ class LlavaDataset(Dataset):
         self._names = _Ragged([np.frombuffer(row.name, np.uint8) for row in kept])
         self._places = np.array([(row.source, row.row) for row in kept], dtype=np.int64)
         self._cut = np.array([row.cut for row in kept], dtype=bool)
-        # One byte per row that workers write to: an image of it could not be read.
+        # One flag per row, set by worker processes: an image of the row could not be read.
         self._unreadable = torch.zeros(len(kept), dtype=torch.uint8).share_memory_()
-        # Samples are rows, in the order and as often as the sources give them.
+        # Samples are rows, in the order and with the repetitions that the sources give.
         at = {(row.source, row.row): i for i, row in enumerate(kept)}
         given = ((source, int(number)) for source, numbers in enumerate(chosen) for number in numbers)
         self._rows = np.array([at[place] for place in given if place in at], dtype=np.int64)
@@ -197,7 +196,7 @@ class LlavaDataset(Dataset):
     # Reading rows
 
     def _reject(self, source: int, row: int, content: Any, left_out: _LeftOut) -> None:
-        """Note a row that is left out; raise where that is not allowed."""
+        """Record a dropped row; raise if `on_error` or `max_errors` forbid dropping it."""
         line, reason = content.line if isinstance(content, BadLine) else None, left_out.reason
         problem = Problem(self.sources[source].path, row, identity(content), reason, left_out.words, line)
         if reason in ERRORS:
@@ -218,7 +217,7 @@ class LlavaDataset(Dataset):
             _logger.warning("dropped %d rows: %s (such as %s)", count, reason, examples[reason][0])
 
     def _scan(self, source: int, rows: list[Any], numbers: np.ndarray) -> Iterator[_Kept]:
-        """Check and tokenise rows of a source; gives those that can be used."""
+        """Check and tokenise rows of a source; yields the usable ones."""
         batch: list[tuple[int, list[Piece]]] = []
         for row in tqdm(numbers.tolist(), f"Reading {self.sources[source].path.name}", unit=" rows", delay=5):
             try:
@@ -231,7 +230,7 @@ class LlavaDataset(Dataset):
         yield from self._tokenise(source, rows, batch)
 
     def _prompt(self, source: int, content: Any) -> list[Piece]:
-        """The prompt of a row that keeps to the format and whose images are there."""
+        """The prompt of a row, after checks of its format and of its images' existence."""
         folder, tokenizer = self._folders[source], self.processor.tokenizer
         try:
             turns, images = parse_row(content)
@@ -252,7 +251,7 @@ class LlavaDataset(Dataset):
         return pieces
 
     def _tokenise(self, source: int, rows: list[Any], batch: list[tuple[int, list[Piece]]]) -> Iterator[_Kept]:
-        """Rows with their tokens as they are trained on."""
+        """Tokenise a batch of rows, and truncate them to max_length."""
         for (row, _), tokens in zip(batch, tokenise([pieces for _, pieces in batch], self.processor)):
             n_images = len(image_names(rows[row]))
             n_expanded = len(tokens) + n_images * (self._n_image_tokens - 1)
@@ -265,10 +264,10 @@ class LlavaDataset(Dataset):
             yield _Kept(source, row, encode_name(rows[row]), tokens, length, n_images, length < n_expanded)
 
     def _shortened(self, tokens: np.ndarray, n_images: int, n_expanded: int) -> np.ndarray:
-        """A row's tokens, cut at max_length, which must leave all of its images and some of an answer."""
+        """A row's tokens, truncated to max_length; `_LeftOut` if an image or every supervised token is cut off."""
         image = self.processor.image_token_id
         if np.count_nonzero((tokens == image) | (tokens == ~image)) != n_images:
-            # The tokenizer's mark is not <image>, or was spelled in another way.
+            # The text contains the tokenizer's own image token, which is not <image>, or another spelling of it.
             words = f"text that is read as {self.processor.image_token} where no image is"
             raise _LeftOut("image_count", words)
         if n_expanded > self.max_length:
@@ -281,7 +280,7 @@ class LlavaDataset(Dataset):
                 raise _LeftOut("fully_masked", words)
         return tokens
 
-    # What there is
+    # Properties of samples
 
     @property
     def modality(self) -> list[str]:
@@ -290,7 +289,7 @@ class LlavaDataset(Dataset):
 
     @property
     def report(self) -> Report:
-        """Counts so far; those of unreadable images grow while samples are read, in any worker process."""
+        """Counts so far; the count of unreadable images grows as samples are loaded, in any worker process."""
         rows = np.unique(self._rows)
         unreadable = [self._problem(int(row), "") for row in rows[self._unreadable.numpy()[rows] > 0]]
         dropped, examples = count_problems(self.problems)
@@ -307,7 +306,7 @@ class LlavaDataset(Dataset):
         )
 
     def unreadable(self, index: int, words: str) -> Problem:
-        """That an image of a sample cannot be read, in `words`."""
+        """The `Problem` for a sample with an unreadable image; `words` is the error message."""
         return self._problem(self._rows[index], words)
 
     def _problem(self, row: int, words: str) -> Problem:
@@ -343,7 +342,7 @@ class LlavaDataset(Dataset):
         Samples that share their (first) image stay together, and so do a row's repetitions: no picture is in both.
 
         Raises:
-            ValueError: if either part would be empty.
+            ValueError: if either dataset would be empty.
         """
         if not 0 < fraction < 1:
             raise ValueError(f"a validation fraction lies between 0 and 1, not {fraction}")
@@ -380,7 +379,7 @@ class LlavaDataset(Dataset):
         if self._cache is not None and row in self._cache:
             return self._cache[row]
         candidates = (i % len(self) for i in range(index, index + len(self)))
-        if self.n_images[index]:  # others with images, so that a sampler's groups stay as they are
+        if self.n_images[index]:  # the substitute has images too, so that the sampler's groups stay valid
             candidates = (i for i in candidates if self.n_images[i])
         for candidate in islice(candidates, _MAX_SUBSTITUTES):
             substitute = int(self._rows[candidate])
@@ -439,8 +438,8 @@ class PackedCollator:
 
         Returns:
             `input_ids`, `labels`, `position_ids` int64 [1, T]; `key_start`, `key_end` int32 [1, T]; `image_slots`
-            int64, the image tokens' places in the row; `label_rows` int64, those of the tokens whose next token has a
-            label; and `pixel_values` uint8 [N, H, W, 3] if there are images.
+            int64, indices of the image tokens in the row; `label_rows` int64, indices of the tokens whose next token
+            has a label; and `pixel_values` uint8 [N, H, W, 3] if there are images.
             The first label of each sample is −100: no sample predicts the next one's first token.
         Raises:
             ValueError: if a sample's image tokens do not match its images.

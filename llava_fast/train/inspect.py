@@ -1,8 +1,7 @@
-"""`llava-fast inspect RECIPE`: what the model will see, and every row and image that it cannot.
+"""`llava-fast inspect RECIPE`: shows samples as the model sees them, and lists every broken row and image.
 
-Rows are read and tokenised as training does it; then every image file is decoded and resized once, by as many threads
-as there are cores (decoders and resizing leave the interpreter's lock alone). Nothing is written, and no weights are
-read.
+Rows are read and tokenised as in training; then every image file is decoded and resized once, with one thread per core
+(decoders and resizing release the GIL). Nothing is written, and no weights are read.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from llava_fast.train.recipe import Recipe
 from llava_fast.train.rows import ERRORS, IGNORE, NoRows, Problem, image_names
 from llava_fast.train.trainer import GroupedSampler, load_data, load_processor
 
-_SUPERVISION_SAMPLES = 1000  # samples that the share of supervised tokens is taken from
+_SUPERVISION_SAMPLES = 1000  # samples from which the share of supervised tokens is computed
 _SHOWN_TOKENS = 600  # of one sample
 _BINS = 8
 _STYLES = {"supervised": "bold green", "context": "dim", "image": "cyan"}
@@ -33,7 +32,7 @@ _STYLES = {"supervised": "bold green", "context": "dim", "image": "cyan"}
 
 @dataclass(frozen=True)
 class SourceShare:
-    """What one data file gives to an epoch, unreadable images not subtracted."""
+    """The samples of an epoch that come from one data file; those with unreadable images are included."""
 
     path: str
     rows: int  # distinct ones
@@ -47,8 +46,8 @@ class SampleView:
     """A sample as the model sees it.
 
     Attributes:
-        runs: (kind, tokens' names) in their order, the kind being context (not supervised) or supervised; or "image"
-            with one name, that of the file and how many tokens it takes.
+        runs: (kind, token texts) in order; kind is "context" (not supervised) or "supervised", or "image" with one
+            text, the file name and its number of tokens.
     """
 
     where: str
@@ -62,18 +61,18 @@ class Inspection:
     """What `inspect` found.
 
     Attributes:
-        problems: every row that is left out and every row with an unreadable image, those of validation included.
-        memory: predicted, see `memory.py`; or one line why there is no prediction.
-        sources: for each data file of the recipe.
-        samples: some, token by token.
-        validation_samples: held out, or in a file of their own.
-        images: files that were looked at.
-        lengths: of the training samples in tokens, ascending; none if no row can be used.
-        truncated: training samples that are cut at max_length.
-        supervised_share: of the tokens of up to 1000 samples, evenly spread.
-        image_share: of all tokens, those that stand for images.
-        packs: tokens of each device batch of the first epoch, in its order.
-        padded_share: what would be padding if these batches were padded to their longest sample; packs have none.
+        problems: every dropped row and every row with an unreadable image, in training and validation data.
+        memory: the prediction of `memory.py`, or one line why there is none.
+        sources: one per data file of the recipe.
+        samples: a few samples, token by token.
+        validation_samples: number of samples that are held out, or in the validation file.
+        images: number of image files checked.
+        lengths: tokens of each training sample, ascending; empty if no row can be used.
+        truncated: number of training samples truncated to max_length.
+        supervised_share: share of supervised tokens, in up to 1000 evenly spaced samples.
+        image_share: share of image tokens in all tokens.
+        packs: tokens of each device batch of the first epoch, in order.
+        padded_share: share of padding if these batches were padded to their longest sample; packs have none.
     """
 
     problems: list[Problem]
@@ -91,12 +90,12 @@ class Inspection:
 
     @property
     def fine(self) -> bool:
-        """Whether training can start, and will meet no broken row."""
+        """Whether training can start and no row is broken."""
         return not self.broken and bool(self.lengths)
 
     @property
     def broken(self) -> list[Problem]:
-        """The problems that are mistakes; rows that are only too long or have no answer are not."""
+        """The problems that are errors in the data, without rows that are only too long or have no answer."""
         return [problem for problem in self.problems if problem.reason in ERRORS]
 
     def to_dict(self) -> dict[str, Any]:
@@ -120,7 +119,7 @@ class Inspection:
 
 
 def statistics(values: Sequence[int]) -> dict[str, float]:
-    """Least, mean, median, 95th percentile and most; nothing of nothing."""
+    """Minimum, mean, median, 95th percentile and maximum; an empty dict without values."""
     if not len(values):
         return {}
     array = np.asarray(values)
@@ -130,11 +129,11 @@ def statistics(values: Sequence[int]) -> dict[str, float]:
 
 
 def inspect(recipe: Recipe, *, samples: int = 3, threads: int | None = None) -> Inspection:
-    """Read all data of a recipe as training would, and look at every image.
+    """Read all data of a recipe as training would, and check every image.
 
     Args:
-        samples: how many to show, evenly spread.
-        threads: that read images; None: as many as there are cores.
+        samples: how many samples to show, evenly spaced.
+        threads: number of threads that read images; default: one per core.
     Raises:
         RecipeError: a missing file or folder.
         ValueError: for data that cannot be read at all.
@@ -172,7 +171,7 @@ def inspect(recipe: Recipe, *, samples: int = 3, threads: int | None = None) -> 
 
 
 def check_images(datasets: Sequence[LlavaDataset], threads: int) -> tuple[list[Problem], int]:
-    """Decode and resize every image once; the rows whose images fail, and how many files there are."""
+    """Decode and resize every image once; returns the rows with unreadable images, and the number of files."""
     users: dict[str, list[tuple[LlavaDataset, int]]] = {}
     for dataset in datasets:
         first = {dataset.place(i): i for i in reversed(range(len(dataset)))}  # a repeated row is one row
@@ -198,7 +197,7 @@ def check_images(datasets: Sequence[LlavaDataset], threads: int) -> tuple[list[P
 
 
 def _map(pool: ThreadPoolExecutor, function: Any, items: Any, ahead: int = 4096) -> Iterator[Any]:
-    """`pool.map` in order, with a bounded number of tasks waiting."""
+    """`pool.map`, in order, with at most `ahead` tasks queued."""
     items = list(items)
     for start in range(0, len(items), ahead):
         yield from pool.map(function, items[start : start + ahead])
@@ -270,10 +269,10 @@ def _memory(recipe: Recipe, pack_tokens: int) -> Prediction | str:
 
 
 def show(inspection: Inspection, console: Console, limit: int = 50) -> None:
-    """Print an inspection; without colours, on a narrow terminal or into a file it is plain text.
+    """Print an inspection; the output is also readable without colours, on a narrow terminal or in a file.
 
     Args:
-        limit: of problems listed; the rest is counted. 0 lists all.
+        limit: at most so many problems are listed, the rest is counted; 0 lists all.
     """
     for sample in inspection.samples:
         _show_sample(sample, console)

@@ -1,16 +1,16 @@
-"""Device memory that a recipe will need, predicted from the model's config by a formula. Nothing here is measured.
+"""Predicts the device memory of a recipe from the model's config, by a formula. Nothing here is measured.
 
     frozen weights     parameters · bytes of the recipe's dtype
     trained state      parameters · 16 bytes: fp32 weight, gradient and Adam's two moments
-    activations        tokens · layers · (2 H + Q + 2 K + Q + 2 I) · bytes of the dtype: what the backward pass of one
-                       pack reads of the language model if norms and products are computed again: the two residuals,
-                       q, k, v, the attention's output, gate and up; with LoRA of rank r also r for each adapted linear
-    … checkpointed     tokens · layers · H · bytes, and one layer as above while it is computed again
+    activations        tokens · layers · (2 H + Q + 2 K + Q + 2 I) · bytes of the dtype: saved tensors of the language
+                       model for one pack, if norms and SwiGLU products are recomputed: the two residuals, q, k, v, the
+                       attention's output, gate and up; with LoRA of rank r also r for each adapted linear layer
+    … checkpointed     tokens · layers · H · bytes, plus one layer as above while it is recomputed
 
 H hidden, Q = heads · head_dim, K = key-value heads · head_dim, I intermediate size. For one device that holds the
-whole model. Not in it, hence "at least": the chunk of logits (128 MiB on a GPU), passing buffers such as those of the
-frozen tower, pixels, buckets of distributed training, the CUDA context and what the allocator keeps. ZeRO and FSDP
-divide by the devices what they shard. Without kernels (on a CPU) PyTorch saves several times the activations.
+whole model. Not included, hence "at least": the chunk of logits (128 MiB on a GPU), temporary buffers such as those of
+the frozen tower, pixels, buckets of distributed training, the CUDA context and memory cached by the allocator. ZeRO and
+FSDP divide sharded tensors by the number of devices. Without kernels (on a CPU) activations are several times larger.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from llava_fast.drop_in import LlavaForConditionalGeneration
 from llava_fast.errors import blaming
 from llava_fast.train.recipe import Recipe
 
-STATE_BYTES = 16  # of a trained parameter
+STATE_BYTES = 16  # per trained parameter
 _ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters; `lora` is what an adapter of the recipe's rank adds, 0 without one."""
+    """Numbers of parameters; `lora` is that of an adapter of the recipe's rank, 0 without one."""
 
     tower: int
     projector: int
@@ -45,7 +45,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes on one device, at least."""
+    """A lower bound of the bytes on one device."""
 
     frozen_weights: int
     trained_state: int
@@ -74,7 +74,7 @@ def read_config(recipe: Recipe) -> LlavaConfig:
 
 
 def count_parameters(config: LlavaConfig, lora_rank: int = 0) -> Parameters:
-    """Counted on a model without storage."""
+    """Count the parameters of a model on "meta"."""
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     tower, projector, total = (
@@ -92,10 +92,10 @@ def count_parameters(config: LlavaConfig, lora_rank: int = 0) -> Parameters:
 
 
 def predict(recipe: Recipe, config: LlavaConfig, pack_tokens: int) -> Prediction:
-    """Memory of training by a recipe.
+    """Predict the memory of training with a recipe.
 
     Args:
-        pack_tokens: of the largest device batch.
+        pack_tokens: tokens of the largest device batch.
     """
     rank = recipe.lora.r if recipe.lora else 0
     n = count_parameters(config, rank)

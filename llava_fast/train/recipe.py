@@ -1,4 +1,4 @@
-"""A training recipe: one dataclass, read from YAML, changed from the command line by `key=value`.
+"""`Recipe`: the settings of a training run, a dataclass read from YAML and overridden by `key=value` arguments.
 
 A recipe is checked completely before anything is loaded or written: unknown keys, wrong types and contradicting values
 when it is read (`RecipeError`, one line), files and folders by `check_files`.
@@ -82,25 +82,27 @@ class DataSource:
 
 @dataclass
 class Recipe:
-    """Everything a training run depends on; `None` means off, or the default named beside it.
+    """All settings of a training run; `None` means off, or the default named in the comment.
 
     Raises:
-        RecipeError: a value of the wrong type, out of range, or in contradiction with another one.
+        RecipeError: for a value of the wrong type, out of range, or in contradiction with another one.
     """
 
-    stage: Literal["projector", "full", "lora"]  # what trains: LLaVA's stage 1, stage 2, stage 2 with LoRA
+    stage: Literal["projector", "full", "lora"]  # what is trained: LLaVA's stage 1, stage 2, stage 2 with LoRA
     data: PathLike | list[DataSource]  # LLaVA's conversations, JSON list or JSONL; or a mixture of several files
     output_dir: PathLike  # the trained model and its processor; checkpoint-N folders below it
-    model: PathLike | None = None  # a LLaVA checkpoint folder, or else the next two
+    model: PathLike | None = None  # a LLaVA checkpoint folder; or set the next two keys
     vision_tower: PathLike | None = None  # a CLIP folder
     language_model: PathLike | None = None  # a Llama folder with its tokenizer
     processor: PathLike | None = None  # a processor folder; default: the model's own
-    image_folder: PathLike | None = None  # what image paths are relative to; default: the folder of the data file
+    image_folder: PathLike | None = None  # image paths are relative to it; default: the folder of the data file
     template: Text = "v1"  # conversation style: v1, plain (stage 1), llava_llama_2 ...
     image_aspect: Literal["crop", "pad"] = "pad"  # centre crop (stage 1) or pad to a square (stage 2)
     max_length: PositiveWhole = 2048  # tokens of a sample, image tokens included
     on_error: Literal["raise", "skip"] | None = None  # broken rows; default: raise at a bad format, skip bad images
-    max_errors: Annotated[Whole, NOT_NEGATIVE] | None = None  # broken rows a process skips before the run stops
+    max_errors: Annotated[Whole, NOT_NEGATIVE] | None = (
+        None  # broken rows that a process skips; the next one stops the run
+    )
     validation: Annotated[Number, _SHARE] | PathLike | None = None  # a share of `data`, drawn by `seed`, or a file
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"  # of the computation; trained weights stay fp32
     gradient_checkpointing: Flag = False
@@ -115,7 +117,9 @@ class Recipe:
     weight_decay: Annotated[Number, NOT_NEGATIVE] = 0.0  # not on biases and norms
     max_grad_norm: PositiveNumber = 1.0
     lora: Lora | None = None  # default with stage lora: r 128, alpha 256, dropout 0.05
-    group_by: Literal["none", "length", "modality"] = "none"  # modality: length within pictures / text only
+    group_by: Literal["none", "length", "modality"] = (
+        "none"  # modality: by length, samples with images apart from text-only ones
+    )
     seed: Annotated[Whole, NOT_NEGATIVE, rule("must be below 2**32", lambda value: value < 2**32)] = 42
     workers: Annotated[Whole, NOT_NEGATIVE] = 4  # processes that load images; 0: in the training process
     cache: Flag = False  # keep finished samples in memory, for small data
@@ -157,7 +161,7 @@ class Recipe:
         self.accumulation(1)
 
     def sources(self) -> list[DataSource]:
-        """The data files, each with the image folder that is meant."""
+        """The data files, each with its image folder filled in."""
         sources = self.data if isinstance(self.data, list) else [DataSource(self.data)]
         return [
             replace(source, image_folder=source.image_folder or self.image_folder or source.path.parent)
@@ -167,7 +171,7 @@ class Recipe:
     @property
     def assembled_from(self) -> tuple[Path, Path]:
         """The folders of the vision tower and the language model, in a recipe without `model`."""
-        assert self.vision_tower is not None and self.language_model is not None  # or it would have been refused
+        assert self.vision_tower is not None and self.language_model is not None  # checked in __post_init__
         return self.vision_tower, self.language_model
 
     def accumulation(self, world_size: int) -> int:
@@ -195,7 +199,7 @@ class Recipe:
                 raise RecipeError(f"{key}: no {'folder' if is_folder else 'file'} {path}")
 
     def check_files(self) -> None:
-        """`check_inputs`, and that `output_dir` can be written without loss.
+        """`check_inputs`, and a check that writing to `output_dir` destroys nothing.
 
         Raises:
             RecipeError: naming the key and the path.

@@ -1,4 +1,4 @@
-"""From a data file to tokens: which rows a run takes, how one is read and checked, and how its prompt is tokenised.
+"""Selects the rows of data files for a run, reads and checks them, and tokenises their prompts.
 
 A data file is a JSON list, or JSONL: one object a line. A row is
 
@@ -6,16 +6,16 @@ A data file is a JSON list, or JSONL: one object a line. A row is
                                                     {"from": "gpt", "value": "A cat."}]}
 
 where `image` may be a list of names or missing, and a leading turn that is not human's is dropped. Other keys are
-ignored. Nothing in a file is trusted: what does not fit is a ValueError of one line.
+ignored. Files are not trusted: a wrong value is a ValueError of one line.
 
-Which rows are taken follows from the sources, their sizes and the seed alone; docs/data.md says how. As in LLaVA-NeXT
-counts are of rows in the file, before any are left out, and a percentage is rounded up. Unlike there the draw follows
-the recipe's seed and keeps the order of the file: the sampler shuffles anyway.
+The selection of rows depends only on the sources, their sizes and the seed; see docs/data.md. As in LLaVA-NeXT, counts
+are of rows in the file, before any are dropped, and a percentage is rounded up. Unlike in LLaVA-NeXT, the random draw
+uses the recipe's seed and keeps the order of the file; the sampler shuffles anyway.
 
-Token ids are those of the original code: a prompt is cut at its `<image>` marks, every chunk is tokenised on its own
+Token ids are those of the original code: a prompt is cut at its `<image>` marks, every chunk is tokenised separately
 (so each has a SentencePiece vocabulary's leading space), one BOS is kept and every mark becomes its image tokens.
-Labels are not the original's arithmetic on token counts, which gives up when they disagree: a token is
-supervised if any of its characters is, by the tokenizer's own character offsets.
+Labels differ from the original, which counts tokens and masks the whole sample if the counts disagree. Here a token is
+supervised if any of its characters is, by the tokenizer's character offsets.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from llava_fast.processor.processor import LlavaProcessor
 from llava_fast.processor.templates import IMAGE_MARK, Piece
 from llava_fast.train.recipe import DataSource, RecipeError
 
-MAX_CHARACTERS = 1_000_000  # of all turns of a row; tokenising more only to cut it off takes minutes
-ERRORS = ("malformed", "image_count", "image_missing", "unreadable")  # what `on_error` and `max_errors` are about
+MAX_CHARACTERS = 1_000_000  # of all turns of a row; tokenising more takes minutes, only to be truncated
+ERRORS = ("malformed", "image_count", "image_missing", "unreadable")  # reasons that `on_error` and `max_errors` count
 EXAMPLES = 3
 IGNORE = -100  # the label of a token that is not supervised
 
@@ -51,9 +51,9 @@ _logger = logging.getLogger(__name__)
 
 
 class RowError(RecipeError):
-    """A row that stops a run, in one line.
+    """A row that stops a run, as an error of one line.
 
-    It stays one line where PyTorch passes it on from a worker process, as the end of a traceback in text.
+    PyTorch re-raises a worker process's error with its traceback as text; only the last line is used then.
     """
 
     def __init__(self, message: str) -> None:
@@ -63,14 +63,14 @@ class RowError(RecipeError):
 
 @dataclass(frozen=True)
 class Problem:
-    """A row that is left out, or replaced by another where its image turns out unreadable."""
+    """A row that was dropped, or replaced by another because its image could not be read."""
 
     path: Path
     row: int  # in its file, from 0
     identity: str  # its `id`, or ""
     reason: str
     words: str
-    line: int | None = None  # of a JSONL file, where that is no JSON
+    line: int | None = None  # line number in a JSONL file, if that line is not JSON
 
     @property
     def where(self) -> str:
@@ -83,7 +83,7 @@ class Problem:
 
 
 class NoRows(RecipeError):
-    """Not one row can be used; `problems` are the reasons."""
+    """No row can be used; `problems` are the reasons."""
 
     def __init__(self, message: str, problems: list[Problem]) -> None:
         super().__init__(message)
@@ -92,18 +92,18 @@ class NoRows(RecipeError):
 
 @dataclass
 class Report:
-    """What became of the rows of a dataset's files.
+    """Counts of a dataset's rows: used, truncated, replaced, and dropped by reason.
 
     Attributes:
-        rows: that the dataset takes of its files, each counted once.
-        samples: in this dataset; rows − dropped unless it was split or repeats rows.
+        rows: rows selected from the files, each counted once.
+        samples: samples in this dataset; rows − dropped unless it was split or repeats rows.
         with_images: samples that have images.
-        truncated: samples cut at max_length.
-        unreadable: image rows that were met and replaced by another because an image could not be read.
-        dropped: rows left out, by reason: `malformed` (breaks the format), `image_count` (as many marks as images),
+        truncated: samples truncated to max_length.
+        unreadable: rows that were replaced by another because an image could not be read.
+        dropped: rows by reason: `malformed` (breaks the format), `image_count` (numbers of marks and images differ),
             `image_missing` (no such file), `image_truncated` (max_length falls inside of an image or before it),
             `fully_masked` (nothing supervised).
-        examples: the first few rows of each reason, in words.
+        examples: the first few rows of each reason, as text.
     """
 
     rows: int = 0
@@ -116,7 +116,7 @@ class Report:
 
     @property
     def errors(self) -> int:
-        """Rows that are broken, rather than just too long or without an answer: what `max_errors` limits."""
+        """Number of broken rows, which `max_errors` limits; rows that are too long or have no answer do not count."""
         return self.unreadable + sum(self.dropped.get(reason, 0) for reason in ERRORS)
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class Report:
         return asdict(self)
 
     def items(self) -> Iterator[tuple[str, int]]:
-        """The counts alone, by flat names, for a log."""
+        """The counts by flat names, for the log."""
         for name, value in self.to_dict().items():
             if name == "dropped":
                 yield from ((f"dropped_{reason}", count) for reason, count in value.items())
@@ -133,7 +133,7 @@ class Report:
 
 
 def count_problems(problems: Sequence[Problem]) -> tuple[dict[str, int], dict[str, list[str]]]:
-    """How many problems there are of each reason, and the first few in words."""
+    """The number of problems per reason, and the first few of each as text."""
     examples: dict[str, list[str]] = {}
     for problem in problems:
         listed = examples.setdefault(problem.reason, [])
@@ -144,7 +144,7 @@ def count_problems(problems: Sequence[Problem]) -> tuple[dict[str, int], dict[st
 
 @dataclass(frozen=True)
 class BadLine:
-    """In place of a JSONL row: why its line cannot be read."""
+    """Placeholder for a JSONL row whose line cannot be parsed, with the reason."""
 
     line: int
     words: str
@@ -154,7 +154,7 @@ def read_rows(path: Path) -> list[Any]:
     """The rows of a JSON list or of a JSONL file, as they are; a line that is not JSON becomes a `BadLine`.
 
     Raises:
-        FileNotFoundError: for a missing file, ValueError for one that is no text or a list that is not JSON.
+        FileNotFoundError: for a missing file; ValueError for a file that is not text, or a list that is not JSON.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no data file {one_line(path)}")
@@ -200,19 +200,19 @@ _DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite)
 
 
 def encode_name(row: dict[str, Any]) -> bytes:
-    """A row's `id`, if it is one, and `image`, as JSON: all that is needed of it besides its tokens."""
+    """A row's `id`, if it is valid, and `image`, as JSON: all that is kept of a row besides its tokens."""
     keys = ["id"] * isinstance(row.get("id"), (str, int)) + ["image"] * ("image" in row)
     return json.dumps({key: row[key] for key in keys}).encode()
 
 
 def identity(content: Any) -> str:
-    """What a row calls itself, or ""."""
+    """A row's `id` as text, or ""."""
     name = content.get("id") if isinstance(content, dict) else None
     return one_line(name, 80) if isinstance(name, (str, int)) else ""
 
 
 def parse_row(row: Any) -> tuple[list[str], list[str]]:
-    """A row's turns (human, gpt, human, ...) and its images; ValueError says what is wrong with it."""
+    """A row's turns (human, gpt, human, ...) and its images; ValueError if it breaks the format."""
     if isinstance(row, BadLine):
         raise ValueError(row.words)
     if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
@@ -241,7 +241,7 @@ def parse_row(row: Any) -> tuple[list[str], list[str]]:
 
 
 def image_names(row: dict[str, Any]) -> list[str]:
-    """A row's images; ValueError for what is no name."""
+    """A row's image names; ValueError for a value that is not a name."""
     images = row.get("image") or []
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
@@ -252,8 +252,7 @@ def image_names(row: dict[str, Any]) -> list[str]:
 class ImageFolder:
     """A directory that paths cannot leave, by `..`, by being absolute or through a symbolic link.
 
-    The directory itself may be a link: pictures that lie elsewhere are reached by making their folder, or a link to it,
-    the image folder.
+    The directory itself may be a link: for images elsewhere, use their folder, or a link to it, as image folder.
     """
 
     def __init__(self, root: str | os.PathLike) -> None:
@@ -270,18 +269,18 @@ class ImageFolder:
     def _inside(self, path: str, name: str) -> str:
         try:
             real = os.path.realpath(os.path.join(self._real, path))
-        except ValueError:  # a NUL, or half of a surrogate pair
+        except ValueError:  # a NUL character, or a lone surrogate
             raise ValueError(f"image '{one_line(name)}' cannot be the name of a file") from None
         if os.path.commonpath([self._real, real]) != self._real:
             raise ValueError(f"image '{one_line(name)}' is outside of the image folder {self.root}")
         return real
 
     def exists(self, name: str) -> bool:
-        """Like `resolve`, then whether the file is there; one directory listing serves all of its files."""
+        """Like `resolve`, and whether the file exists; a directory is listed once for all of its files."""
         directory, base = os.path.split(name)
         if directory not in self._listings:
             real = self._inside(directory, name)
-            if real not in self._listings:  # a directory has many names (a, ./a, a/../a ...), but one listing
+            if real not in self._listings:  # names such as a, ./a, a/../a share one listing
                 entries = os.scandir(real) if os.path.isdir(real) else ()
                 self._listings[real] = {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
             self._listings[directory] = self._listings[real]
@@ -294,16 +293,16 @@ class ImageFolder:
         self._listings.clear()
 
 
-# Which rows
+# Selecting rows
 
 
 def choose_rows(sources: Sequence[DataSource], sizes: Sequence[int], seed: int) -> list[np.ndarray]:
-    """The rows each source gives, int64 [count] row numbers in the order of its file (`repeat`: pass by pass).
+    """The selected rows of each source: int64 [count] row numbers in the order of its file (`repeat`: pass by pass).
 
     Args:
-        sizes: rows in each source's file.
+        sizes: number of rows in each source's file.
     Raises:
-        ValueError: for a source that is to give more rows than it has.
+        ValueError: for a source with fewer rows than its `count`.
     """
     counts = _counts(sources, sizes)
     return [
@@ -313,7 +312,7 @@ def choose_rows(sources: Sequence[DataSource], sizes: Sequence[int], seed: int) 
 
 
 def _counts(sources: Sequence[DataSource], sizes: Sequence[int]) -> list[int]:
-    weights = [source.weight for source in sources if source.weight is not None]  # of all sources, or of none
+    weights = [source.weight for source in sources if source.weight is not None]  # all sources have one, or none
     if weights:
         total = sum(weights)
         wanted = [(size * total / weight, source) for size, weight, source in zip(sizes, weights, sources)]
@@ -333,7 +332,7 @@ def _counts(sources: Sequence[DataSource], sizes: Sequence[int]) -> list[int]:
 
 
 def _count(count: int | str | None, size: int) -> int:
-    """The rows to take of a file of `size` rows; a percentage is rounded up."""
+    """The number of rows to select from a file of `size` rows; a percentage is rounded up."""
     if isinstance(count, str):
         return math.ceil(size * Fraction(count.removesuffix("%")) / 100)
     return size if count is None else count
@@ -346,7 +345,7 @@ def _choose(sampling: str, size: int, count: int, rng: np.random.Generator) -> n
         return np.arange(count)
     if size == 0:
         return np.arange(0)
-    whole, rest = divmod(count, size)  # whole passes and, for `random` as for a last pass, some rows drawn
+    whole, rest = divmod(count, size)  # whole passes, then some rows drawn at random
     passes = [np.arange(size)] * whole + [np.sort(rng.choice(size, rest, replace=False))]
     return np.concatenate(passes)
 
@@ -355,13 +354,13 @@ def _choose(sampling: str, size: int, count: int, rng: np.random.Generator) -> n
 
 
 def tokenise(prompts: Sequence[Sequence[Piece]], processor: LlavaProcessor) -> list[np.ndarray]:
-    """Tokenise training prompts, all in one call, which a fast tokenizer spreads over the cores.
+    """Tokenise training prompts in one call, which a fast tokenizer parallelises.
 
     Args:
         prompts: each from `Template.pieces`.
     Returns:
-        For each prompt its token ids, int64 [n]: a token that is not supervised is `~id`, which is below zero, and an
-        `<image>` mark is one image token. `expand` makes input ids and labels of them.
+        For each prompt its token ids, int64 [n]: an unsupervised token is stored as `~id`, which is negative, and an
+        `<image>` mark is one image token. `expand` converts them to input ids and labels.
     """
     if not prompts:
         return []
@@ -393,13 +392,13 @@ def tokenise(prompts: Sequence[Sequence[Piece]], processor: LlavaProcessor) -> l
 
 
 def _tokens_of(encoding: Encoding, start: int, end: int) -> slice:
-    """The tokens that have any of the characters from `start` to `end`, by binary search: offsets never decrease."""
+    """The tokens that overlap the characters `start` to `end`, by binary search (offsets are non-decreasing)."""
 
     def first(token: int) -> int:
-        return (encoding.token_to_chars(token) or (0, 0))[0]  # None is for special tokens, and none are added
+        return (encoding.token_to_chars(token) or (0, 0))[0]  # None only for special tokens, which are not added here
 
     def last(token: int) -> int:
-        # A token of no width, such as a lone leading space, goes with the character it stands before.
+        # A token of zero width, such as a lone leading space, counts as part of the next character.
         at, stop = encoding.token_to_chars(token) or (0, 0)
         return max(at + 1, stop)
 
@@ -408,20 +407,20 @@ def _tokens_of(encoding: Encoding, start: int, end: int) -> slice:
 
 
 def expand(tokens: np.ndarray, image_token_id: int, n_image_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Input ids and labels (−100 where not supervised), int64, of a prompt from `tokenise`; images in full."""
+    """Input ids and labels (−100 if not supervised), int64, of a prompt from `tokenise`, with all image tokens."""
     tokens = tokens.astype(np.int64)
     tokens = np.repeat(tokens, np.where(tokens == ~image_token_id, n_image_tokens, 1))
     return np.where(tokens < 0, ~tokens, tokens), np.where(tokens < 0, IGNORE, tokens)
 
 
 def bos(tokenizer: Any) -> list[int]:
-    """What the tokenizer itself puts in front of a text: [BOS], or nothing."""
+    """The special tokens that the tokenizer adds before a text: [BOS], or none."""
     ids = tokenizer("")["input_ids"]
     return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
 
 
 def check_spaces(processor: LlavaProcessor) -> None:
-    """Warn where a prompt's tokens after an image will differ from the ones trained on."""
+    """Warn if the tokens after an image will differ between a prompt at inference and training."""
     tokenizer, after = processor.tokenizer, "\nx"
     trained = [processor.image_token_id, *tokenizer(after, add_special_tokens=False)["input_ids"]]
     prompted = tokenizer(processor.image_token + after, add_special_tokens=False)["input_ids"]

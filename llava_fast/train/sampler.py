@@ -1,4 +1,4 @@
-"""Which samples make a batch: the order of an epoch in training, and equally many batches for all in evaluation."""
+"""The order of samples in a training epoch, and padding of evaluation data to equal batch counts per process."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from llava_fast.train.data import LlavaDataset
 
 
 class GroupedSampler(Sampler[int]):
-    """One epoch's order of samples, a function of `seed` and `epoch` alone.
+    """The order of samples in one epoch; depends only on `seed` and `epoch`.
 
-    As in LLaVA the unit is the samples of one optimiser step: with `modality` a step has pictures or has
-    none, and with `length` each device batch of a step gets about the same number of tokens. Steps come
-    in random order; what fills no step of its own modality comes last, and then `n_filler` indices past the end.
+    As in LLaVA, samples are grouped by optimiser step: with `modality` all samples of a step have images or none has,
+    and with `length` the device batches of a step have about equally many tokens. Steps are shuffled; samples that do
+    not fill a step of their modality come last, and then `n_filler` indices past the end.
     """
 
     def __init__(
@@ -81,9 +81,9 @@ def _chunks(items: list[int], size: int) -> list[list[int]]:
 
 
 class FilledUp(Dataset):
-    """A dataset with samples without labels at its end, so that all processes have equally many whole batches.
+    """A dataset padded with unlabelled samples, so that all processes have equally many full batches.
 
-    accelerate would repeat samples instead, and so count them twice.
+    accelerate would repeat samples instead, which would count them twice.
     """
 
     def __init__(self, dataset: LlavaDataset, multiple: int) -> None:

@@ -1,8 +1,8 @@
-"""LLaVA's training stages on transformers' Trainer: what trains, in which order, and what is saved.
+"""Training of LLaVA's stages with transformers' Trainer; `run(recipe)` is the entry point.
 
-`run(recipe)` does all of it. Launching, sharding, mixed precision, accumulation and resuming are the Trainer's and
-accelerate's; this file adds what LLaVA needs: the three stages, packed batches grouped by modality and length, a rate
-for the projector, a token-weighted evaluation loss, and checkpoints in the layout that `from_pretrained` reads.
+The Trainer and accelerate provide launching, sharding, mixed precision, accumulation and resuming. This file adds the
+three stages, packed batches grouped by modality and length, a learning rate for the projector, an evaluation loss
+averaged over tokens, and checkpoints in the layout that `from_pretrained` reads.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ PROJECTOR = "multi_modal_projector"
 
 
 class TrainResult(TypedDict):
-    """What `run` returns."""
+    """The result of `run`."""
 
     output_dir: Path  # a full model and its processor; with stage lora the adapter is in output_dir/adapter
     steps: int  # optimiser steps in total, those before a resume included
     train_loss: float  # mean over the steps of this call
     eval_loss: float | None  # per supervised token, after the last step
     log_history: list[dict[str, float]]
-    counts: dict[str, int]  # rows of the data and what became of them: samples, dropped_fully_masked ...
+    counts: dict[str, int]  # counts of `rows.Report`: samples, dropped_fully_masked ...
     tokens: int  # tokens of this call, image tokens included, over all devices
     seconds: float  # wall clock of the training loop, evaluations and checkpoints included
     tokens_per_s: float
 
 
 def run(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> TrainResult:
-    """Train as `recipe` says and leave a model in `recipe.output_dir` that `from_pretrained` loads.
+    """Train by a recipe and write a model to `recipe.output_dir` that `from_pretrained` loads.
 
     With stage lora that model has the adapter merged in; the adapter itself is in `output_dir/adapter`,
     and checkpoints are adapters that refer to `recipe.model`.
 
     Raises:
-        RecipeError: a key, file or sample that training cannot start from; nothing has been written then.
-        CheckpointError: a checkpoint or the model could not be written; earlier checkpoints are whole.
+        RecipeError: for a bad key, file or sample; nothing has been written then.
+        CheckpointError: if a checkpoint or the model could not be written; earlier checkpoints stay complete.
     """
     recipe.check_files()
     checkpoint = recipe.checkpoint()
@@ -119,7 +119,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     if recipe.dtype == "fp16" and not torch.cuda.is_available():
         raise RecipeError("dtype: fp16 needs a GPU for its loss scaling, use bf16 or fp32 here")
     accumulation = recipe.accumulation(int(os.environ.get("WORLD_SIZE", "1")))
-    # The recipe decides, whatever the file given to `accelerate launch` says.
+    # The recipe overrides the mixed precision in the config file of `accelerate launch`.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no" if recipe.dtype == "fp32" else recipe.dtype
     known = {field.name for field in fields(TrainingArguments)}
     name = "activation" if "activation_checkpointing" in known else "gradient"  # renamed in transformers 5.23
@@ -136,14 +136,14 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         max_steps=recipe.max_steps or -1,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type=recipe.scheduler,
-        warmup_steps=recipe.warmup_ratio,  # below 1 it is a share of all steps
+        warmup_steps=recipe.warmup_ratio,  # a value below 1 is a share of all steps
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         bf16=recipe.dtype == "bf16",
         fp16=recipe.dtype == "fp16",
         use_cpu=not torch.accelerator.is_available(),
         logging_steps=recipe.logging_steps,
-        logging_nan_inf_filter=False,  # a loss of NaN is to be seen
+        logging_nan_inf_filter=False,  # log a loss of NaN as NaN
         eval_strategy="steps" if recipe.eval_steps else "no",
         eval_steps=recipe.eval_steps,
         prediction_loss_only=True,
@@ -153,13 +153,13 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         seed=recipe.seed,
         dataloader_num_workers=recipe.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,  # the collator reads what forward does not name
+        remove_unused_columns=False,  # the collator needs keys that are not arguments of forward
         label_names=["labels"],
         ddp_find_unused_parameters=False,  # text-only batches keep the projector in the graph
         report_to=recipe.report_to,
         **checkpointing,
     )
-    # One process drives one device: DataParallel cannot split a pack, and torchrun uses them all.
+    # One device per process: DataParallel cannot split a pack. For several devices use torchrun.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
@@ -172,13 +172,13 @@ def load_processor(recipe: Recipe) -> LlavaProcessor:
     else:
         processor = LlavaProcessor.from_pretrained(folder)
     processor.pad_to_square = recipe.image_aspect == "pad"
-    # What is saved prompts a model as it was trained; a style for captions leaves the chat as it was.
+    # Save the chat template of the training style; the style for captions (`plain`) has none, so the old one is kept.
     processor.chat_template = get_template(recipe.template).chat_template or processor.chat_template
     return processor
 
 
 def load_data(recipe: Recipe, processor: LlavaProcessor) -> tuple[LlavaDataset, LlavaDataset | None]:
-    """Training samples, and validation samples where the recipe asks for them."""
+    """The training dataset, and the validation dataset if the recipe has one."""
 
     def read(sources: list[DataSource]) -> LlavaDataset:
         return LlavaDataset(
@@ -205,7 +205,7 @@ def load_data(recipe: Recipe, processor: LlavaProcessor) -> tuple[LlavaDataset, 
 def prepare_model(recipe: Recipe, processor: LlavaProcessor, checkpoint: Path | None = None) -> nn.Module:
     """The model of the recipe, or of the checkpoint it resumes from, set up for its stage.
 
-    What trains is fp32, what does not has the recipe's dtype. Stage lora returns a `PeftModel`.
+    Trained parameters are fp32, frozen ones have the recipe's dtype. Stage lora returns a `PeftModel`.
     """
     folder = recipe.model if checkpoint is None or recipe.stage == "lora" else checkpoint
     if folder is None:
@@ -230,10 +230,10 @@ def prepare_model(recipe: Recipe, processor: LlavaProcessor, checkpoint: Path | 
 
 
 def lora_config(recipe: Recipe, model: LlavaForConditionalGeneration) -> LoraConfig:
-    """LoRA on all linear layers of the language model; the projector trains in full beside it.
+    """LoRA on all linear layers of the language model; the projector is trained in full.
 
-    The expression names the layers by their place, since `q_proj` alone is in the tower, too, and fits
-    transformers' names of all versions.
+    The regular expression matches full module paths, since the tower has layers named `q_proj`, too; it fits the names
+    of all transformers versions.
     """
     modules = model.model.language_model.named_modules()
     leaves = sorted({name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)})
@@ -261,7 +261,7 @@ class LlavaTrainer(Trainer):
             kwargs["train_dataset"] = filled_up = FilledUp(self.samples, per_pass)
             n_filler = len(filled_up) - len(self.samples)
         super().__init__(**kwargs)
-        # The Trainer has set use_cache=False in the config, which would be saved. Training steps pass it themselves.
+        # The Trainer has put use_cache=False in the config; do not save it, `compute_loss` passes it instead.
         vars(base.config).pop("use_cache", None)
         self.recipe = recipe
         self.made_from = made_from
@@ -287,7 +287,7 @@ class LlavaTrainer(Trainer):
     # Optimisation
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimiser and groups; the projector's are split off where it has its own rate."""
+        """The Trainer's optimiser; if the projector has its own learning rate, its parameters get separate groups."""
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
@@ -302,23 +302,23 @@ class LlavaTrainer(Trainer):
                 params = [parameter for parameter in group["params"] if (id(parameter) in projector) == own]
                 if params:
                     groups.append({**group, "params": params, "lr": lr})
-        # The schedule reads the first group's rate for the log: the language model's.
+        # The logged learning rate is that of the first group, so the language model's groups come first.
         optimizer.param_groups[:] = sorted(groups, key=lambda group: id(group["params"][0]) in projector)
         return optimizer
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # Resumed from the checkpoint of the last step, the Trainer would take one more.
+        # If resumed from the checkpoint of the last step, the Trainer would run one step more.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
 
     def restore_progress(self) -> None:
-        """Restore the sum of losses since the last line of the log, which the Trainer does not save."""
+        """Restore the sum of losses since the last log entry, which the Trainer does not save."""
         if self.progress:
             self._globalstep_last_logged = self.progress["logged_step"]
             self._tr_loss += self.progress["loss_since"]
-            self._total_loss_scalar -= self.progress["loss_since"]  # train_loss is of this call's steps alone
+            self._total_loss_scalar -= self.progress["loss_since"]  # train_loss covers only the steps of this call
             if self.progress["processes"] != self.args.world_size:
                 logger.warning(
                     f"the checkpoint was written by {self.progress['processes']} process(es), this is a run of "
@@ -332,12 +332,12 @@ class LlavaTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """The step's loss: summed over this pack, divided by the supervised tokens of the whole step."""
+        """The loss: a sum over this pack, divided by the number of supervised tokens of the whole optimiser step."""
         self.vision_tower.eval()  # the Trainer has just called model.train()
         self._n_tokens += inputs["input_ids"].numel()
         if num_items_in_batch is not None:
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
-        # Samples that fill up an epoch have no labels: their loss, and its gradients, are zeros.
+        # Filler samples at the end of an epoch have no labels: their loss and gradients are zero.
         return super().compute_loss(model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch)
 
     # Evaluation
@@ -385,7 +385,7 @@ class LlavaTrainer(Trainer):
         return str(self.recipe.output_dir / checkpoints.UNFINISHED)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """The Trainer's checkpoint, written in `.unfinished` and renamed when all processes have written theirs."""
+        """The Trainer's checkpoint, written in `.unfinished` and renamed once all processes have written."""
         step = self.state.global_step
         target = self.recipe.output_dir / f"checkpoint-{step}"
         progress = {
@@ -405,8 +405,8 @@ class LlavaTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # The model was built from the checkpoint, whose names on disk are not those in memory.
-        # Only FSDP has its own, sharded files to read.
+        # The model's weights were already loaded in `prepare_model`; names on disk differ from those in memory.
+        # Only FSDP loads its own sharded files.
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -434,7 +434,7 @@ class LlavaTrainer(Trainer):
             if self.recipe.stage == "lora":
                 adapter = folder / "adapter"
                 self.save_model(str(adapter))
-                if self.args.should_save:  # read back, which works alike however training was sharded
+                if self.args.should_save:  # merge from the saved files, which do not depend on the sharding
                     merged = LlavaForConditionalGeneration.from_pretrained(adapter, dtype=torch.float32)
                     merged.to(DTYPES[self.recipe.dtype]).save_pretrained(folder)
                     assert isinstance(self.processing_class, LlavaProcessor)
@@ -451,19 +451,19 @@ class LlavaTrainer(Trainer):
     # Reporting
 
     def close_progress_bar(self) -> None:
-        """End the line of the bar, which the Trainer leaves open when training fails."""
+        """Close the progress bar, which the Trainer leaves open if training fails."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
                 callback.training_bar.close()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         rate = self.recipe.projector_learning_rate
-        if rate is not None and "learning_rate" in logs:  # one schedule scales both
+        if rate is not None and "learning_rate" in logs:  # one schedule scales both learning rates
             logs["projector_learning_rate"] = logs["learning_rate"] * rate / self.recipe.learning_rate
         super().log(logs, start_time)
 
     def counts(self) -> dict[str, int]:
-        """What became of the rows of the data files, by name; see `data.Report`."""
+        """Counts of the data files' rows, by name; see `rows.Report`."""
         counts = dict(self.samples.report.items())
         if self.validation is not None:
             counts |= {f"validation_{name}": n for name, n in self.validation.report.items()}
@@ -476,7 +476,7 @@ class LlavaTrainer(Trainer):
 
 
 class _Hooks(TrainerCallback):
-    """Logs the sample counts at the start, and tells the sampler the epoch, also after a resume."""
+    """Logs the sample counts at the start, and sets the sampler's epoch, also after a resume."""
 
     def __init__(self, trainer: LlavaTrainer) -> None:
         self.trainer = trainer
@@ -491,7 +491,7 @@ class _Hooks(TrainerCallback):
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Turn what is wrong with the recipe's files into a `RecipeError` of one line."""
+    """Turn errors about the recipe's files into a `RecipeError` of one line."""
     try:
         yield
     except RecipeError:

@@ -1,7 +1,7 @@
-"""Values of a recipe: from YAML and the command line, checked and converted by pydantic, refused in one line.
+"""Reads a recipe's values from YAML and the command line; pydantic checks and converts them.
 
-pydantic does it by the types of a dataclass's fields; its errors are put in our words, which name the key in full, what
-it takes and what it got.
+pydantic uses the types of the dataclass's fields. Its errors are reworded to one line with the full key, the expected
+type and the value.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _ADAPTERS: dict[tuple[type, str], TypeAdapter[Any]] = {}
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be run; the message is one line that names the key."""
+    """A recipe is invalid; the message is one line that names the key."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))  # names of files may hold line breaks
+        super().__init__(" ".join(message.split()))  # file names may contain line breaks
 
 
 # Types of values
@@ -38,7 +38,7 @@ def _number(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return value
     try:
-        return float(value)  # text, too: YAML 1.1 reads 1e-3 as text
+        return float(value)  # also for text: YAML 1.1 reads 1e-3 as text
     except OverflowError:
         raise ValueError(f"{show(value)} is too large") from None
     except ValueError:
@@ -50,13 +50,13 @@ def _path(value: Any, info: ValidationInfo) -> Any:
         return value
     try:
         path = Path(value).expanduser()
-    except RuntimeError as error:  # ~nobody
+    except RuntimeError as error:  # a home directory of an unknown user, such as ~nobody
         raise ValueError(f"{error} ({show(value)})") from error
     return info.context / path if isinstance(info.context, Path) else path
 
 
 def rule(words: str, holds: Callable[[Any], bool]) -> AfterValidator:
-    """What a value must keep to besides its type."""
+    """A validator: `holds` must be true for a value; `words` describe the rule in the error message."""
 
     def check(value: Any) -> Any:
         if not holds(value):
@@ -84,7 +84,7 @@ PositiveNumber = Annotated[Number, POSITIVE]
 
 
 def load(cls: type[T], path: Path, overrides: Iterable[str]) -> T:
-    """A dataclass from a YAML file, changed by `key=value`, or `key.key=value` for a dataclass in it.
+    """A dataclass from a YAML file, overridden by `key=value`, or `key.key=value` for a nested dataclass.
 
     Raises:
         RecipeError: one line that names the file and the key.
@@ -94,7 +94,7 @@ def load(cls: type[T], path: Path, overrides: Iterable[str]) -> T:
             text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise RecipeError(error.strerror or str(error)) from error
-        except ValueError as error:  # no text, or no path
+        except ValueError as error:  # not text, or not a path
             raise RecipeError(f"not YAML: {error}") from error
         read = _read_yaml(text)
         if not isinstance(read, dict):
@@ -118,7 +118,9 @@ def load(cls: type[T], path: Path, overrides: Iterable[str]) -> T:
                 only = f"only {', '.join(nested)} has keys of its own"
                 raise RecipeError(f"{key}: {outer} is set as a whole, {outer}=…; {only}")
     with _blaming(path):
-        missing = [name for name in _hints(cls) if not hasattr(cls, name) and name not in values]  # no default either
+        missing = [
+            name for name in _hints(cls) if not hasattr(cls, name) and name not in values
+        ]  # fields without a default
         if missing:
             raise RecipeError(f"missing key {missing[0]!r}")
         return cls(**values)
@@ -137,12 +139,12 @@ def _read_yaml(text: str) -> Any:
         return yaml.safe_load(text)
     except RecursionError as error:
         raise RecipeError("not YAML: nested too deeply") from error
-    except Exception as error:  # PyYAML's constructors raise all sorts: ValueError, KeyError, AttributeError ...
+    except Exception as error:  # PyYAML's constructors raise ValueError, KeyError, AttributeError ...
         raise RecipeError(f"not YAML: {error}") from error
 
 
 def _typed_in(cls: type, key: str, text: str) -> Any:
-    """Command-line text as a YAML value, or as it was typed where `key` takes text or a path but not that value."""
+    """Command-line text parsed as YAML; if `key` does not accept that value but takes text or a path, the raw text."""
     try:
         value = _read_yaml(text)
         if key in _hints(cls):
@@ -166,7 +168,7 @@ def convert_fields(instance: Any, prefix: str = "") -> None:
 
 
 def _convert(cls: type, key: Any, value: Any, prefix: str = "", base: Path | None = None) -> Any:
-    """`value` by the type of a key of `cls`; relative paths start at `base`."""
+    """`value` converted to the type of a key of `cls`; paths are relative to `base`."""
     if key not in _hints(cls):
         raise RecipeError(_unknown(f"{prefix}{key}", cls))
     try:
@@ -176,7 +178,7 @@ def _convert(cls: type, key: Any, value: Any, prefix: str = "", base: Path | Non
 
 
 def _hints(cls: type) -> dict[str, Any]:
-    """The fields' types; makes pydantic's validators of them the first time."""
+    """The fields' types; the first call builds their pydantic validators."""
     if cls not in _HINTS:
         _HINTS[cls] = get_type_hints(cls)
         for key, hint in get_type_hints(cls, include_extras=True).items():
@@ -185,7 +187,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _in_our_words(key: str, hint: Any, error: ValidationError) -> RecipeError:
-    """One of pydantic's errors: an unknown key, or else a broken rule, or else the most deeply nested wrong type."""
+    """Reword one of pydantic's errors: an unknown key first, then a broken rule, then the most nested wrong type."""
     rank = {"unexpected_keyword_argument": 0, "invalid_key": 0, "value_error": 1}
     found = min(error.errors(), key=lambda error: (rank.get(error["type"], 2), -len(error["loc"])))
     is_unknown = rank.get(found["type"]) == 0
@@ -193,14 +195,14 @@ def _in_our_words(key: str, hint: Any, error: ValidationError) -> RecipeError:
         nested = _nested(hint)
         if isinstance(step, int):
             key, hint = f"{key}[{step}]", nested
-        elif nested is not None and step in _hints(nested):  # and not pydantic's name of a union's member
+        elif nested is not None and step in _hints(nested):  # not pydantic's name of a union member
             key, hint = f"{key}.{step}", _hints(nested)[step]
     if is_unknown:
         return RecipeError(_unknown(f"{key}.{found['loc'][-1]}", _nested(hint)))
     if found["type"] == "missing":
         outer, _, name = key.rpartition(".")
         return RecipeError(f"{outer}: missing key {name!r}")
-    if found["type"] == "value_error":  # from our own validators; those of a whole mapping name its key
+    if found["type"] == "value_error":  # from our own validators; those of a nested dataclass name its key themselves
         return RecipeError(f"{key}{'.' if is_dataclass(hint) else ': '}{found['ctx']['error']}")
     return RecipeError(f"{key}: expected {_describe(hint)}, got {show(found['input'])}")
 
@@ -216,7 +218,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 
 def _nested(hint: Any) -> Any:
-    """The dataclass that a type holds, or holds a list of, or None."""
+    """The dataclass in a type, which may be optional or a list of it; else None."""
     inner = (get_args(member)[0] if get_origin(member) is list else member for member in _members(hint))
     return next((member for member in inner if is_dataclass(member)), None)
 
@@ -236,7 +238,7 @@ def _describe(hint: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """`repr`, cut short: aliases make a few bytes of YAML a list of billions."""
+    """A shortened `repr`: YAML aliases can expand a few bytes to a list of billions of items."""
     shown = reprlib.Repr()
     shown.maxlevel, shown.maxstring, shown.maxother, shown.maxlong = 2, 80, 80, 40
     return shown.repr(value)

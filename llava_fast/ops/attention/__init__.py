@@ -4,26 +4,26 @@ One operation for the vision tower, packed training, padded batches, prefill and
 ranges. A query with an empty range gets zeros, and gives zero gradients.
 
 The kernels are flash attention (Dao 2023): softmax runs online over tiles of keys, scores never leave the chip, and the
-backward pass recomputes them from the log-sum-exp (LSE) of each row. O(T) memory, and no mask is built: a tile of
-queries walks the keys between the least start and the greatest end of its rows, first those that all its rows see,
-then, with a mask, the rest. In the backward pass a tile of keys walks the one contiguous run of queries that see it,
-for all query heads of its group, so that sums are formed in registers, in one order, without atomics.
+backward pass recomputes them from the log-sum-exp (LSE) of each row. Memory is O(T), and no mask is built. A tile of
+queries loops over the keys between the smallest start and the largest end of its rows: first the key tiles that all
+its rows see, then the others, with a mask. In the backward pass a tile of keys loops over the contiguous run of queries
+that see it, for all query heads of its group, so gradients are summed in registers, in a fixed order, without atomics.
 
-Tiles begin at multiples of their height from the first row of a sample, and walk in steps from the first key or query
-they see; so a sample's output and gradients are, bit for bit, the same wherever it lies in a pack. There are as many
-programs as multiples of the tile height in T, and each takes the tiles that begin in its window: one, or several where
-samples are short; no list of tiles is made and no size is read back from the device.
+Tiles begin at multiples of their height, counted from the first row of a sample, and their loop begins at the first key
+or query they see; so a sample's output and gradients are bit-identical wherever it lies in a pack. The grid has
+ceil(T / tile height) programs. Each covers a window of that many rows, and processes the tiles that begin in it: one,
+or several if samples are short. No list of tiles is built, and no size is read back from the device.
 
-What a walk leaves over is not worth a tile. A vision tower of 577 = 9 · 64 + 1 tokens would take 10 × 10 tiles of
-64 × 64, where 81.3 tiles' worth of scores are wanted. Heads up to 64 wide take the last rows of a walk, if they are 16
-at most, in a tile of 16, and a tile of one row outside of the tensor cores, which have 16 rows at least: 9 × 9¼ = 83¼
-tiles and one row, forward and in both backward kernels; 92½ with queries in tiles of 128 (half of the last is empty),
-as in the forward and dQ tiles that ship for sm_90. Wider heads have no registers left for that: 100 tiles.
+A last tile with few rows wastes work: a vision tower of 577 = 9 · 64 + 1 tokens would need 10 × 10 tiles of 64 × 64 for
+81.3 tiles' worth of scores. For heads up to 64 wide, the last step of a loop therefore uses a tile of 16 rows if 16 or
+fewer are left, and a tile of one row is computed without tensor cores, which need 16 rows: 9 × 9¼ = 83¼ tiles and one
+row, forward and in both backward kernels; 92½ with queries in tiles of 128 (half of the last is empty), as in the
+forward and dQ tiles that ship for sm_90. Wider heads have no registers left for this: 100 tiles.
 
 Shapes: B batch, T queries, S keys, H query heads, G key heads (H a multiple of G), d head dimension. Tiles are
-[BLOCK_M queries, d] and [BLOCK_N keys, d]. Blocks are powers of two, so from 64 on a d in between is held in two, and
-has two products a tile: 72 and 80 as 64 + 16, 96 as 64 + 32, 160 as 128 + 32, 192 as 128 + 64 (a d of 72 in 128 columns
-would be 1.6 times the products). Other d are padded to the next of 16, 32, 64, 80, 96, 128, 160, 192, 256.
+[BLOCK_M queries, d] and [BLOCK_N keys, d]. Blocks are powers of two, so a d above 64 that is not one is held in two
+blocks, with two products per tile: 72 and 80 as 64 + 16, 96 as 64 + 32, 160 as 128 + 32, 192 as 128 + 64 (a d of 72 in
+128 columns would be 1.6 times the products). Other d are padded to the next of 16, 32, 64, 80, 96, 128, 160, 192, 256.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from llava_fast.ops.attention.peers import register_peers
 from llava_fast.ops.attention.ranges import KeyRanges
 from llava_fast.ops.attention.tiles import MAX_HEAD_DIM, columns
 
-# PyTorch's CPU kernel walks keys in steps of 512, so at these lengths a causal mask saves it little or nothing. Blocks
-# of queries that are given the keys up to their end take up to 22 % less time (one thread) or 15 % (two), forward and
-# backward; beyond these lengths they take more.
+# PyTorch's CPU kernel processes keys in blocks of 512, so at these lengths a causal mask saves little or no work. One
+# SDPA call per block of queries, with the keys up to the block's end, takes up to 22 % less time (one thread) or 15 %
+# (two), forward and backward; at greater lengths it takes more.
 CPU_BLOCKED, CPU_BLOCK = range(257, 769), 192
 
 __all__ = ["KeyRanges", "attention", "attention_reference", "attention_weights_reference", "range_attention"]
@@ -63,8 +63,8 @@ def attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention with one range of visible keys per query. Several layers over the same ranges share what follows from
-    them when they call `range_attention` with one `KeyRanges`.
+    """Attention with one range of visible keys per query. For several layers with the same ranges call
+    `range_attention` with one `KeyRanges`, which caches the tensors that are derived from the ranges.
 
     Args:
         q_BTHd, k_BSGd, v_BSGd: one floating dtype; the last dimension contiguous, other strides free.
@@ -90,14 +90,14 @@ def range_attention(
     *,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """`attention` by ranges that several calls share: what follows from them is worked out once."""
+    """`attention` with a `KeyRanges` object, which caches derived tensors for all calls that share it."""
     return _checked(q_BTHd, k_BSGd, v_BSGd, ranges, scale, False)[0]
 
 
 def _checked(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: KeyRanges, scale: float | None, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and, if asked for, LSE, for arguments that fit together."""
+    """Check the arguments, then run the chosen implementation: the output, and the LSE if asked for."""
     batch, tokens, heads, dim = q.shape
     if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != dim:
         raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit")
@@ -109,7 +109,7 @@ def _checked(
     if not scale > 0:
         raise ValueError(f"attention: scale is {scale}; it must be positive")
     if tokens == 0 or batch == 0:
-        # Keys and values stay in the graph: whoever waits for their gradients in every process gets zeros.
+        # Keys and values stay in the autograd graph, with zero gradients: distributed training waits for these.
         return q + (k.sum() + v.sum()), q.new_zeros(batch, heads, tokens, dtype=torch.float32)
     return choose("attention", q, k, v)(q, k, v, ranges, scale, return_lse)
 
@@ -121,8 +121,8 @@ def attention_reference(
     ranges: KeyRanges,
     scale: float,
 ) -> torch.Tensor:
-    """Plain PyTorch. On a CPU, samples of a self-attention are sliced out and attended to one by one (or in groups of
-    similar length), so neither time nor memory is spent between samples; otherwise one masked SDPA."""
+    """Plain PyTorch. Self-attention on a CPU: one SDPA call per sample, or per group of samples of similar length, so
+    scores between samples are not computed. Otherwise one SDPA call with a dense mask."""
     cut = ranges.groups(k_BSGd.shape[1])
     if cut is None:
         return _masked_attention(q_BTHd, k_BSGd, v_BSGd, ranges, scale)
@@ -182,12 +182,12 @@ def _sdpa(
 ) -> torch.Tensor:
     tokens = q_BTHd.shape[1]
     if causal and q_BTHd.device.type == "cpu" and not torch.compiler.is_compiling() and tokens in CPU_BLOCKED:
-        parts = []
+        outs = []
         for start in range(0, tokens, CPU_BLOCK):
             stop = min(start + CPU_BLOCK, tokens)
             seen = torch.ones(stop - start, stop, dtype=torch.bool).tril(start)
-            parts.append(_sdpa(q_BTHd[:, start:stop], k_BSGd[:, :stop], v_BSGd[:, :stop], seen, False, scale))
-        return torch.cat(parts, dim=1)
+            outs.append(_sdpa(q_BTHd[:, start:stop], k_BSGd[:, :stop], v_BSGd[:, :stop], seen, False, scale))
+        return torch.cat(outs, dim=1)
     return F.scaled_dot_product_attention(
         q_BTHd.transpose(1, 2),
         k_BSGd.transpose(1, 2),
@@ -228,7 +228,7 @@ def _attention_backward_op(
     lse: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if dout.stride(3) != 1:  # the gradient of a sum is one number, expanded
+    if dout.stride(3) != 1:  # for instance the gradient of a sum: one number, expanded with stride 0
         dout = dout.contiguous()
     dq, delta = launch_dq(dout, dlse, q, k, v, start, end, first, out, lse, scale)
     return dq, *launch_dkdv(dout, q, k, v, start, end, keys, lse, delta, scale)
@@ -293,9 +293,9 @@ register_peers()
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
-    """LLaVA's tower (16 heads, all of 577 tokens see each other) at head dimension 64 and packs of its samples (32
-    heads, causal, 832 tokens) at 128, which decide about tiles; and with half the key heads every head dimension that
-    fills a tile, and 72, of vision towers. float16 compiles as bfloat16."""
+    """Timed by the tuner: LLaVA's tower (16 heads of dimension 64, 577 tokens that all see each other) and a pack of
+    its samples (32 heads of dimension 128, causal, 832 tokens). Compiled only: every head dimension that fills a tile,
+    and 72, which vision towers have, with half as many key heads. float16 is left out: it compiles as bfloat16."""
     large, single = device.type != "cpu", dtype == torch.float32
     keys = [key for key in tile_table("attention_fwd")["sm_80"]["tiles"] if not key.endswith("fp32")]
     timed = {64: (16, 577, 16), 128: (5, 832, 32)} if large else {64: (1, 33, 2), 128: (2, 20, 2)}
@@ -306,7 +306,7 @@ def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
         start = index // tokens * tokens
         end = start + tokens if dim == 64 else index + 1
         q, k, v, out, dout = torch.randn(5, 1, samples * tokens, heads, dim, device=device).to(dtype)
-        # Of normal scores about log(number of keys) + ½; what is timed does not depend on it.
+        # For normally distributed scores the LSE is about log(number of keys) + ½; the time does not depend on it.
         lse = ((end - start).log() + 0.5).expand(1, heads, -1).contiguous()
         ranges, scale = KeyRanges(start, end), dim**-0.5
         heights, widths = ((16, 32), (16, 32, 64)) if single else ((64, 128), (32, 64, 128))
@@ -316,7 +316,7 @@ def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
             for n in widths
             for warps in (4, 8)
             for stages in (2, 3)
-            # Sums and scores in float32, per thread, decide what spills; a warp of a product has 16 rows at least.
+            # float32 accumulators and scores per thread decide whether a tile spills; a warp needs at least 16 rows.
             if m * (dim + n) // (32 * warps) <= 160 and (m >= 16 * warps or single)
         ]
         for key_heads in (heads, heads // 2) if dim in timed else (heads // 2,):

@@ -1,9 +1,9 @@
-"""The backward kernels, which compute the scores again from the log-sum-exp of each row.
+"""The backward kernels of attention, which recompute the scores from the log-sum-exp of each row.
 
-dQ walks keys, as the forward kernel does. dK and dV: a tile of keys walks the one run of queries that see it, for all
-query heads of its group, so that sums are formed in registers, in one order, without atomics.
+dQ: a tile of queries loops over keys, as in the forward kernel. dK and dV: a tile of keys loops over the run of queries
+that see it, for all query heads of its group, so gradients are summed in registers, in a fixed order, without atomics.
 
-What `first`, `scale` and a line are, and why registers decide, is said in `forward.py`.
+See `forward.py` for `first`, `scale`, line, and the register limits.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _dq_tile(
 ):  # fmt: skip
     out = _load_rows(out_ptr, line0 + row0, out_stride, out_column, count, DIM, BLOCK_M, BLOCK_D, BLOCK_E)
     dout = _load_rows(dout_ptr, row0, dout_stride, 0, count, DIM, BLOCK_M, BLOCK_D, BLOCK_E)
-    # d lse / d s = p, so a gradient of the LSE enters where delta = Σ dout · out does.
+    # ds = p · (dout · v − delta) with delta = Σ dout · out; since d lse / d s = p, dlse is subtracted from delta.
     delta = tl.sum(out[0].to(tl.float32) * dout[0].to(tl.float32), axis=1)
     if BLOCK_E > 0:
         delta += tl.sum(out[1].to(tl.float32) * dout[1].to(tl.float32), axis=1)
@@ -144,7 +144,7 @@ def _dkdv_step(
     start = tl.load(start_ptr + row, mask=row < to, other=0)
     end = tl.load(end_ptr + row, mask=row < to, other=0)
     p = tl.exp2(_products(k, q, BLOCK_N, BLOCK_E) * scale - lse[None, :])  # [BLOCK_N, BLOCK_M]
-    # A mask on every tile costs less here than the registers of a second loop.
+    # Masking every tile costs less here than a second loop without a mask, which needs more registers.
     p = tl.where((key[:, None] >= start[None, :]) & (key[:, None] < end[None, :]), p, 0.0)
     dout = _load_tile(dout_ptr + base * dout_stride, dout_stride, to - t0, True, DIM, BLOCK_M, BLOCK_D, BLOCK_E)
     dv = _weighted(p, dout, dv, BLOCK_N, BLOCK_E)
@@ -197,7 +197,7 @@ def _attention_bwd_dkdv_kernel(
     DIM: tl.constexpr, ALIGNED: tl.constexpr, NARROW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    # Early keys of a causal sample are seen by most queries, and they are first already.
+    # The longest loops run first: the early keys of a causal sample are seen by the most queries.
     window, key_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     key_heads = tl.num_programs(1)
     line0, lines = batch * keys, tl.num_programs(2) * keys
@@ -212,7 +212,7 @@ def _attention_bwd_dkdv_kernel(
     k0, tiles_here = _next_tile(keys_ptr, line0, window * BLOCK_N, stop, BLOCK_N)
     for _ in tl.range(tiles_here, disable_licm=True):
         count = _tile_rows(keys_ptr, line0, keys, k0, BLOCK_N)
-        # The queries that see a key of the tile: one run.
+        # The queries that see any key of the tile are one contiguous run.
         t_from = tl.load(keys_ptr + (lines + line0 + k0))
         t_to = tl.load(keys_ptr + (2 * lines + line0 + k0 + count - 1))
         k_at = _plane(k_ptr, batch, k_batch, key_head, k_head, ALIGNED)
@@ -247,7 +247,7 @@ def launch_dq(
     lse: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dq, and delta [B, H, T], which dK and dV are formed with."""
+    """dq, and delta [B, H, T], which `launch_dkdv` needs."""
     batch, tokens, heads = q.shape[:3]
     dq, delta = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty_like(lse)
     choice = tile_of("attention_bwd_dq", q)

@@ -1,15 +1,15 @@
-"""Attention of a few new queries to a long cache: the keys are split over programs, and the splits merged by their LSE.
+"""Decode attention, a few new queries over a long cache: keys are split over programs, splits are merged by their LSE.
 
     out = Σ_i exp(lse_i − lse) · out_i,   lse = log Σ_i exp(lse_i)              Dao et al. 2023, "Flash-Decoding"
 
-One program takes all queries of one key head (so a key is read once for its whole group) and one split of the keys they
-see. The range is cut on the device, from `start` and `end`: every split has an equal share of the filled cache, while
-the grid depends on shapes alone, so a CUDA graph replays it as the cache fills. Keys and values are read where they lie
-(transformers' caches are [B, G, S, d]); each byte once, which is the floor.
+One program takes all queries of one key head (so each key is read once for its whole group) and one split of the keys
+they see. The range is split on the device, from `start` and `end`, into equal shares of the filled cache. The grid
+depends only on shapes, so a CUDA graph stays valid as the cache fills. Keys and values are read in place, by strides
+(transformers' caches are [B, G, S, d]); each byte is read once, which is the minimum.
 
 The same kernel reads int8 caches, for `int8.py`.
 
-Forward only; `attention` calls it for up to `MAX_TOKENS` queries when nothing wants a gradient.
+Forward only; `attention` calls it for up to `MAX_TOKENS` queries if no gradient is needed.
 
 Shapes: B batch, T queries, S keys, H query heads, G key heads, d head dimension.
 """
@@ -29,13 +29,13 @@ from llava_fast.ops.attention.ranges import KeyRanges
 from llava_fast.ops.attention.tiles import _plane, _times, _zeros, blocks, columns, strides, tile_of
 
 MAX_TOKENS = 4
-MAX_ROWS = 64  # queries times heads of a group that one program holds
+MAX_ROWS = 64  # queries × heads of a group, all held by one program
 MAX_SPLITS = 64
 COMBINE_TILE = {"num_warps": 4, "num_stages": 1}
 
 
 def merge_by_lse(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention to several sets of keys, from attention to each: a shared prefix and what follows it, for instance.
+    """Combine attention over disjoint sets of keys, for instance a shared prefix and the tokens after it.
 
     Args:
         outs: [B, T, H, d] each, over disjoint keys.
@@ -46,7 +46,7 @@ def merge_by_lse(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> 
     """
     lse_NBHT = torch.stack(tuple(lses))
     lse_BHT = torch.logsumexp(lse_NBHT, 0)
-    # Where no split sees a key all are −inf, and so is the sum: weights are zeros, not NaN.
+    # If no split sees a key, all LSEs are −inf and so is their sum; the clamp makes the weights zeros, not NaN.
     weight_NBHT = torch.exp(lse_NBHT - lse_BHT.clamp(min=torch.finfo(lse_BHT.dtype).min))
     splits = (w.transpose(1, 2)[..., None] * out for w, out in zip(weight_NBHT, outs, strict=True))
     return sum(splits).to(outs[0].dtype), lse_BHT
@@ -187,7 +187,8 @@ def launch_decode(
 
 
 def splits_of(q: torch.Tensor, k: torch.Tensor) -> int:
-    """Enough programs to fill the device twice, none with fewer than 128 keys of a full cache; shapes alone decide."""
+    """Enough splits for two programs per multiprocessor, each of at least 128 keys of a full cache. Depends on shapes
+    only."""
     wanted = -(-2 * multiprocessors(q.device) // max(1, k.shape[0] * k.shape[2]))
     return max(1, min(wanted, k.shape[1] // 128, MAX_SPLITS))
 
@@ -217,8 +218,8 @@ def decode_attention(
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
-    """A step of batch 8 with 32 heads after 768 tokens, at every head dimension that fills a tile and at 72: with key
-    heads of their own, shared by 4, and of int8. 64 and 128 decide about tiles. float16 compiles as bfloat16."""
+    """A decoding step of batch 8 with 32 heads after 768 tokens, at every head dimension that fills a tile and at 72:
+    with 32 key heads, with 8, and with 8 in int8. The tuner times 64 and 128. float16 compiles as bfloat16."""
     batch, heads, filled, slots = (8, 32, 768, 1024) if device.type != "cpu" else (1, 4, 37, 50)
     start = torch.zeros(batch, 1, dtype=torch.int32, device=device)
     end = torch.full_like(start, filled)

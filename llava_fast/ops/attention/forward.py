@@ -1,11 +1,11 @@
-"""The forward kernel: a tile of queries walks the keys that it sees.
+"""The forward kernel of attention: a tile of queries loops over the keys that it sees.
 
-`first` is, for each row (a query, or a key), the first row of its sample. `scale` comes multiplied by log2(e),
-since the hardware's exponential is 2ˣ. A line is a row counted through the batch, b · T + t.
+`first` holds, for each row (a query, or a key), the first row of its sample. `scale` includes the factor log2(e),
+since the hardware's exponential is 2ˣ. A line is a flat row index over the batch, b · T + t.
 
-Registers decide these kernels. What does not depend on the tile would be moved out of the loop over tiles and hold
-registers all through the walk, until some spill: hence `disable_licm`, and addresses outside of the inner loops that
-are written in terms of the tile's first row. Bases are 64-bit, offsets inside a tile of an inner loop are not.
+Register pressure limits these kernels. The compiler would hoist values that do not depend on the tile out of the loop
+over tiles (LICM); they would occupy registers during the whole loop and cause spills. Hence `disable_licm`, and
+addresses that are computed from the tile's first row. Bases are 64-bit; offsets inside a tile are 32-bit.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def _fwd_step(
     MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys. Of int8 keys and values those pointers are to their scales: scores, and then probabilities,
-    are multiplied by them instead of the keys and values."""
+    """One tile of keys. For int8 keys and values, `k_scale_ptr` and `v_scale_ptr` point to their scales, which multiply
+    scores and probabilities instead of keys and values."""
     base = tl.cast(k0, tl.int64)
     k = _load_tile(k_ptr + base * k_stride, k_stride, k_to - k0, MASKED, DIM, BLOCK_N, BLOCK_D, BLOCK_E)
     s = _products(q, _cast(k, q[0].dtype, BLOCK_E), BLOCK_M, BLOCK_E)  # [BLOCK_M, BLOCK_N]
@@ -52,7 +52,7 @@ def _fwd_step(
     if MASKED:
         s = tl.where((key[None, :] >= start[:, None]) & (key[None, :] < end[:, None]), s, float("-inf"))
     new = tl.maximum(best, tl.max(s, axis=1) * scale)
-    # A row that has seen nothing yet has −inf; subtracting it from itself would give NaN.
+    # The maximum of a row that has seen no key yet is −inf; −inf − (−inf) would be NaN.
     shift = tl.where(new == float("-inf"), 0.0, new) if MASKED else new
     p = tl.exp2(s * scale - shift[:, None])
     fade = tl.exp2(best - shift)
@@ -114,7 +114,7 @@ def _attention_fwd_kernel(
     DIM: tl.constexpr, ALIGNED: tl.constexpr, NARROW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    # Late tiles of a causal sample are the longest, so they go first.
+    # The last tiles of a causal sample have the longest loops, so they run first.
     window, head, batch = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
     line0, plane = batch * tokens, (batch * heads + head) * tokens

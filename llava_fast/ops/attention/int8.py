@@ -1,11 +1,11 @@
-"""Attention of a few new queries to a cache of int8 keys and values, a scale to each token and head.
+"""Decode attention over a cache of int8 keys and values, with one scale per token and head.
 
     out = Σ_s p_s · v_scale_s · v_s,   p = softmax_s(scale · k_scale_s · q · k_s)        over each query's range of keys
 
-The kernel is that of `decode.py`. Keys and values are turned into the queries' dtype in registers, which is
-exact, and the scales multiply scores and probabilities instead of them: nothing dequantised reaches memory, and a step
-reads d + 4 bytes a key and value where bf16 has 2 · d (132 for 256 at d = 128). For more queries than
-`decode_attention` takes, keys and values are dequantised once and `attention` is run on them.
+The kernel is that of `decode.py`. It casts keys and values to the queries' dtype in registers, which is exact, and
+applies the scales to scores and probabilities: no dequantised tensor is written to memory, and a step reads d + 4 bytes
+per key or value, where bf16 has 2 · d (132 for 256 at d = 128). For more queries than `decode_attention` takes, keys
+and values are dequantised once, and `attention` runs on them.
 
 Forward only. Shapes: B batch, T queries, S keys, H query heads, G key heads, d head dimension.
 """

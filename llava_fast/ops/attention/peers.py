@@ -1,14 +1,14 @@
-"""Attention by other libraries, behind the call of `attention`: to compare with, and to use where one is faster.
+"""Attention by other libraries under the interface of `attention`: for comparison, and for use where one is faster.
 
     with use_backend("flash_attn", "attention"):
         out = attention(q, k, v, start, end)
 
-A peer is imported when it is first asked for, runs only when it is asked for by name, and differentiates what it can;
-`BackendUnavailable` says in a line why not. What each can express, of q [B, T, H, d] with one range of keys per query:
+A peer is imported at its first use, and runs only if it is requested by name. It supports backward where its library
+does; else `BackendUnavailable` gives the reason in a line. Key ranges that each peer supports, for q [B, T, H, d]:
 
     name            library                                 ranges
-    sdpa_flash      PyTorch's SDPA, its flash kernel        samples of equal lengths: each batch row one, all over the
-                                                            same keys, or a pack without anything between them
+    sdpa_flash      PyTorch's SDPA, its flash kernel        samples of equal lengths: one per batch row, all with the
+                                                            same keys, or a pack without padding between them
     sdpa_cudnn      PyTorch's SDPA, cuDNN's kernel          the same
     varlen          torch.nn.attention.varlen               packs and padding: all samples causal, or all full
     flash_attn      FlashAttention-2                        the same, and a cache (forward only)
@@ -16,12 +16,11 @@ A peer is imported when it is first asked for, runs only when it is asked for by
     xformers        memory_efficient_attention              the same
     flex            FlexAttention                           any
 
-Causal: the last query of a sample sees all its keys, and each one before sees one key less. Full: all see all. Only
-FlexAttention has a language for a causal sample with images that see themselves.
+Causal: the last query of a sample sees all its keys, and each query sees one key fewer than the next query. Full: all
+queries see all keys. Only FlexAttention can express a causal sample with images that see themselves.
 
-These libraries want lengths on the host, so the first call with a `KeyRanges` waits for the device; what is found is
-kept there, and later calls (a model's other layers) do not wait. Inside torch.compile a peer
-breaks the graph.
+These libraries need sample lengths on the host, so the first call with a `KeyRanges` synchronises with the device; the
+lengths are cached in that object, and later calls (other layers) do not. Under torch.compile a peer is a graph break.
 
 Shapes: B batch, T queries, S keys, H query heads, G key heads, d head dimension; N samples, R rows of all batch rows.
 """
@@ -52,11 +51,11 @@ Result = tuple[torch.Tensor, torch.Tensor | None]
 class Samples:
     """Key ranges as samples: runs of queries of a batch row whose ranges begin at the same key.
 
-    causal, full: whether all samples are, and share no keys; a sample of one query is both.
-    queries_N, keys_N: how many each has; cu_queries, cu_keys: int32 [N + 1], their running sums, on the device.
-    query_rows, key_rows: the rows b · T + t and b · S + s of all samples in order; None where those are simply all.
-    row_keys: of each batch row that is one sample of all its T queries, its first key and one past the last; None where
-        another batch row is not.
+    causal, full: whether all samples are causal (full) and share no keys; a sample of one query is both.
+    queries_N, keys_N: queries and keys of each sample; cu_queries, cu_keys: int32 [N + 1], their running sums, on the
+        device.
+    query_rows, key_rows: the flat rows b · T + t and b · S + s of all samples, in order; None if these are all rows.
+    row_keys: if each batch row is one sample of all its T queries: per batch row its first key and one past its last.
     """
 
     causal: bool
@@ -71,19 +70,19 @@ class Samples:
 
     @property
     def common_keys(self) -> slice | None:
-        """The keys that every batch row sees, where each is one sample and all see the same."""
+        """The keys of every batch row, if each batch row is one sample and all have the same keys."""
         return slice(*self.row_keys[0]) if self.row_keys and len(set(self.row_keys)) == 1 else None
 
     @property
     def equal(self) -> bool:
-        """Whether samples of equal lengths lie end to end, so that a pack is a batch of them without a copy."""
+        """Whether samples have equal lengths and no gaps between them, so that a view turns the pack into a batch."""
         apart = self.query_rows is None and self.key_rows is None
         return apart and len(set(self.queries_N)) == 1 and len(set(self.keys_N)) == 1
 
 
 def samples_of(ranges: KeyRanges, keys: int) -> Samples:
     device, (batch, tokens) = ranges.start.device, ranges.shape
-    start, end = torch.stack((ranges.start, ranges.end)).to("cpu", torch.int64)  # the one wait for the device
+    start, end = torch.stack((ranges.start, ranges.end)).to("cpu", torch.int64)  # the only synchronisation
     real = end > start
     opens = real.clone()
     opens[:, 1:] &= ~real[:, :-1] | (start[:, 1:] != start[:, :-1])
@@ -132,7 +131,7 @@ def _uniform(name: str, ranges: KeyRanges, keys: int) -> Samples:
 
 
 def _first_keys(samples: Samples, q: torch.Tensor, k: torch.Tensor) -> list[int] | None:
-    """The first key of each batch row, where its queries follow keys of its own (a cache, read where it lies)."""
+    """The first key of each batch row, if each is one sample with more keys than queries (a KV cache); else None."""
     cached = samples.row_keys is not None and q.shape[1] < k.shape[1]
     return [first for first, _ in samples.row_keys or ()] if cached else None
 
@@ -142,12 +141,12 @@ def _wants_gradient(*tensors: torch.Tensor) -> bool:
 
 
 def _rows(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """[rows, heads, d] of [B, tokens, heads, d]; copied where they are not all, or do not lie so in memory."""
+    """Select rows: [B, tokens, heads, d] to [rows, heads, d]; a view if all rows are selected and strides allow it."""
     return x.flatten(0, 1) if rows is None else x.flatten(0, 1).index_select(0, rows)
 
 
 def _put_back(out: torch.Tensor, lse_HR: torch.Tensor | None, rows: torch.Tensor | None, q: torch.Tensor) -> Result:
-    """[B, T, H, d] and [B, H, T] of [rows, H, d] and [H, rows]; zeros and −inf for queries that are not among them."""
+    """Scatter [rows, H, d] and [H, rows] to [B, T, H, d] and [B, H, T]; other queries get zeros and LSE −inf."""
     batch, tokens, heads, _ = q.shape
     if rows is not None:
         out = out.new_zeros(batch * tokens, *out.shape[1:]).index_copy(0, rows, out)
@@ -160,7 +159,7 @@ def _put_back(out: torch.Tensor, lse_HR: torch.Tensor | None, rows: torch.Tensor
 
 
 def _nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, return_lse: bool) -> Result:
-    """What no query with a key gives: zeros, whose gradients are zeros."""
+    """The result if no query sees a key: zeros, with zero gradients."""
     out = q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0) + k[:, :0].sum() + v[:, :0].sum()
     batch, tokens, heads, _ = q.shape
     return out, q.new_full((batch, heads, tokens), float("-inf"), dtype=torch.float32) if return_lse else None
@@ -188,7 +187,7 @@ def _sdpa(name: str, kernel: SDPBackend, q, k, v, ranges, scale, return_lse) -> 
         q, k, v = (x.flatten(0, 1).unflatten(0, (len(samples.queries_N), -1)) for x in (q, k, v))
     else:
         raise _refuse(name, "samples of different lengths, padding and keys that differ by batch row need a dense mask")
-    # SDPA's causal mask begins at the first key, ours ends at the last: the same for square ones.
+    # SDPA's causal mask is aligned to the first key, ours to the last: they agree only for equal lengths.
     if not samples.full and q.shape[1] != k.shape[1]:
         raise _refuse(name, f"causal with {q.shape[1]} queries and {k.shape[1]} keys")
     with sdpa_kernel(kernel):
@@ -204,7 +203,7 @@ def _sdpa(name: str, kernel: SDPBackend, q, k, v, ranges, scale, return_lse) -> 
 
 
 def _varlen(name: str, call: Callable[..., Any], q, k, v, ranges, scale, return_lse) -> Result:
-    """What FlashAttention's interface for packs is given: rows of the samples, one after the other."""
+    """Call FlashAttention's interface for packs (varlen): the rows of all samples, one after the other."""
     samples = _uniform(name, ranges, k.shape[1])
     if return_lse and _wants_gradient(q, k, v):
         raise _refuse(name, "its LSE has no gradient")
@@ -248,7 +247,7 @@ def _flash_attn_3(*call: Any) -> Result:
 
 
 def _flash_attn(name: str, module: str, q, k, v, ranges, scale, return_lse) -> Result:
-    """FlashAttention-2 and -3: their interfaces agree in what is used here."""
+    """FlashAttention-2 and -3, whose interfaces are equal for the arguments used here."""
     library = importlib.import_module(module)
     samples = _uniform(name, ranges, k.shape[1])
     first_keys = _first_keys(samples, q, k)
@@ -268,7 +267,7 @@ def _flash_attn(name: str, module: str, q, k, v, ranges, scale, return_lse) -> R
             *(q, k, v, cu_queries, cu_keys, max_queries, max_keys),
             softmax_scale=scale,
             causal=causal,
-            return_attn_probs=True,  # FlashAttention-2 returns a third, empty without dropout
+            return_attn_probs=True,  # FlashAttention-2 returns a third value, empty without dropout
         )[:2]
 
     return _varlen(name, call, q, k, v, ranges, scale, return_lse)
@@ -293,7 +292,7 @@ def _xformers(q, k, v, ranges, scale, return_lse) -> Result:
     else:
         rows, mask = samples.query_rows, ranges.derived(_block_diagonal_mask, k.shape[1])
         x, k, v = _rows(q, rows)[None], *(_rows(t, samples.key_rows)[None] for t in (k, v))
-    if group > 1 and backward:  # its backward knows no groups
+    if group > 1 and backward:  # its backward does not support grouped heads
         k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     elif group > 1:
         x = x.unflatten(2, (-1, group))
@@ -338,7 +337,7 @@ def _flex(q, k, v, ranges, scale, return_lse) -> Result:
     if not _on_gpu(q) and _wants_gradient(q, k, v):
         raise _refuse("flex", f"FlexAttention has no backward on {q.device.type}")
     wanted: dict[str, Any] = {}
-    if return_lse:  # PyTorch before 2.9 asks for it differently
+    if return_lse:  # PyTorch before 2.9 has another argument
         wanted = (
             {"return_aux": library.AuxRequest(lse=True)} if hasattr(library, "AuxRequest") else {"return_lse": True}
         )
@@ -353,7 +352,7 @@ def _flex(q, k, v, ranges, scale, return_lse) -> Result:
     return out.transpose(1, 2), lse if lse is None or isinstance(lse, torch.Tensor) else lse.lse
 
 
-# ---- who can, and where: True, or one line saying why not
+# ---- which tensors each peer supports: True, or one line saying why not
 
 
 def _same_dtype(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool | str:
@@ -361,7 +360,7 @@ def _same_dtype(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool | str
 
 
 def _tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool | str:
-    """What the libraries' kernels take: 16-bit floats on a GPU."""
+    """The libraries' kernels need 16-bit floats on a GPU."""
     if not _on_gpu(q):
         return f"the tensors are on {q.device.type}"
     if q.dtype not in (torch.float16, torch.bfloat16):
@@ -398,7 +397,8 @@ def _tensors_of_sdpa(kernel: SDPBackend, can_use: Callable[[Any], bool], q, k, v
 
 
 def _missing(module: str, package: str, capability: int = 0) -> str:
-    """Why the peer cannot run here: its module is looked for, not imported, and so is a GPU (of that generation)."""
+    """Why the peer cannot run here: its module is not installed, or there is no GPU of that compute capability. The
+    module is located, not imported."""
     if module not in sys.modules and importlib.util.find_spec(module) is None:
         return f"{package} is not installed"
     if not torch.cuda.is_available():
@@ -417,18 +417,18 @@ def _missing_varlen() -> str:
 
 
 def _untraced(fn: Callable[..., Result]) -> Callable[..., Result]:
-    """`fn`, at which compiled code breaks its graph: it works on the host, and keeps what it finds."""
+    """`fn` as a graph break for torch.compile, since it reads lengths on the host and caches them."""
 
     @wraps(fn)
     def call(*arguments: Any) -> Result:
-        # Decorating at once would import all of torch._dynamo with this file.
+        # `torch.compiler.disable` as a decorator would import torch._dynamo together with this file.
         return torch.compiler.disable(fn)(*arguments) if torch.compiler.is_compiling() else fn(*arguments)
 
     return call
 
 
 def register_peers() -> None:
-    """Offer the peers to `use_backend(name, "attention")`; imports none of them."""
+    """Register the peers for `use_backend(name, "attention")`, without importing them."""
     for name, fn, supports, missing in (
         ("sdpa_flash", _sdpa_flash, _tensors_of_sdpa_flash, str),
         ("sdpa_cudnn", _sdpa_cudnn, _tensors_of_sdpa_cudnn, partial(_missing, "torch", "PyTorch")),

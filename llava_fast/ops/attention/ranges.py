@@ -1,12 +1,12 @@
-"""`KeyRanges`: one range of visible keys per query, and everything that attention works out from the ranges.
+"""`KeyRanges`: one range of visible keys per query, and the tensors that attention derives from the ranges.
 
-A forward pass makes one object and hands it to every layer, so what follows from the two vectors is worked out once, by
-whoever needs it first, and is gone with the object:
+A forward pass makes one object and passes it to every layer. Derived tensors are computed at first use, cached in the
+object, and freed with it:
 
-    first_BT            for the kernels: the first query of each query's sample, where its tiles are anchored
+    first_BT            for the kernels: the first query of each query's sample, from which its tiles are counted
     seen_by(S)          for the backward kernels: which queries see each of S keys
-    groups(S)           for the reference on a CPU: samples to be sliced out and attended to together
-    derived(make, S)    whatever else one needs, such as the lengths of samples, or a library's own mask
+    groups(S)           for the reference on a CPU: groups of samples, each one SDPA call
+    derived(make, S)    anything else, such as the lengths of samples, or a library's own mask
 
 A *sample* is a run of queries whose ranges have no key in common with those of the queries before or after it.
 
@@ -33,8 +33,8 @@ class KeyRanges:
 
     Attributes:
         start, end: int32 [B, T], contiguous. Along T neither decreases; an empty range has start = end.
-        kind: "causal" or "full" where the host knows that every batch row is one such sample of T queries and its first
-            T keys; None where it does not.
+        kind: "causal" or "full" if the host knows that every batch row is one sample of that kind, of T queries and its
+            first T keys; else None.
 
     Raises:
         ValueError: for vectors that are not two matrices of one shape.
@@ -73,20 +73,21 @@ class KeyRanges:
         return there
 
     def shifted(self, keys: int) -> KeyRanges:
-        """For a cache that has dropped its first `keys` keys."""
+        """The ranges for a cache that has dropped its first `keys` keys."""
         return KeyRanges((self.start - keys).clamp(min=0), (self.end - keys).clamp(min=0)) if keys else self
 
     def derived(self, make: Callable[[KeyRanges, int], T], keys: int) -> T:
-        """`make(self, keys)`, worked out once for every function and number of keys.
+        """`make(self, keys)`, cached per function and number of keys.
 
-        What is first needed while a CUDA graph is captured is only kept if the ranges were made in that capture too: it
-        has no values before the graph is replayed. A compiler finds repetitions by itself.
+        A result computed during CUDA graph capture has no values before the graph is replayed, so it is cached only if
+        the ranges were made during capture too. Under torch.compile nothing is cached; the compiler removes
+        repetitions.
         """
         if torch.compiler.is_compiling():
             return make(self, keys)
         key = (make, keys)
         if key not in self._derived:
-            # Outside of inference mode, or what is made could not be saved for a backward pass.
+            # Inference tensors could not be saved for a later backward pass.
             with torch.inference_mode(False), torch.no_grad():
                 made = make(self, keys)
             if self._capturing() and not self._made_in_capture:
@@ -101,18 +102,18 @@ class KeyRanges:
     def first_BT(self) -> torch.Tensor:
         """int32: the first query of each query's sample; a run of empty rows counts as one.
 
-        A tile begins at a row whose distance from there is a multiple of its height, so a sample's tiles are the same
-        wherever it lies in a pack. Any partition gives right results.
+        Tiles begin at multiples of their height after this query, so a sample's tiles are the same wherever it lies in
+        a pack. Results would be right with any other partition.
         """
         return self.start if self.kind else self.derived(_first_of_sample, 0)
 
     def seen_by(self, keys: int) -> torch.Tensor:
-        """int32 [3, B, S]: the first key of each key's sample; and of the queries that see a key, which are one run,
-        the first and one past the last."""
+        """int32 [3, B, S], per key: the first key of its sample; the first query that sees the key, and one past the
+        last (these queries are contiguous)."""
         return self.derived(_seen_by, keys)
 
     def groups(self, keys: int) -> Groups | None:
-        """The samples of a self-attention on a CPU, in groups; None where one masked call serves."""
+        """The samples of a self-attention on a CPU, in groups; None: use one SDPA call with a mask."""
         if self.kind and keys == self.shape[1]:
             return Groups(self.kind, ())
         if self.start.device.type != "cpu" or torch.compiler.is_compiling():
@@ -120,7 +121,7 @@ class KeyRanges:
         return self.derived(_groups_of, keys)
 
 
-# What the kernels' tiles follow; computed on the device without waiting for it.
+# Boundaries of samples, for the kernels' tiles; computed on the device without synchronisation
 
 
 def _opens_sample(start_BT: torch.Tensor, end_BT: torch.Tensor) -> torch.Tensor:
@@ -139,7 +140,7 @@ def _first_of_sample(ranges: KeyRanges, _: int) -> torch.Tensor:
 def _seen_by(ranges: KeyRanges, keys: int) -> torch.Tensor:
     start_BT, end_BT = ranges.start, ranges.end
     key_S = torch.arange(keys, device=start_BT.device, dtype=torch.int32)
-    # Keys are cut where a sample's keys begin and where they end; column S takes what is not a cut.
+    # Keys are cut where a sample's keys begin and where they end; queries without a cut write to the extra column S.
     opens_BT = _opens_sample(start_BT, end_BT)
     cuts = (
         torch.where(opens_BT, start_BT, keys),
@@ -164,7 +165,7 @@ class Group:
 
     kind: "causal", "full" (all see all; equal lengths) or "ranges" (`mask_N1LL`).
     rows_NL: flat row (b · T + t) of each token; short samples repeat their last row.
-    real, real_rows: which of the N · L outputs are real, and where they go.
+    real, real_rows: which of the N · L outputs are not repetitions, and their flat rows.
     """
 
     kind: str
@@ -176,8 +177,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Groups:
-    """A batch cut into samples. `whole` is their kind where each batch row is one sample that fills it; there are no
-    groups then."""
+    """A batch cut into samples. If each batch row is exactly one sample, `whole` is their kind and there are no
+    groups."""
 
     whole: Kind | None
     groups: tuple[Group, ...]
@@ -208,7 +209,7 @@ def _groups_of(ranges: KeyRanges, keys: int) -> Groups | None:
 
 
 def _own_samples(start_BT: torch.Tensor, end_BT: torch.Tensor) -> list[_Sample]:
-    """The samples, where none sees keys outside of its own tokens; else none at all."""
+    """The samples; an empty list if any of them sees keys outside of its own tokens."""
     samples = []
     for b, (start_T, end_T) in enumerate(zip(start_BT, end_BT, strict=True)):
         real = (end_T > start_T).nonzero().flatten()
@@ -282,12 +283,12 @@ def key_ranges(
             At least `past + T` long.
         position_ids: [B, T]; without an `attention_mask` and with nothing cached, a position that does not follow
             its predecessor starts a new document (packed samples).
-        image_mask: [B, T] bool; given, the tokens of one image see each other.
+        image_mask: [B, T] bool, True at image tokens; if given, the tokens of one image see each other.
         image_tokens: tokens per image, used with `image_mask`.
-        sliding_window: each token sees at most this many of the latest keys, itself included.
+        sliding_window: each token sees at most this many of the latest keys, its own included.
 
     Returns:
-        canonical ranges [B, T]. Their kind is known where nothing but causality decides them.
+        canonical ranges [B, T]; their kind is "causal" if no optional argument is given and nothing is cached.
 
     Raises:
         ValueError: when an `attention_mask` has real tokens that are not contiguous (on a CPU; on other devices the
@@ -336,17 +337,17 @@ def key_ranges(
 
 
 def _end_of_image(image_mask_BT: torch.Tensor, image_tokens: int, past: int | torch.Tensor) -> torch.Tensor:
-    """End (exclusive) of the image each token lies in; its own index + 1 outside of one."""
+    """End (exclusive) of the image that contains each token; own index + 1 for other tokens."""
     step = torch.arange(image_mask_BT.shape[1], device=image_mask_BT.device)
     opens = image_mask_BT & ~torch.nn.functional.pad(image_mask_BT[:, :-1], (1, 0))
     run_BT = torch.where(opens, step, 0).cummax(1).values
-    # Images may stand side by side, so a run of image tokens is cut every `image_tokens`.
+    # A run of image tokens may be several adjacent images, so it is cut every `image_tokens`.
     stop_BT = run_BT + ((step - run_BT) // image_tokens + 1) * image_tokens
     return torch.where(image_mask_BT, stop_BT, step + 1).clamp(max=image_mask_BT.shape[1]) + past
 
 
 def require(condition: torch.Tensor, message: str) -> None:
-    """Raise at once on a CPU; elsewhere assert on the device without waiting for it."""
+    """Raise ValueError on a CPU; elsewhere an asynchronous device-side assert."""
     if condition.device.type == "cpu" and not torch.compiler.is_compiling():
         if not condition:
             raise ValueError(message)

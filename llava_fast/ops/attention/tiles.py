@@ -1,7 +1,7 @@
-"""What the attention kernels are made of: tiles of rows, their products, the walk over them, and their block sizes.
+"""Shared device functions of the attention kernels: loads, stores and products of tiles, loop bounds, block sizes.
 
-A tile is a tuple: [BLOCK_R, BLOCK_D], and where the head dimension is held in two blocks [BLOCK_R, BLOCK_E] as well.
-A line is a row counted through the batch, b · T + t.
+A tile is a tuple: [BLOCK_R, BLOCK_D], and if the head dimension is held in two blocks also [BLOCK_R, BLOCK_E].
+A line is a flat row index over the batch, b · T + t.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ MAX_HEAD_DIM = 256
 
 
 def tile_of(kernel: str, q: torch.Tensor) -> Tile:
-    """The shipped tile; float32 has its own, as its products run outside the tensor cores and fill more registers."""
+    """The shipped tile; float32 has its own, as its products do not use tensor cores and need more registers."""
     return tile(kernel, f"{columns(q.shape[3])}{' fp32' if q.dtype == torch.float32 else ''}", q.device)
 
 
 def columns(dim: int) -> int:
-    """Columns a head is held in: the least of 16, 32, 64, 80, 96, 128, 160, 192, 256 that is enough."""
+    """Columns that hold a head: the smallest of 16, 32, 64, 80, 96, 128, 160, 192, 256 that is ≥ dim."""
     return sum(_two_blocks(dim))
 
 
 def _two_blocks(dim: int) -> tuple[int, int]:
-    """Blocks are powers of two; from 64 on a dimension in between is held in two, 72 in 64 + 16 rather than 128."""
+    """Block sizes, powers of two; above 64 a second block holds the rest: 72 is held in 64 + 16 rather than 128."""
     above = max(16, 1 << (dim - 1).bit_length())
     for rest in (above // 8, above // 4):
         if above >= 128 and dim <= above // 2 + rest:
@@ -34,10 +34,10 @@ def _two_blocks(dim: int) -> tuple[int, int]:
 
 
 def blocks(*tensors: torch.Tensor) -> dict[str, int | bool]:
-    """What kernels are told of the last dimension: it is held in blocks of BLOCK_D and, unless that is 0, BLOCK_E.
+    """Constexprs for the last dimension, which is held in a block of BLOCK_D and, unless that is 0, one of BLOCK_E.
 
     ALIGNED: whether every head of every row begins at a multiple of 16 bytes.
-    NARROW: the last few rows of a walk are taken in a tile of so many; 0 where wide heads leave no registers for it.
+    NARROW: rows of the smaller tile for the last step of a loop; 0 if wide heads leave no registers for it.
     """
     dim = tensors[0].shape[-1]
     block_d, block_e = _two_blocks(dim)
@@ -50,7 +50,7 @@ def blocks(*tensors: torch.Tensor) -> dict[str, int | bool]:
 
 
 def strides(*tensors: torch.Tensor) -> tuple[int, ...]:
-    """Of batch, token and head."""
+    """The strides of batch, token and head of each tensor."""
     return tuple(stride for x in tensors for stride in x.stride()[:3])
 
 
@@ -76,7 +76,7 @@ def _load_tile(
     ptr, stride, rows, CHECK_ROWS: tl.constexpr,
     DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_R, BLOCK_D] and perhaps [BLOCK_R, BLOCK_E] from `ptr` on, zeros from row `rows` and column DIM on."""
+    """[BLOCK_R, BLOCK_D] and perhaps [BLOCK_R, BLOCK_E] at `ptr`; zeros in rows ≥ `rows` and columns ≥ DIM."""
     block_d = _load_block(ptr, stride, rows, CHECK_ROWS, DIM, BLOCK_R, BLOCK_D)
     if BLOCK_E > 0:
         return (block_d, _load_block(ptr + BLOCK_D, stride, rows, CHECK_ROWS, DIM - BLOCK_D, BLOCK_R, BLOCK_E))
@@ -97,7 +97,7 @@ def _load_rows(
     ptr, row0, stride, column, count,
     DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """DIM columns of the `count` rows from `row0` on."""
+    """Load DIM columns of the `count` rows from `row0` on."""
     at, inside = _rows_at(ptr, row0, stride, column, count, DIM, BLOCK_R, BLOCK_D)
     block_d = tl.load(at, mask=inside, other=0.0)
     if BLOCK_E > 0:
@@ -147,7 +147,7 @@ def _cast(x, to: tl.constexpr, BLOCK_E: tl.constexpr):
 
 @inlined
 def _products(a, b, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Of each row of a with each of b. A lone row is multiplied outside of the tensor cores, which take 16 at least."""
+    """a · bᵀ. A single row is multiplied without tensor cores, which need at least 16 rows."""
     if BLOCK_R == 1:
         s = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), axis=1)[None, :]
         if BLOCK_E > 0:
@@ -180,7 +180,7 @@ def _weighted(p, x, acc, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr):
 
 @inlined
 def _plane(ptr, batch, batch_stride, head, head_stride, ALIGNED: tl.constexpr):
-    """Where a head of a batch row begins. Strides that are multiples of 8, but not of 16, are not seen as aligned."""
+    """Pointer to a head of a batch row. Triton does not infer alignment from strides divisible by 8, but not by 16."""
     ptr += batch.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride
     if ALIGNED:
         ptr = tl.multiple_of(ptr, 16)
@@ -189,7 +189,7 @@ def _plane(ptr, batch, batch_stride, head, head_stride, ALIGNED: tl.constexpr):
 
 @inlined
 def _next_tile(first_ptr, line0, row0, stop, BLOCK_R: tl.constexpr):
-    """The first row, from `row0` on, that begins a tile, and how many rows before `stop` do."""
+    """The first row from `row0` on that begins a tile, and the number of rows before `stop` that begin one."""
     row = row0 + tl.arange(0, BLOCK_R)
     first = tl.load(first_ptr + (line0 + row), mask=row < stop, other=0)
     begins = (row < stop) & ((row - first) % BLOCK_R == 0)
@@ -198,7 +198,7 @@ def _next_tile(first_ptr, line0, row0, stop, BLOCK_R: tl.constexpr):
 
 @inlined
 def _tile_rows(first_ptr, line0, rows, row0, BLOCK_R: tl.constexpr):
-    """How many rows the tile at `row0` has: as many of BLOCK_R as are of its sample."""
+    """Number of rows of the tile at `row0`: those of its BLOCK_R rows that belong to the same sample."""
     row = row0 + tl.arange(0, BLOCK_R)
     first = tl.load(first_ptr + (line0 + row), mask=row < rows, other=-1)
     return tl.sum((first == tl.load(first_ptr + (line0 + row0))).to(tl.int32))
@@ -214,7 +214,7 @@ def _ranges(start_ptr, end_ptr, line, count, BLOCK_M: tl.constexpr):
 
 @inlined
 def _cut(rows, BLOCK_R: tl.constexpr, NARROW: tl.constexpr):
-    """Tiles that `rows` rows are walked in, and whether a narrow one comes after those."""
+    """The number of tiles for `rows` rows, and whether (1 or 0) a narrow tile for the last rows follows them."""
     rest = rows % BLOCK_R
     if NARROW > 0 and BLOCK_R > NARROW:
         narrow = ((rest > 0) & (rest <= NARROW)).to(tl.int32)
@@ -226,8 +226,8 @@ def _cut(rows, BLOCK_R: tl.constexpr, NARROW: tl.constexpr):
 
 @inlined
 def _key_walk(start_ptr, end_ptr, line, count, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NARROW: tl.constexpr):
-    """The first key that a tile's rows see and one past the last; in tiles of keys from the first: the number of them,
-    whether a narrow one follows, and the run [whole, mixed) of those that every row sees all of."""
+    """Loop bounds of a tile of queries: the first key that its rows see, and one past the last; the number of key tiles
+    between them, and whether a narrow one follows; the tiles [whole, mixed), which every row sees completely."""
     start, end = _ranges(start_ptr, end_ptr, line, count, BLOCK_M)
     row, seeing = tl.arange(0, BLOCK_M), end > start
     k_from = tl.min(tl.where(seeing, start, 0x7FFFFFFF))
