@@ -249,7 +249,7 @@ class LlavaModel(LlavaPreTrainedModel):
         return embeds_BTD if unused is None else embeds_BTD + 0 * unused.to(embeds_BTD.dtype)
 
     def _unused_feature(self, device: torch.device) -> torch.Tensor | None:
-        """An image feature [1, D] to be added zero times, so that a text-only batch gives the projector gradients (zeros).
+        """An image feature [1, D] to be added zero times: it gives the projector zero gradients for text-only batches.
 
         Otherwise the loss of a text-only batch in stage 1 would not require grad. In distributed training the feature
         comes from a black image through the whole tower, before the text is embedded: all ranks must all-gather the
