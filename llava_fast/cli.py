@@ -182,7 +182,7 @@ def doctor(
 
 
 # The extra of llava-fast that installs a package which a command could not import.
-_EXTRA_FOR = {"accelerate": "train", "peft": "train", "yaml": "train"}
+_EXTRA_FOR = {"accelerate": "train", "peft": "train", "pydantic": "train", "yaml": "train"}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -119,6 +119,7 @@ def hf_config(own: dict[str, Any], file: Path) -> LlavaConfig:
     with blaming(file):
         config = LlavaConfig.from_dict(own)
         dtype_of(config.dtype)
+        keep_normalisation(config, None)
         return config
 
 

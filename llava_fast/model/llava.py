@@ -23,6 +23,7 @@ from transformers.utils.generic import can_return_tuple
 from llava_fast.backend import is_plain
 from llava_fast.model.graph import VisionGraphs
 from llava_fast.model.language import LanguageModel, Rows, text_config
+from llava_fast.model.pixels import keep_normalisation
 from llava_fast.model.pretrained import LlavaPreTrainedModel
 from llava_fast.model.vision import Projector, VisionTower, feature_layers, pixel_normalisation, tower_config
 from llava_fast.ops.attention import KeyRanges
@@ -47,6 +48,7 @@ class LlavaModel(LlavaPreTrainedModel):
         image_attention = getattr(config, "image_attention", "causal")
         if image_attention not in ("causal", "bidirectional"):
             raise ValueError(f"image_attention is {image_attention!r}; expected 'causal' or 'bidirectional'")
+        keep_normalisation(config, None)
         self.bidirectional_images = image_attention == "bidirectional"
         self.vision_tower = VisionTower(tower_config(config))
         self.vision_tower.freeze_unused(feature_layers(config))

@@ -14,8 +14,7 @@ from transformers import LlavaConfig
 from transformers.utils import cached_file
 
 from llava_fast.errors import blaming
-from llava_fast.model.vision import check_same
-from llava_fast.ops.patch_embed import Normalisation, folded
+from llava_fast.ops.patch_embed import Normalisation, check_same, folded
 
 _QUIETLY = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
 

@@ -12,7 +12,7 @@ Shapes: B images, N = patches + 1 tokens, D width, H heads, d head dimension.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -27,11 +27,10 @@ from llava_fast.model.language import text_config
 from llava_fast.ops.activation import gelu, quick_gelu
 from llava_fast.ops.attention import KeyRanges, attention_weights_reference, range_attention
 from llava_fast.ops.norm import layer_norm
-from llava_fast.ops.patch_embed import CLIP_MEAN, CLIP_STD, Normalisation, patch_embed
+from llava_fast.ops.patch_embed import CLIP_MEAN, CLIP_STD, Normalisation, check_same, noted_normalisation, patch_embed
 from llava_fast.ops.projector import projector
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
-_NOTE = "normalisation"  # attribute of a tensor of pixels
 
 
 def pixel_normalisation(config: LlavaConfig, pixels: torch.Tensor | None = None) -> Normalisation:
@@ -45,25 +44,6 @@ def pixel_normalisation(config: LlavaConfig, pixels: torch.Tensor | None = None)
     if (noted := noted_normalisation(pixels)) is not None:
         check_same(noted, "the processor", found)
     return found
-
-
-def check_same(numbers: Normalisation, whose: object, model: Normalisation) -> None:
-    """ValueError, in one line, if the model's normalisation differs from `numbers`; `whose` names their owner."""
-    if not numbers.same_as(model):
-        raise ValueError(
-            f"{whose} normalises pixels with mean and deviation {numbers}, but the model's config (image_mean, "
-            f"image_std) with {model}"
-        )
-
-
-def note_normalisation(pixels: Any, normalisation: Normalisation | None) -> None:
-    """Attach the normalisation to a tensor of uint8 pixels, as an attribute; a copy of the tensor loses it."""
-    if isinstance(pixels, torch.Tensor) and normalisation is not None:
-        setattr(pixels, _NOTE, normalisation)
-
-
-def noted_normalisation(pixels: Any) -> Normalisation | None:
-    return getattr(pixels, _NOTE, None)
 
 
 def tower_config(config: LlavaConfig) -> CLIPVisionConfig:

@@ -85,6 +85,7 @@ def patch_embed(
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_NOTE = "normalisation"  # attribute of a tensor of pixels
 
 
 class Normalisation(NamedTuple):
@@ -132,6 +133,25 @@ def folded(settings: Mapping[str, Any]) -> Normalisation:
     if math.isclose(scale, 1):
         return Normalisation(mean, std)
     return Normalisation(tuple(m / scale for m in mean), tuple(s / scale for s in std))
+
+
+def check_same(numbers: Normalisation, whose: object, model: Normalisation) -> None:
+    """ValueError, in one line, if the model's normalisation differs from `numbers`; `whose` names their owner."""
+    if not numbers.same_as(model):
+        raise ValueError(
+            f"{whose} normalises pixels with mean and deviation {numbers}, but the model's config (image_mean, "
+            f"image_std) with {model}"
+        )
+
+
+def note_normalisation(pixels: Any, normalisation: Normalisation | None) -> None:
+    """Attach the normalisation to a tensor of uint8 pixels, as an attribute; a copy of the tensor loses it."""
+    if isinstance(pixels, torch.Tensor) and normalisation is not None:
+        setattr(pixels, _NOTE, normalisation)
+
+
+def noted_normalisation(pixels: Any) -> Normalisation | None:
+    return getattr(pixels, _NOTE, None)
 
 
 def patch_embed_reference(

@@ -27,8 +27,8 @@ from transformers.image_utils import load_image
 from transformers.processing_utils import ImagesKwargs, TextKwargs
 
 from llava_fast.errors import one_line
-from llava_fast.model.vision import check_same, note_normalisation, noted_normalisation, pixel_normalisation
-from llava_fast.ops.patch_embed import Normalisation, folded
+from llava_fast.model.vision import pixel_normalisation
+from llava_fast.ops.patch_embed import Normalisation, check_same, folded, note_normalisation, noted_normalisation
 from llava_fast.ops.resize import preprocess
 from llava_fast.processor.files import FilesMixin
 

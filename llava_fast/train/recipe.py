@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict
+from pydantic import BeforeValidator, ConfigDict
 
 from llava_fast.train.values import (
     AT_LEAST_ONE,
@@ -38,6 +38,20 @@ from llava_fast.train.values import (
 
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 _SHARE = rule("a share must be in (0, 1)", lambda value: 0 < value < 1)
+
+
+def _no_share(value: Any) -> Any:
+    """Text that is a number is a share, not a file."""
+    try:
+        share = float(value) if isinstance(value, str) else 0.5
+    except ValueError:
+        return value
+    if not 0 < share < 1:
+        raise ValueError(f"a share must be in (0, 1), got {share}")
+    return value
+
+
+_ShareOrFile = Annotated[Number, _SHARE] | Annotated[PathLike, BeforeValidator(_no_share)]
 _ROWS = rule("must be positive", lambda value: 0 < value < 2**40)
 _WEIGHT = rule("must be from 1e-6 to 1e6", lambda value: 1e-6 <= value <= 1e6)
 
@@ -103,7 +117,7 @@ class Recipe:
     max_errors: Annotated[Whole, NOT_NEGATIVE] | None = (
         None  # broken rows that a process skips; the next one stops the run
     )
-    validation: Annotated[Number, _SHARE] | PathLike | None = None  # a share of `data`, drawn by `seed`, or a file
+    validation: _ShareOrFile | None = None  # a share of `data`, drawn by `seed`, or a file
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"  # of the computation; trained weights stay fp32
     gradient_checkpointing: Flag = False
     global_batch_size: PositiveWhole = 128  # samples per optimiser step, over all devices

@@ -121,3 +121,15 @@ def test_a_config_keeps_what_was_found_and_contradicts_what_is_not_its_own(tiny:
     config.image_mean = "gray"
     with pytest.raises(ValueError, match="image_mean is 'gray', expected three numbers"):
         keep_normalisation(config, None)
+
+
+def test_numbers_in_the_config_are_checked_when_the_model_is_made(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    assert pixel_normalisation(tiny.ours(tiny.config(image_mean=0.5)).config).mean == (0.5, 0.5, 0.5)
+    with pytest.raises(ValueError, match=r"image_mean is \[0.5, 0.5\], expected three numbers"):
+        tiny.ours(tiny.config(image_mean=[0.5, 0.5]))
+    model = tiny.ours(tiny.config())
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "image_std": [0, 1, 1]}))
+    with pytest.raises(ValueError, match=r"config.json: image_std is \[0, 1, 1\], which cannot be 0"):
+        type(model).from_pretrained(tmp_path)

@@ -16,8 +16,7 @@ from PIL import Image
 from llava_fast import chat
 from llava_fast.convert import convert
 from llava_fast.drop_in import LlavaForConditionalGeneration
-from llava_fast.model.vision import noted_normalisation
-from llava_fast.ops.patch_embed import Normalisation
+from llava_fast.ops.patch_embed import Normalisation, noted_normalisation
 from llava_fast.processor.processor import LlavaProcessor
 from llava_fast.train.recipe import Recipe
 from llava_fast.train.trainer import load_processor, prepare_model

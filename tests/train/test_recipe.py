@@ -129,6 +129,8 @@ def test_printed_config_reads_back(recipe_file, tmp_path):
         (["learning_rate=nan"], "learning_rate: must be positive, got nan"),
         (["warmup_ratio=1"], "warmup_ratio: must be in [0, 1), got 1.0"),
         (["validation=2"], "validation: a share must be in (0, 1), got 2.0"),
+        (["validation=nan"], "validation: a share must be in (0, 1), got nan"),
+        (["validation=1e999"], "validation: a share must be in (0, 1), got inf"),
         (["eval_steps=5"], "eval_steps: there is nothing to evaluate on, set validation"),
         (["scheduler=cosinus"], "scheduler: 'cosinus' is not one of cosine, linear, constant"),
         (["global_batch_size=100"], "global_batch_size: 100 is not a multiple of per_device_batch_size 16"),

@@ -16,7 +16,7 @@ Shapes: B batch, T queries, S keys, H query heads, G key heads, d head dimension
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -32,24 +32,6 @@ MAX_TOKENS = 4
 MAX_ROWS = 64  # queries × heads of a group, all held by one program
 MAX_SPLITS = 64
 COMBINE_TILE = {"num_warps": 4, "num_stages": 1}
-
-
-def merge_by_lse(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Combine attention over disjoint sets of keys, for instance a shared prefix and the tokens after it.
-
-    Args:
-        outs: [B, T, H, d] each, over disjoint keys.
-        lses: float32 [B, H, T] each, as `attention(..., return_lse=True)` gives them.
-
-    Returns:
-        out [B, T, H, d] in the dtype of the first split, and its LSE [B, H, T]. Differentiable.
-    """
-    lse_NBHT = torch.stack(tuple(lses))
-    lse_BHT = torch.logsumexp(lse_NBHT, 0)
-    # If no split sees a key, all LSEs are −inf and so is their sum; the clamp makes the weights zeros, not NaN.
-    weight_NBHT = torch.exp(lse_NBHT - lse_BHT.clamp(min=torch.finfo(lse_BHT.dtype).min))
-    splits = (w.transpose(1, 2)[..., None] * out for w, out in zip(weight_NBHT, outs, strict=True))
-    return sum(splits).to(outs[0].dtype), lse_BHT
 
 
 @inlined

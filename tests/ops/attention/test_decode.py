@@ -9,7 +9,6 @@ from llava_fast.backend import use_backend
 from llava_fast.ops._launch import forced_tile, recorded, tile
 from llava_fast.ops.attention import attention
 from llava_fast.ops.attention import decode as module
-from llava_fast.ops.attention.decode import merge_by_lse
 from tests.ops.attention.test_attention import dense_attention
 
 SMALL = {"BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
@@ -140,26 +139,6 @@ def test_parts_fill_the_device_and_are_not_too_short(monkeypatch: pytest.MonkeyP
     for batch, slots, expected in ((1, 2048, 7), (1, 512, 4), (1, 100, 1), (8, 2048, 1), (0, 2048, 16)):
         k = torch.empty(batch, slots, 32, 128, device="meta")
         assert module.splits_of(q, k) == expected
-
-
-def test_merge_by_lse() -> None:
-    q, k, v = (torch.randn(2, 3, 4, 8, dtype=torch.float64, requires_grad=True), *torch.randn(2, 2, 11, 2, 8).double())
-
-    def seen(start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        ranges = torch.full((2, 3), start).int(), torch.full((2, 3), end).int()
-        with use_backend("reference"):
-            return attention(q, k, v, *ranges, return_lse=True)
-
-    expected, expected_lse = seen(0, 11)
-    out, lse = merge_by_lse(*zip(seen(0, 4), seen(4, 4), seen(4, 11), strict=True))
-    torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(lse, expected_lse)
-    cotangent = torch.randn_like(out)
-    found, wanted = (torch.autograd.grad(x, q, cotangent)[0] for x in (out, expected))
-    torch.testing.assert_close(found, wanted)
-    out, lse = merge_by_lse(*zip(seen(4, 4), seen(2, 2), strict=True))
-    assert not out.any()
-    assert (lse == float("-inf")).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
