@@ -22,7 +22,10 @@ from llava_fast.ops import resize
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "test-extension"
 
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, to compile the CUDA extension")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, to compile the CUDA extension"),
+    pytest.mark.slow,  # the extension is compiled first, unless an earlier run has left it
+]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -73,6 +73,7 @@ def test_a_dry_run_leaves_the_same_files(tmp_path: Path):
             assert tar.extractfile(path.relative_to(ROOT).as_posix()).read() == content == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_failing_step_stops_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def python(code: str) -> list[str]:
         return [sys.executable, "-c", code]

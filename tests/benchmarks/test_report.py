@@ -57,6 +57,7 @@ def test_the_committed_pages_are_what_the_stored_results_give(root: Path):
     assert plots == {path.name for path in (ROOT / "docs/plots").glob("*.svg")}
 
 
+@pytest.mark.slow
 def test_nothing_stored_is_nothing_measured(root: Path):
     report.write(root / "no such folder", root)
     rows = between(root / "README.md").strip().splitlines()[2:]

@@ -101,6 +101,7 @@ def draw(rng: random.Random, whole: dict, kind: str, left: float) -> dict:
     return {"kill_bytes": rng.randrange(rng.choice(whole["sizes"]))}
 
 
+@pytest.mark.slow  # in processes of its own, which `make durations` does not see
 @pytest.mark.parametrize(("stage", "n_kills"), [("lora", 20), ("projector", 4)])
 def test_killed_at_random_moments(stage, n_kills, fork, recipe_for, tmp_path):
     """Runs of 60 steps, each killed up to three times in three ways, and resumed until it ends."""
