@@ -193,16 +193,17 @@ class LlavaModel(LlavaPreTrainedModel):
         def rows(pixels: torch.Tensor) -> torch.Tensor:
             return self._encode(pixels, layer, strategy, interpolate)[0]
 
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # a graph would have no gradients
             features_NMD = rows(pixels)
-            return Images(features_NMD.flatten(0, 1), features_NMD.shape[1])
-        settings = (
-            tuple(feature_layers(self.config, layer)),
-            strategy or self.config.vision_feature_select_strategy,
-            interpolate,
-            pixel_normalisation(self.config, pixels),
-        )
-        features_NMD = self._vision_graphs(rows, pixels, (self.vision_tower, self.multi_modal_projector), *settings)
+        else:
+            settings = (
+                tuple(feature_layers(self.config, layer)),
+                strategy or self.config.vision_feature_select_strategy,
+                interpolate,
+                pixel_normalisation(self.config, pixels),
+            )
+            modules = (self.vision_tower, self.multi_modal_projector)
+            features_NMD = self._vision_graphs(rows, pixels, modules, *settings)
         return Images(features_NMD.flatten(0, 1), features_NMD.shape[1])
 
     def _image_tokens(

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 
 from llava_fast.backend import use_backend
 from llava_fast.ops._launch import recorded
+from llava_fast.sequence import key_ranges
 
 Tensors = Mapping[str, torch.Tensor]
 Function = Callable[..., torch.Tensor | Sequence[torch.Tensor]]
@@ -108,3 +110,9 @@ def errors(found: torch.Tensor, torchs: torch.Tensor, truth: torch.Tensor) -> tu
         return 0.0, 0.0, 0.0
     ours, theirs = (float((t.double() - truth).abs().max()) for t in (found, torchs))
     return ours, theirs, torch.finfo(found.dtype).eps * float(truth.abs().max())
+
+
+def vectors(*arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`key_ranges` as start and end."""
+    start, end = key_ranges(*arguments, **options)
+    return start, end

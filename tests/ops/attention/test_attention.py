@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from kit import vectors
 
 from llava_fast.backend import use_backend
 from llava_fast.ops import attention as module
@@ -24,12 +24,6 @@ def _reference() -> Iterator[None]:
     with use_backend("reference"):
         yield
     torch.set_num_threads(threads)
-
-
-def vectors(*arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """`key_ranges` as start and end."""
-    start, end = key_ranges(*arguments, **options)
-    return start, end
 
 
 def dense_attention(

@@ -6,20 +6,19 @@ In the interpreter tiles are 16 × 16, so that short sequences have several; a G
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
-from kit import DEVICES, DTYPES, check_kernel, poisoned, run
+from kit import DEVICES, DTYPES, check_kernel, poisoned, run, vectors
 
 from benchmarks import tune
 from llava_fast.backend import BackendUnavailable, use_backend
 from llava_fast.ops import attention as module
 from llava_fast.ops._launch import forced_tile, recorded, tile
 from llava_fast.ops.attention import KeyRanges, attention, backward, forward
-from llava_fast.sequence import key_ranges, pack
+from llava_fast.sequence import pack
 
 FORWARD = ["attention_fwd_kernel"]
 KERNELS = [*FORWARD, "attention_bwd_dq_kernel", "attention_bwd_dkdv_kernel"]
@@ -29,12 +28,6 @@ TALL = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
 # Keys in tiles wider than a head, as they ship for heads of 32.
 WIDE = {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
 CPU = torch.device("cpu")
-
-
-def vectors(*arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """`key_ranges` as start and end."""
-    start, end = key_ranges(*arguments, **options)
-    return start, end
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from kit import run
+from kit import run, vectors
 from stand_ins import STAND_INS, Recorder
 
 from llava_fast import backend
@@ -27,12 +27,6 @@ from llava_fast.sequence import key_ranges, pack
 
 CPU = torch.device("cpu")
 Ranges = tuple[torch.Tensor, torch.Tensor]
-
-
-def vectors(*arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """`key_ranges` as start and end."""
-    start, end = key_ranges(*arguments, **options)
-    return start, end
 
 
 def rows(*of_batch_row: list[tuple[int, int]]) -> Ranges:
