@@ -178,7 +178,7 @@ def test_two_processes_train_as_one_does(sharding, recipes):
             other = recipes.folder / f"one-{stage}" / path.name
             for name, tensor in LlavaForConditionalGeneration.from_pretrained(other).state_dict().items():
                 torch.testing.assert_close(model[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
-    changed = recipes.make("full", names["full"], resume=True)
+    changed = recipes.make("full", names["full"], resume=parts["full"].output_dir / "checkpoint-7")
     if sharding == "fsdp2":
         with pytest.raises(RecipeError, match="resume: sharding is none, the checkpoint's was FSDP"):
             run(changed)
