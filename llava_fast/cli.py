@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from llava_fast.backend import BackendUnavailable
+from llava_fast.errors import missing_extra
 
 app = typer.Typer(
     name="llava-fast",
@@ -181,10 +182,6 @@ def doctor(
     raise typer.Exit(1 if report["problems"] else 0)
 
 
-# The extra of llava-fast that installs a package which a command could not import.
-_EXTRA_FOR = {"accelerate": "train", "peft": "train", "pydantic": "train", "yaml": "train"}
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit; for a user error (a wrong path, key, value) print one line, exit status 2."""
     global _debug
@@ -192,10 +189,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(args=arguments, prog_name="llava-fast")
     except ModuleNotFoundError as error:
-        extra = _EXTRA_FOR.get((error.name or "").partition(".")[0])
-        if _debug or extra is None:
+        hint = missing_extra(error)
+        if _debug or not hint:
             raise
-        _fail(f"{error.name} is not installed; pip install 'llava-fast[{extra}]' brings it")
+        _fail(hint)
     except (ValueError, OSError, BackendUnavailable) as error:
         if _debug:
             raise

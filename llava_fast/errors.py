@@ -7,6 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+# The extra of llava-fast that installs a package.
+_EXTRA_FOR = {"accelerate": "train", "datasets": "train", "peft": "train", "pydantic": "train", "yaml": "train"}
+
+
+def missing_extra(error: ModuleNotFoundError) -> str:
+    """How to install a package that could not be imported; an empty string if no extra of llava-fast installs it."""
+    package = (error.name or "").partition(".")[0]
+    extra = _EXTRA_FOR.get(package)
+    return f"{package} is not installed; pip install 'llava-fast[{extra}]' brings it" if extra else ""
+
 
 def one_line(value: Any, limit: int = 200) -> str:
     """Untrusted text made safe for an error message: no line breaks or control characters, shortened in the middle."""

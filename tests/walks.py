@@ -195,7 +195,8 @@ def walk_row(folder: Path) -> dict[str, Count]:
     recipe = load_recipe(folder / "recipe.yaml", paths)
 
     row, loading = Count(), Count()
-    open_data, prepare_model = trainer.LlavaDataset.__init__, trainer.prepare_model
+    place = getattr(trainer, "stages", trainer)
+    open_data, prepare_model = trainer.LlavaDataset.__init__, place.prepare_model
 
     def opening(*args: Any, **kwargs: Any) -> None:
         row.on()
@@ -212,13 +213,13 @@ def walk_row(folder: Path) -> dict[str, Count]:
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             row.off()
 
-    trainer.LlavaDataset.__init__, trainer.prepare_model = opening, preparing
+    trainer.LlavaDataset.__init__, place.prepare_model = opening, preparing
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             trainer.run(recipe, [FirstStep()])
     finally:
         row.off()
-        trainer.LlavaDataset.__init__, trainer.prepare_model = open_data, prepare_model
+        trainer.LlavaDataset.__init__, place.prepare_model = open_data, prepare_model
     return {"row": row | loading, "row_alone": row}
 
 

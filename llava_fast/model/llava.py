@@ -254,13 +254,14 @@ class LlavaModel(LlavaPreTrainedModel):
     def _unused_feature(self, device: torch.device) -> torch.Tensor | None:
         """An image feature [1, D] to be added zero times: it gives the projector zero gradients for text-only batches.
 
-        Otherwise the loss of a text-only batch in stage 1 would not require grad. In distributed training the feature
-        comes from a black image through the whole tower, before the text is embedded: all ranks must all-gather the
-        same sharded parameters in the same order.
+        Otherwise the loss of a text-only batch in stage 1 would not require grad. In distributed training, or if the
+        tower is trained, the feature comes from a black image through the whole tower, before the text is embedded: all
+        ranks must all-gather the same sharded parameters in the same order.
         """
         vision = tower_config(self.config)
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed and torch.distributed.get_world_size() > 1:
+        trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+        if trained or (distributed and torch.distributed.get_world_size() > 1):
             side = cast(int, vision.image_size)
             black = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=device)
             return cast("list[torch.Tensor]", self.get_image_features(black).pooler_output)[0][:1]

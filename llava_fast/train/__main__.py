@@ -7,11 +7,18 @@ import os
 import sys
 from collections.abc import Sequence
 
-from llava_fast.train.recipe import RecipeError, load_recipe
+from llava_fast.errors import missing_extra
+
+INTERRUPTED = 130  # the shell's exit status of a program that Ctrl-C has ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns 0 on success, 2 for a bad recipe, 1 if writing fails; the error is one line."""
+    """Run the command line; an error is one line on standard error.
+
+    Returns:
+        0 on success, or if the run had already finished; 2 for a bad recipe or a missing package; 1 if writing fails;
+        130 after Ctrl-C.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m llava_fast.train",
         description="Train LLaVA: stage 1 (projector), stage 2 (full or LoRA). "
@@ -24,26 +31,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--print-config", action="store_true", help="print the complete recipe and stop")
     options = parser.parse_intermixed_args(arguments)
     try:
+        return _train(options)
+    except ModuleNotFoundError as error:
+        hint = missing_extra(error)
+        if not hint:
+            raise
+        return _failed(hint, 2)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from llava_fast.train.recipe import RecipeError, load_recipe
+
+    recipe = None
+    try:
         recipe = load_recipe(options.recipe, options.overrides)
         if options.print_config:
             print(recipe.to_yaml(), end="")
             return 0
         recipe.check_files()  # before the slow imports
-        from llava_fast.train.checkpoints import CheckpointError
+        from llava_fast.train.checkpoints import AlreadyFinished, CheckpointError
         from llava_fast.train.trainer import run
 
         try:
             result = run(recipe)
+        except AlreadyFinished as finished:
+            if _is_first():
+                print(finished)
+            return 0
         except CheckpointError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+            return _failed(str(error), 1)
     except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if os.environ.get("RANK", "0") == "0":
+        return _failed(str(error), 2)
+    except KeyboardInterrupt:
+        if recipe is not None and _is_first():
+            print(f"\ninterrupted; {recipe.how_to_resume()}", file=sys.stderr)
+        return INTERRUPTED
+    if _is_first():
         rate = f"{result['tokens_per_s']:.0f} tokens/s"
         print(f"{result['steps']} steps, {rate}, loss {result['train_loss']:.4f}: {result['output_dir']}")
     return 0
+
+
+def _is_first() -> bool:
+    """Whether this is the only process, or the first of several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _failed(message: str, status: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

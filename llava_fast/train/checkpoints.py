@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from transformers import TrainerState
 
 from llava_fast.checkpoint.weights import sync_entry
-from llava_fast.train.recipe import Recipe, RecipeError, checkpoints_by_step
+from llava_fast.train.recipe import Recipe, RecipeError, checkpoints_by_step, is_finished
 
 UNFINISHED = ".unfinished"
 MANIFEST = "complete.json"
@@ -36,10 +37,15 @@ FREE = frozenset(
     "cache max_errors logging_steps save_steps save_total_limit eval_steps gradient_checkpointing "
     "per_device_batch_size".split()
 )
+LENGTH = ("epochs", "max_steps")
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint or model could not be written; the message is one line that names its path."""
+
+
+class AlreadyFinished(RuntimeError):
+    """The run that should be resumed has finished; the message is one line that says how to train further."""
 
 
 # Writing
@@ -195,8 +201,10 @@ def check_same(recipe: Recipe, folder: Path, now: dict[str, Any], then: dict[str
     """
     for key in sorted(now["settings"].keys() | then["settings"].keys()):
         new, old = now["settings"].get(key), then["settings"].get(key)
-        if new != old:
-            raise RecipeError(f"resume: {key} is {new}, but {folder} was made with {old}")
+        if new == old or (key in LENGTH and _extends(recipe, new, old)):
+            continue
+        advice = _instead_of_extending(recipe) if key in LENGTH else ""
+        raise RecipeError(f"resume: {key} is {new}, but {folder} was made with {old}{advice}")
     files = _data_files(recipe)
     for key in sorted(now["files"].keys() | then["files"].keys()):
         if now["files"].get(key) != then["files"].get(key):
@@ -205,6 +213,40 @@ def check_same(recipe: Recipe, folder: Path, now: dict[str, Any], then: dict[str
         raise RecipeError(f"resume: model: {recipe.model} has not the weights that {folder} was made with")
     if now["samples"] != then["samples"]:
         raise RecipeError(f"resume: data: samples are not those that {folder} was made with; see tokenizer and images")
+
+
+def _extends(recipe: Recipe, new: float | None, old: float | None) -> bool:
+    """Whether a run may train longer than planned: its learning rates so far must not depend on its length."""
+    return recipe.scheduler == "constant" and new is not None and old is not None and new > old
+
+
+def _instead_of_extending(recipe: Recipe) -> str:
+    return (
+        f"; with scheduler {recipe.scheduler} the learning rate of every step depends on it: finish this run as it was "
+        f"planned, then train its result in a new run, with model={recipe.output_dir} and another output_dir"
+        if recipe.scheduler != "constant"
+        else "; a run can be made longer, not shorter"
+    )
+
+
+def check_unfinished(recipe: Recipe, now: dict[str, Any], then: dict[str, Any], state: TrainerState) -> None:
+    """Check that a run that resumes from its newest checkpoint, with trainer state `state`, has something left to do.
+
+    Raises:
+        AlreadyFinished: if it has written its model, and is not to be made longer.
+    """
+    out = recipe.output_dir
+    if recipe.resume is not True or not is_finished(out):
+        return
+    with reading(out):
+        done = TrainerState.load_from_json(str(out / "trainer_state.json"))
+    same_run = done.log_history[: len(state.log_history)] == state.log_history
+    same_length = all(now["settings"][key] == then["settings"][key] for key in LENGTH)
+    if same_run and same_length and done.global_step >= state.max_steps:
+        raise AlreadyFinished(
+            f"{out} holds the finished model of this run, nothing is left to do; to train further, start a new run "
+            f"with model={out} and another output_dir (or, with scheduler: constant, raise max_steps or epochs)"
+        )
 
 
 def _data_files(recipe: Recipe) -> dict[str, Path]:

@@ -8,9 +8,9 @@
     … checkpointed     tokens · layers · H · bytes, plus one layer as above while it is recomputed
 
 H hidden, Q = heads · head_dim, K = key-value heads · head_dim, I intermediate size. For one device that holds the
-whole model. Not included, hence "at least": the chunk of logits (128 MiB on a GPU), temporary buffers such as those of
-the frozen tower, pixels, buckets of distributed training, the CUDA context and memory cached by the allocator. ZeRO and
-FSDP divide sharded tensors by the number of devices. Without kernels (on a CPU) activations are several times larger.
+whole model. Not included, hence "at least": the chunk of logits (128 MiB on a GPU), activations of the tower, pixels,
+buckets of distributed training, the CUDA context and memory cached by the allocator. ZeRO and FSDP divide sharded
+tensors by the number of devices. Without kernels (on a CPU) activations are several times larger.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from llava_fast.checkpoint.reader import open_checkpoint
 from llava_fast.drop_in import LlavaForConditionalGeneration
 from llava_fast.errors import blaming
 from llava_fast.train.recipe import Recipe
+from llava_fast.train.stages import trained_tower
 
 STATE_BYTES = 16  # per trained parameter
 _ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -37,6 +38,7 @@ class Parameters:
     """Numbers of parameters; `lora` is that of an adapter of the recipe's rank, 0 without one."""
 
     tower: int
+    trained_tower: int  # those of its parameters that the recipe trains
     projector: int
     language: int  # embeddings and head included
     lora: int
@@ -73,7 +75,7 @@ def read_config(recipe: Recipe) -> LlavaConfig:
     return LlavaConfig(vision_config=getattr(vision, "vision_config", vision), text_config=text)
 
 
-def count_parameters(config: LlavaConfig, lora_rank: int = 0) -> Parameters:
+def count_parameters(config: LlavaConfig, recipe: Recipe) -> Parameters:
     """Count the parameters of a model on "meta"."""
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
@@ -81,12 +83,15 @@ def count_parameters(config: LlavaConfig, lora_rank: int = 0) -> Parameters:
         sum(parameter.numel() for parameter in module.parameters())
         for module in (model.model.vision_tower, model.model.multi_modal_projector, model)
     )
+    trained = [parameter for module in trained_tower(recipe, model).values() for parameter in module.parameters()]
     linears = [module for module in model.model.language_model.modules() if isinstance(module, nn.Linear)]
     return Parameters(
         tower=tower,
+        trained_tower=sum(parameter.numel() for parameter in trained),
         projector=projector,
         language=total - tower - projector,
-        lora=lora_rank * sum(linear.in_features + linear.out_features for linear in linears),
+        lora=(recipe.lora.r if recipe.lora else 0)
+        * sum(linear.in_features + linear.out_features for linear in linears),
         adapted_per_layer=len(linears) // config.get_text_config().num_hidden_layers,
     )
 
@@ -98,9 +103,9 @@ def predict(recipe: Recipe, config: LlavaConfig, pack_tokens: int) -> Prediction
         pack_tokens: tokens of the largest device batch.
     """
     rank = recipe.lora.r if recipe.lora else 0
-    n = count_parameters(config, rank)
-    trained = n.projector + {"projector": 0, "full": n.language, "lora": n.lora}[recipe.stage]
-    frozen = n.tower + (0 if recipe.stage == "full" else n.language)
+    n = count_parameters(config, recipe)
+    trained = n.trained_tower + n.projector + {"projector": 0, "full": n.language, "lora": n.lora}[recipe.stage]
+    frozen = n.tower - n.trained_tower + (0 if recipe.stage == "full" else n.language)
     text, item = config.get_text_config(), _ITEM_BYTES[recipe.dtype]
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim

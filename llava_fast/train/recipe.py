@@ -126,6 +126,8 @@ class Recipe:
     max_steps: PositiveWhole | None = None  # optimiser steps, instead of epochs
     learning_rate: PositiveNumber = 2e-5
     projector_learning_rate: PositiveNumber | None = None  # default: learning_rate
+    vision_learning_rate: PositiveNumber | None = None  # trains the vision tower, too; default: it is frozen
+    vision_layers: PositiveWhole | None = None  # train only the last so many layers of the tower that LLaVA reads
     scheduler: Text = "cosine"
     warmup_ratio: Annotated[Number, BELOW_ONE] = 0.03  # share of all steps
     weight_decay: Annotated[Number, NOT_NEGATIVE] = 0.0  # not on biases and norms
@@ -142,7 +144,7 @@ class Recipe:
     save_total_limit: PositiveWhole | None = None  # keep only the newest checkpoints
     eval_steps: PositiveWhole | None = None  # default with validation: at the end only
     resume: Flag | PathLike = False  # true: from the newest checkpoint in output_dir; or a checkpoint folder
-    report_to: Text = "none"  # a tracker that transformers knows: tensorboard, wandb ...
+    report_to: Text | list[Text] = "none"  # trackers that transformers knows: tensorboard, [tensorboard, wandb] ...
 
     def __post_init__(self) -> None:
         convert_fields(self)
@@ -158,9 +160,17 @@ class Recipe:
                 "model: stage lora adapts a checkpoint on disk; train stage projector first, use its output"
             )
         if self.stage != "lora" and self.lora is not None:
-            raise RecipeError(f"lora: only with stage: lora, not {self.stage}")
+            raise RecipeError(f"lora: only with stage: lora, not {self.stage}; remove it, or set lora=null")
         if self.stage == "projector" and self.projector_learning_rate is not None:
-            raise RecipeError("projector_learning_rate: in stage projector, set learning_rate")
+            raise RecipeError(
+                "projector_learning_rate: in stage projector, set learning_rate, and projector_learning_rate=null"
+            )
+        if self.stage == "projector" and self.vision_learning_rate is not None:
+            raise RecipeError(
+                "vision_learning_rate: stage projector trains the projector alone; use stage full or lora"
+            )
+        if self.vision_layers is not None and self.vision_learning_rate is None:
+            raise RecipeError("vision_layers: the vision tower is frozen; set vision_learning_rate to train it")
         if self.scheduler not in SCHEDULERS:
             raise RecipeError(f"scheduler: {self.scheduler!r} is not one of {', '.join(SCHEDULERS)}")
         weighted = [source.weight is not None for source in self.data] if isinstance(self.data, list) else [False]
@@ -225,7 +235,8 @@ class Recipe:
         if self.model is not None and out.resolve() == self.model.resolve():
             raise RecipeError(f"output_dir: {out} is the model that training starts from")
         if self.resume is True and checkpoint is None:
-            raise RecipeError(f"resume: no checkpoint-N folder in {out}")
+            finished = f", only a finished model; to train it further, set model={out}" if is_finished(out) else ""
+            raise RecipeError(f"resume: no checkpoint-N folder in {out}{finished}")
         if self.resume is False and checkpoints_by_step(out):
             raise RecipeError(
                 f"output_dir: {out} holds checkpoints of an earlier run; set resume=true or another output_dir"
@@ -239,6 +250,14 @@ class Recipe:
             return self.resume
         found = checkpoints_by_step(self.output_dir) if self.resume else {}
         return found[max(found)] if found else None
+
+    def how_to_resume(self) -> str:
+        """One line for a run that was interrupted: what `resume` would continue from."""
+        found = checkpoints_by_step(self.output_dir)
+        if found:
+            return f"resume=true continues from {found[max(found)]}"
+        advice = "" if self.save_steps else "; set save_steps to have checkpoints"
+        return f"there is no checkpoint in {self.output_dir} yet, so nothing to resume: start again{advice}"
 
     def to_yaml(self) -> str:
         """The recipe as YAML with absolute paths; `load_recipe` reads it back."""
@@ -257,6 +276,11 @@ def checkpoints_by_step(output_dir: Path) -> dict[int, Path]:
     """The `checkpoint-N` folders, by N."""
     names = {path: path.name.removeprefix("checkpoint-") for path in output_dir.glob("checkpoint-*") if path.is_dir()}
     return {int(step): path for path, step in names.items() if step.isdigit()}
+
+
+def is_finished(output_dir: Path) -> bool:
+    """Whether a run has written its model to `output_dir`; `config.json` is written last."""
+    return (output_dir / "config.json").is_file() and (output_dir / "trainer_state.json").is_file()
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:

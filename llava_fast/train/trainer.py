@@ -1,8 +1,8 @@
 """Training of LLaVA's stages with transformers' Trainer; `run(recipe)` is the entry point.
 
-The Trainer and accelerate provide launching, sharding, mixed precision, accumulation and resuming. This file adds the
-three stages, packed batches grouped by modality and length, a learning rate for the projector, an evaluation loss
-averaged over tokens, and checkpoints in the layout that `from_pretrained` reads.
+The Trainer and accelerate provide launching, sharding, mixed precision, accumulation and resuming. This file adds
+packed batches grouped by modality and length, an evaluation loss averaged over tokens, and checkpoints in the layout
+that `from_pretrained` reads. What each stage trains is in `stages.py`.
 """
 
 from __future__ import annotations
@@ -17,23 +17,21 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import EvalLoopOutput
 
 from llava_fast.drop_in import LlavaForConditionalGeneration
 from llava_fast.processor.processor import LlavaProcessor
 from llava_fast.processor.templates import get_template
-from llava_fast.train import checkpoints
+from llava_fast.train import checkpoints, stages
 from llava_fast.train.data import LlavaDataset, PackedCollator
-from llava_fast.train.recipe import DataSource, Lora, Recipe, RecipeError
+from llava_fast.train.recipe import DataSource, Recipe, RecipeError
 from llava_fast.train.sampler import FilledUp, GroupedSampler
 
 logger = logging.getLogger(__name__)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PROJECTOR = "multi_modal_projector"
 
 
 class TrainResult(TypedDict):
@@ -58,6 +56,7 @@ def run(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> TrainResul
 
     Raises:
         RecipeError: for a bad key, file or sample; nothing has been written then.
+        AlreadyFinished: if the run to be resumed has finished; nothing has been written then.
         CheckpointError: if a checkpoint or the model could not be written; earlier checkpoints stay complete.
     """
     recipe.check_files()
@@ -68,12 +67,13 @@ def run(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> TrainResul
         set_seed(recipe.seed)
         processor = load_processor(recipe)
         train, validation = load_data(recipe, processor)
-        model = prepare_model(recipe, processor, checkpoint)
+        model = stages.prepare_model(recipe, processor, checkpoint)
         made_from = checkpoints.made_from(recipe, train.lengths, model)
         if checkpoint is not None and manifest is not None:
             checkpoints.check_same(recipe, checkpoint, made_from, manifest["made_from"])
             with checkpoints.reading(checkpoint):
-                TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+                state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            checkpoints.check_unfinished(recipe, made_from, manifest["made_from"], state)
         bidirectional = getattr(model.config, "image_attention", "causal") == "bidirectional"
         trainer = LlavaTrainer(
             recipe=recipe,
@@ -118,6 +118,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     """The Trainer's arguments; FSDP and DeepSpeed come from `accelerate launch`, through the environment."""
     if recipe.dtype == "fp16" and not torch.cuda.is_available():
         raise RecipeError("dtype: fp16 needs a GPU for its loss scaling, use bf16 or fp32 here")
+    _check_trackers(recipe)
     accumulation = recipe.accumulation(int(os.environ.get("WORLD_SIZE", "1")))
     # The recipe overrides the mixed precision in the config file of `accelerate launch`.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no" if recipe.dtype == "fp32" else recipe.dtype
@@ -164,6 +165,19 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     return arguments
 
 
+def _check_trackers(recipe: Recipe) -> None:
+    """RecipeError for a tracker that transformers does not know, or whose package is not installed."""
+    trackers = [recipe.report_to] if isinstance(recipe.report_to, str) else recipe.report_to
+    for tracker in trackers:
+        if tracker not in (*INTEGRATION_TO_CALLBACK, "all", "none"):
+            several = "; give several as a list, [tensorboard, wandb]" if "," in tracker else ""
+            raise RecipeError(
+                f"report_to: {tracker!r} is not one of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}{several}"
+            )
+        if tracker in INTEGRATION_TO_CALLBACK and tracker not in get_available_reporting_integrations():
+            raise RecipeError(f"report_to: {tracker} is not installed; pip install it, or set report_to=none")
+
+
 def load_processor(recipe: Recipe) -> LlavaProcessor:
     """The recipe's processor, or the model's, with the recipe's image aspect and conversation style."""
     folder = recipe.processor or recipe.model
@@ -202,50 +216,13 @@ def load_data(recipe: Recipe, processor: LlavaProcessor) -> tuple[LlavaDataset, 
     return train, read([DataSource(recipe.validation, image_folder=sources[0].image_folder)])
 
 
-def prepare_model(recipe: Recipe, processor: LlavaProcessor, checkpoint: Path | None = None) -> nn.Module:
-    """The model of the recipe, or of the checkpoint it resumes from, set up for its stage.
-
-    Trained parameters are fp32, frozen ones have the recipe's dtype. Stage lora returns a `PeftModel`.
-    """
-    folder = recipe.model if checkpoint is None or recipe.stage == "lora" else checkpoint
-    if folder is None:
-        vision_tower, language_model = recipe.assembled_from
-        model = LlavaForConditionalGeneration.assemble(
-            vision_tower=vision_tower, language_model=language_model, tokenizer=processor.tokenizer
-        )
-    else:  # absolute, because an adapter refers to its base by this path
-        model = LlavaForConditionalGeneration.from_pretrained(folder.absolute(), dtype=torch.float32)
-    processor.check(model.config)
-    model.requires_grad_(recipe.stage == "full")
-    model.model.vision_tower.requires_grad_(False)
-    model.model.multi_modal_projector.requires_grad_(True)
-    for parameter in model.parameters():
-        dtype = torch.float32 if parameter.requires_grad else DTYPES[recipe.dtype]
-        parameter.data = parameter.data.to(dtype)
-    if recipe.stage != "lora":
-        return model
-    if checkpoint is not None:
-        return PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
-    return get_peft_model(model, lora_config(recipe, model))
-
-
-def lora_config(recipe: Recipe, model: LlavaForConditionalGeneration) -> LoraConfig:
-    """LoRA on all linear layers of the language model; the projector is trained in full.
-
-    The regular expression matches full module paths, since the tower has layers named `q_proj`, too; it fits the names
-    of all transformers versions.
-    """
-    modules = model.model.language_model.named_modules()
-    leaves = sorted({name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)})
-    lora = recipe.lora or Lora()
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=rf"(?:.*\.)?language_model\.(?:.*\.)?(?:{'|'.join(leaves)})",
-        modules_to_save=[PROJECTOR],
-    )
+def _own_rates(recipe: Recipe) -> list[tuple[str, str, float]]:
+    """(recipe key, module, learning rate) of each part of the model that has a rate of its own."""
+    rates = [
+        ("projector_learning_rate", stages.PROJECTOR, recipe.projector_learning_rate),
+        ("vision_learning_rate", stages.TOWER, recipe.vision_learning_rate),
+    ]
+    return [(key, module, rate) for key, module, rate in rates if rate is not None]
 
 
 class LlavaTrainer(Trainer):
@@ -287,23 +264,25 @@ class LlavaTrainer(Trainer):
     # Optimisation
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimiser; if the projector has its own learning rate, its parameters get separate groups."""
+        """The Trainer's optimiser; projector and vision tower get groups of their own if they have their own rates."""
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
-        if self.recipe.projector_learning_rate is None:
-            return optimizer
-        trained = model or self.model
+        trained, own = model or self.model, _own_rates(self.recipe)
         assert trained is not None
-        projector = {id(parameter) for name, parameter in trained.named_parameters() if PROJECTOR in name}
-        groups = []
-        for group in optimizer.param_groups:
-            for own, lr in ((False, group["lr"]), (True, self.recipe.projector_learning_rate)):
-                params = [parameter for parameter in group["params"] if (id(parameter) in projector) == own]
-                if params:
-                    groups.append({**group, "params": params, "lr": lr})
-        # The logged learning rate is that of the first group, so the language model's groups come first.
-        optimizer.param_groups[:] = sorted(groups, key=lambda group: id(group["params"][0]) in projector)
+        parts = {
+            id(parameter): part
+            for name, parameter in trained.named_parameters()
+            for part, module, _ in own
+            if module in name.split(".")
+        }
+        # Groups at `learning_rate` come first: the Trainer logs the rate of the first group.
+        optimizer.param_groups[:] = [
+            {**group, "params": params, "lr": lr}
+            for part, _, lr in [(None, "", self.recipe.learning_rate), *own]
+            for group in optimizer.param_groups
+            if (params := [parameter for parameter in group["params"] if parts.get(id(parameter)) == part])
+        ]
         return optimizer
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -333,7 +312,8 @@ class LlavaTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """The loss: a sum over this pack, divided by the number of supervised tokens of the whole optimiser step."""
-        self.vision_tower.eval()  # the Trainer has just called model.train()
+        if self.recipe.vision_learning_rate is None:
+            self.vision_tower.eval()  # the Trainer has just called model.train()
         self._n_tokens += inputs["input_ids"].numel()
         if num_items_in_batch is not None:
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
@@ -436,11 +416,11 @@ class LlavaTrainer(Trainer):
                 self.save_model(str(adapter))
                 if self.args.should_save:  # merge from the saved files, which do not depend on the sharding
                     merged = LlavaForConditionalGeneration.from_pretrained(adapter, dtype=torch.float32)
-                    merged.to(DTYPES[self.recipe.dtype]).save_pretrained(folder)
+                    merged.to(stages.DTYPES[self.recipe.dtype]).save_pretrained(folder)
                     assert isinstance(self.processing_class, LlavaProcessor)
                     self.processing_class.save_pretrained(folder)
             else:
-                self._save_dtype = DTYPES[self.recipe.dtype]
+                self._save_dtype = stages.DTYPES[self.recipe.dtype]
                 self.save_model(str(folder))
             if self.args.should_save:
                 (folder / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
@@ -457,9 +437,9 @@ class LlavaTrainer(Trainer):
                 callback.training_bar.close()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        rate = self.recipe.projector_learning_rate
-        if rate is not None and "learning_rate" in logs:  # one schedule scales both learning rates
-            logs["projector_learning_rate"] = logs["learning_rate"] * rate / self.recipe.learning_rate
+        if "learning_rate" in logs:  # one schedule scales all learning rates
+            scale = logs["learning_rate"] / self.recipe.learning_rate
+            logs |= {key: rate * scale for key, _, rate in _own_rates(self.recipe)}
         super().log(logs, start_time)
 
     def counts(self) -> dict[str, int]:

@@ -232,8 +232,12 @@ def _describe(hint: Any) -> str:
         elif get_origin(member) is Literal:
             words += get_args(member)
         else:
-            mapping = "a list of mappings" if get_origin(member) is list else "a mapping"
-            words.append(names.get(member) or f"{mapping} with {', '.join(_hints(_nested(member)))}")
+            nested = _nested(member)
+            if nested is None:
+                words.append(names.get(member) or "a list of text")
+            else:
+                mapping = "a list of mappings" if get_origin(member) is list else "a mapping"
+                words.append(f"{mapping} with {', '.join(_hints(nested))}")
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 

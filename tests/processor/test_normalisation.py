@@ -19,7 +19,8 @@ from llava_fast.drop_in import LlavaForConditionalGeneration
 from llava_fast.ops.patch_embed import Normalisation, noted_normalisation
 from llava_fast.processor.processor import LlavaProcessor
 from llava_fast.train.recipe import Recipe
-from llava_fast.train.trainer import load_processor, prepare_model
+from llava_fast.train.stages import prepare_model
+from llava_fast.train.trainer import load_processor
 
 NOISE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 33, 3), np.uint8))
 PROMPT = {"images": NOISE, "text": "<image> word1 word2", "return_tensors": "pt"}

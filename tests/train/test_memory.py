@@ -21,7 +21,7 @@ def llava_7b() -> LlavaConfig:
 
 
 def test_parameters_of_llava_7b(llava_7b):
-    n = count_parameters(llava_7b, lora_rank=128)
+    n = count_parameters(llava_7b, recipe_7b("lora"))
     assert (n.tower, n.projector, n.language, n.lora) == (TOWER, PROJECTOR, LANGUAGE, LORA)
     assert (n.language, n.adapted_per_layer) == (6_738_415_616, 7)
     embedding = 2 * 577 * 1024 - 577 * 1024 + 1024 + 3 * 14 * 14 * 1024 + 4 * 1024
@@ -53,6 +53,15 @@ def test_predicted_memory_of_llava_7b(llava_7b, stage, frozen, trained, per_laye
     fp32 = predict(recipe_7b(stage, dtype="fp32"), llava_7b, 832)
     assert (fp32.frozen_weights, fp32.trained_state) == (4 * frozen, 16 * trained)
     assert fp32.activations == 2 * plain.activations
+
+
+def test_a_trained_tower_moves_from_frozen_to_trained(llava_7b):
+    layer = 4 * (1024 + 1) * 1024 + (1024 + 1) * 4096 + (4096 + 1) * 1024 + 4 * 1024
+    unused = layer + 2 * 1024  # the last layer and post_layernorm, which LLaVA does not read
+    for keys, trained in (({}, TOWER - unused), ({"vision_layers": 4}, 4 * layer)):
+        plain = predict(recipe_7b("full", vision_learning_rate=2e-6, **keys), llava_7b, 832)
+        assert plain.trained_state == 16 * (PROJECTOR + LANGUAGE + trained)
+        assert plain.frozen_weights == 2 * (TOWER - trained)
 
 
 def test_predicted_memory_in_round_numbers(llava_7b):

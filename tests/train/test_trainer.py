@@ -393,7 +393,11 @@ def test_stage_1_from_parts_then_lora_by_the_command_line(tiny, tmp_path, capsys
         ({"data": []}, "none of 0 rows can be used"),
         ({"model": "empty"}, "empty"),
         ({"validation": 0.999}, "leaves one part empty"),
-        ({"report_to": "nobody"}, "nobody is not supported"),
+        ({"report_to": "nobody"}, "report_to: 'nobody' is not one of"),
+        (
+            {"stage": "full", "vision_learning_rate": 1e-5, "vision_layers": 3},
+            "vision_layers: 3 is more than the 2 layers",
+        ),
     ],
 )
 def test_what_cannot_start_is_one_line_and_writes_nothing(changes, message, recipe_for, tmp_path):
