@@ -19,7 +19,7 @@ import stat
 from collections.abc import Sequence
 from functools import cache
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -45,6 +45,13 @@ MAX_FILE_BYTES = 2**30  # some PIL readers load the whole file to get its size i
 def _size(setting: Any) -> dict[str, int]:
     """An image processor's `size` or `crop_size` as a plain dict; its class depends on the transformers version."""
     return {key: value for key, value in dict(setting or {}).items() if value is not None}
+
+
+def _listed(images: Any) -> list[Any]:
+    """No image, one, or several (a list, or an array of four dimensions) as a list."""
+    if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4:
+        return list(images)
+    return [] if images is None else [images]
 
 
 class _Batch(BatchFeature):
@@ -272,7 +279,7 @@ class LlavaProcessor(FilesMixin):
             images: one image; a flat list, assigned to the rows' `<image>` marks in order; or one list per row, empty
                 or None for a text-only row. Each may be anything that `read_rgb` takes.
             text: a prompt or a list of them.
-            kwargs: transformers' options, flat or in `text_kwargs`, `images_kwargs` and `common_kwargs`; and
+            kwargs: transformers' options, flat or in `text_kwargs`, `images_kwargs` and `common_kwargs`:
                 pixels: "uint8" or "float", instead of the attribute.
                 padding: default: tensors of several rows are padded to the longest.
                 padding_side: default: `tokenizer.padding_side`; "left" for generation.
@@ -303,12 +310,13 @@ class LlavaProcessor(FilesMixin):
 
         data: dict[str, Any] = {}
         texts = [text] if isinstance(text, str) else text if text is None else list(text)
+        if not all(isinstance(row, str) for row in texts or ()):
+            raise ValueError("text is a string or a list of strings")
         flat = self._flat_images(images, texts)
         if texts is not None:
             if of_text.get("padding") is None:
                 of_text["padding"] = tensor_type is not None and len(texts) > 1
-            encoded, replacements = processor._tokenize(texts, of_text)
-            data |= encoded
+            data, replacements = processor._tokenize(texts, of_text)
             if wants_types:
                 data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         if flat:
@@ -324,31 +332,24 @@ class LlavaProcessor(FilesMixin):
 
     def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The options of a call by their receiver, with transformers' precedence."""
-        known: Any = ProcessingKwargs
-        return self._merge_kwargs(known, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        return self._merge_kwargs(cast(Any, ProcessingKwargs), self.tokenizer.init_kwargs, **kwargs)
 
     def _pixels(self, images: list[Any], as_floats: bool, device: Any) -> list[np.ndarray] | torch.Tensor:
         """`pixel_values`: an array per image, or one tensor on `device`."""
         if device is not None and not as_floats:
             return self.pixels_on(device, images)
-        pixels = [self.image_pixels(image) for image in images]
-        if as_floats:
-            pixels = list(self.normalize(np.stack(pixels)))
-        return pixels if device is None else torch.from_numpy(np.stack(pixels)).to(device)
+        pixels = np.stack([self.image_pixels(image) for image in images])
+        made = self.normalize(pixels) if as_floats else pixels
+        return list(made) if device is None else torch.from_numpy(made).to(device)
 
     def _mark(self) -> re.Pattern:
         return re.compile(f"(?<!{_USER_TEXT_FENCE}){re.escape(self.image_token)}")
 
     def _flat_images(self, images: Any, texts: list[str] | None) -> list[Any]:
         """All images in order, after a check that every row has as many images as marks."""
-        if images is None:
-            images = []
-        elif isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
-            images = list(images)
-        elif not isinstance(images, (list, tuple)):
-            images = [images]
-        per_row = any(item is None or isinstance(item, (list, tuple)) for item in images)
-        rows = [[] if x is None else list(x) if isinstance(x, (list, tuple)) else [x] for x in images]
+        listed = _listed(images)
+        per_row = any(item is None or isinstance(item, (list, tuple)) for item in listed)
+        rows = [_listed(item) for item in listed]
         flat = [image for row in rows for image in row]
         if texts is None:
             return flat
