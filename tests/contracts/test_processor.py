@@ -102,14 +102,6 @@ CALLS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def outcome(call: Callable[[], Any]) -> Any:
-    """What a call returns, or the type of its error."""
-    try:
-        return call()
-    except Exception as error:
-        return type(error)
-
-
 @pytest.fixture(scope="module", params=[CLIPImageProcessorPil, LlavaImageProcessorPil], ids=["clip", "llava"])
 def both(request: pytest.FixtureRequest) -> tuple[LlavaProcessor, transformers.LlavaProcessor]:
     return pair(request.param(**SIZE))
@@ -136,31 +128,32 @@ def test_options_of_a_call_that_change_the_normalisation_give_floats(changed: st
     assert_same(ours(**call, **{changed: other[changed]}), theirs(**call, **{changed: other[changed]}))
 
 
-WRONG: dict[str, dict[str, Any]] = {
-    "twice": {"text_kwargs": {"padding": "do_not_pad"}, "padding": True},
-    "image-option-twice": {"images_kwargs": {"do_resize": True}, "do_resize": True},
-    "cut": {"truncation": True, "max_length": 5},
-    "truncation": {"truncation": "somewhere"},
-    "padding": {"padding": "sideways"},
-    "size": {"images_kwargs": {"size": {"diagonal": 3}}},
-    "type": {"text_kwargs": {"max_length": "long"}},
-    "unknown-nested": {"images_kwargs": {"no_such_option": 1}},
-    "not-for-images": {"common_kwargs": {"padding": True}},
-    "no-image": {"images": None},
-    "too-many-images": {"images": IMAGES * 2},
-    "not-text": {"text": [3]},
-    "nothing": {"images": None, "text": None},
-}  # fmt: skip
+WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
+    "twice": (ValueError, {"text_kwargs": {"padding": "do_not_pad"}, "padding": True}),
+    "image-option-twice": (ValueError, {"images_kwargs": {"do_resize": True}, "do_resize": True}),
+    "cut": (ValueError, {"truncation": True, "max_length": 5}),
+    "truncation": (ValueError, {"truncation": "somewhere"}),
+    "padding": (ValueError, {"padding": "sideways"}),
+    "size": (ValueError, {"images_kwargs": {"size": {"diagonal": 3}}}),
+    "type": (TypeError, {"text_kwargs": {"max_length": "long"}}),
+    "unknown-nested": (TypeError, {"images_kwargs": {"no_such_option": 1}}),
+    "not-for-images": (TypeError, {"common_kwargs": {"padding": True}}),
+    "nothing": (ValueError, {"images": None, "text": None}),
+    "no-image": (ValueError, {"images": None}),
+    "too-many-images": (ValueError, {"images": IMAGES * 2}),
+    "not-text": (ValueError, {"text": [3]}),
+}
+# transformers 5.20, the last for Python 3.10, does not check the last three, and has no `sanitize_control_tokens`.
+IS_5_20 = transformers.__version__.startswith("5.20.")
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_both_refuse(both: Any, name: str) -> None:
-    ours, theirs = both
-    call = {"images": IMAGES, "text": TEXTS, **WRONG[name]}
-    with pytest.raises(Exception) as expected:
-        theirs(**call)
-    with pytest.raises(expected.type):
-        ours(**call)
+    error, changes = WRONG[name]
+    unchecked = {"no-image", "too-many-images", "not-text"} if IS_5_20 else set()
+    for processor in both if name not in unchecked else both[:1]:
+        with pytest.raises(error):
+            processor(**{"images": IMAGES, "text": TEXTS, **changes})
 
 
 def test_options_that_the_tokenizer_was_created_with() -> None:
@@ -358,6 +351,7 @@ def test_chat_templates(name: str, template: str) -> None:
             assert "what" not in answers[0]
 
 
+@pytest.mark.skipif(IS_5_20, reason="this transformers has no sanitize_control_tokens")
 def test_text_that_looks_like_an_image_mark(processors: Any) -> None:
     ours, theirs = processors
     ours.pixels = "float"

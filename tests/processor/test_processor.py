@@ -453,6 +453,10 @@ def test_assemble(tmp_path, nested):
     )
     plain_tokenizer.save_pretrained(tmp_path / "text")
     processor = LlavaProcessor.assemble(tmp_path / "tower", tmp_path / "text", pad_to_square=True)
+    assert plain_tokenizer.padding_side == "right"
+    processor.save_pretrained(tmp_path / "made")
+    for made in (processor, LlavaProcessor.from_pretrained(tmp_path / "made")):
+        assert made.tokenizer.padding_side == "left"
     assert processor.image_size == (42, 42)
     assert processor.num_image_tokens() == 9
     assert processor.image_token_id == 3
