@@ -260,6 +260,20 @@ def test_logits_of_every_pair(models: Any, processors: Any, tiny: Any) -> None:
     tiny.assert_near(logits(0, 0), expected)
 
 
+def test_a_pipeline_of_every_pair(models: Any, processors: Any) -> None:
+    chat = [{"role": "user", "content": [{"type": "image", "image": IMAGES[0]}, {"type": "text", "text": "word3"}]}]
+    batch = {"images": IMAGES[1:], "text": ["USER: <image> word1 ASSISTANT:", "<image> word2"], "batch_size": 2}
+    answers = []
+    for model in models:
+        for processor in processors:
+            if model is models[1]:
+                processors[0].pixels = "float"
+            answer = transformers.pipeline("image-text-to-text", model=model, processor=processor, device="cpu")
+            several = answer(**batch, max_new_tokens=6, padding=True, padding_side="left")
+            answers.append([answer(chat, max_new_tokens=6)[0]["generated_text"][-1], several])
+    assert answers == [answers[-1]] * 4
+
+
 # What vLLM calls
 
 
