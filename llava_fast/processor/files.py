@@ -73,9 +73,9 @@ class FilesMixin(transformers.LlavaProcessor):
     ) -> Self:
         """The processor for a vision tower: square images of the tower's size, with the right number of tokens.
 
-        The tokenizer pads on the left from now on, also when loaded again, as llava-hf's do: generation needs it.
+        The tokenizer is set to pad on the left, as llava-hf's do: generation needs it.
         """
-        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # saved from init_kwargs
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # which is saved
         side = vision.image_size
         image_processor = LlavaImageProcessorPil(
             size={"shortest_edge": side},
@@ -92,7 +92,7 @@ class FilesMixin(transformers.LlavaProcessor):
             chat_template=get_template(template).chat_template,
         )
 
-    def with_image_settings(self, settings: Mapping[str, Any]) -> Self:
+    def _with_image_settings(self, settings: Mapping[str, Any]) -> Self:
         """A copy of this processor whose image processor differs in these settings of its constructor.
 
         None is a flag (`do_…`) that is off, and otherwise a setting that stays as it is.

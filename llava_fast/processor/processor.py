@@ -168,7 +168,7 @@ class LlavaProcessor(FilesMixin):
         """
         settings = self.image_processor
         size, crop = _size(settings.size), _size(settings.crop_size)
-        if settings.do_pad and not self.pad_to_square and _size(settings.pad_size):
+        if _size(getattr(settings, "pad_size", None)) and settings.do_pad and not self.pad_to_square:
             raise ValueError(f"{type(settings).__name__} with pad_size: images are only padded to a square")
         if settings.do_center_crop and crop.keys() == {"height", "width"}:
             return crop["height"], crop["width"]
@@ -183,7 +183,7 @@ class LlavaProcessor(FilesMixin):
         )
 
     def num_image_tokens(self, height: int | None = None, width: int | None = None) -> int:
-        """Tokens of one image in `input_ids`. Its size after preprocessing, in pixels, is `image_size` by default."""
+        """Tokens of one image in `input_ids`; its size after preprocessing, in pixels, is `image_size` by default."""
         default_height, default_width = self.image_size
         patches = ((height or default_height) // self.patch_size) * ((width or default_width) // self.patch_size)
         return patches + self.num_additional_image_tokens - (self.vision_feature_select_strategy == "default")
@@ -194,7 +194,7 @@ class LlavaProcessor(FilesMixin):
             return MultiModalData()
         kwargs.pop("pixels", None)
         settings = self._options(kwargs)["images_kwargs"]
-        count = self.with_image_settings(settings).num_image_tokens()
+        count = self._with_image_settings(settings).num_image_tokens()
         return MultiModalData(num_image_tokens=[count] * len(image_sizes), num_image_patches=[1] * len(image_sizes))
 
     def image_pixels(self, image: Image.Image | str | PathLike | np.ndarray | torch.Tensor) -> np.ndarray:
@@ -306,7 +306,7 @@ class LlavaProcessor(FilesMixin):
         wants_types, wants_offsets = (of_text.pop(key, options.get(key)) for key in asked)
         tensor_type, pixel_type = (of.pop("return_tensors", None) for of in (of_text, of_images))
         device = of_images.pop("device", None)
-        processor = self.with_image_settings(of_images) if of_images else self
+        processor = self._with_image_settings(of_images) if of_images else self
 
         data: dict[str, Any] = {}
         texts = [text] if isinstance(text, str) else text if text is None else list(text)

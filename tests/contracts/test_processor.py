@@ -85,6 +85,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "token-types": {"return_mm_token_type_ids": True, **PT},
     "nested-token-types": {"text_kwargs": {"return_mm_token_type_ids": True}, **PT},
     "replacements": {"return_text_replacement_offsets": True, **PT},
+    "vllm": {"return_mm_token_type_ids": True, "truncation": False, "add_special_tokens": False, **PT},
     "unknown": {"no_such_option": 3, "text_kwargs": {"no_such_option": 1}, **PT},
     "size": {"images_kwargs": {"size": {"shortest_edge": 60}, "crop_size": {"height": 56, "width": 42}}, **PT},
     "flat-size": {"size": 30, "crop_size": 28, **PT},
