@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from copy import copy
 from os import PathLike
 from typing import TYPE_CHECKING, Any, cast
 
@@ -69,7 +71,11 @@ class FilesMixin(transformers.LlavaProcessor):
         pad_to_square: bool,
         vision_feature_select_strategy: str,
     ) -> Self:
-        """The processor for a vision tower: square images of the tower's size, with the right number of tokens."""
+        """The processor for a vision tower: square images of the tower's size, with the right number of tokens.
+
+        The tokenizer is set to pad on the left, as llava-hf's do: generation needs it.
+        """
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # which is saved
         side = vision.image_size
         image_processor = LlavaImageProcessorPil(
             size={"shortest_edge": side},
@@ -85,6 +91,21 @@ class FilesMixin(transformers.LlavaProcessor):
             vision_feature_select_strategy=vision_feature_select_strategy,
             chat_template=get_template(template).chat_template,
         )
+
+    def _with_image_settings(self, settings: Mapping[str, Any]) -> Self:
+        """A copy of this processor whose image processor differs in these settings of its constructor.
+
+        None is a flag (`do_…`) that is off, and otherwise a setting that stays as it is.
+        """
+        given = {
+            key: bool(value) if key.startswith("do_") else value
+            for key, value in settings.items()
+            if key.startswith("do_") or value is not None
+        }
+        changed = copy(self)
+        changed.image_processor = type(self.image_processor).from_dict({**self.image_processor.to_dict(), **given})
+        changed.image_size  # type: ignore[attr-defined]  # noqa: B018  settings we cannot follow are an error
+        return changed
 
     def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         # transformers 5 does not save `legacy` of a Llama tokenizer; without it the loaded tokenizer differs.

@@ -1,9 +1,11 @@
 """`LlavaProcessor`: images and prompts to a batch; a drop-in for transformers' class of that name.
 
 Intended differences from transformers:
-- pixels are uint8 [N, H, W, 3] and the model normalises them; `pixels="float"` gives HF's [N, 3, H, W];
+- pixels are uint8 [N, H, W, 3] and the model normalises them; with `processor.pixels = "float"` they are transformers'
+  [N, 3, H, W], for a model of transformers;
 - the number of tokens of an image is checked when the processor is created, not only in the model;
-- rows of unequal length are padded by default, on the left, as batched generation needs it;
+- tensors of rows of unequal length are padded by default, where transformers raises an error;
+- images are always converted to RGB, and the order of an array's channels is detected;
 - a bad image, or a row whose `<image>` marks do not match its images, is an error of one line with the file or the row.
 
 Files are those of transformers, so either library loads what the other saved.
@@ -17,14 +19,14 @@ import stat
 from collections.abc import Sequence
 from functools import cache
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature, LlavaConfig, LlavaImageProcessorPil
 from transformers.image_utils import load_image
-from transformers.processing_utils import ImagesKwargs, TextKwargs
+from transformers.processing_utils import MultiModalData, ProcessingKwargs
 
 from llava_fast.errors import one_line
 from llava_fast.model.vision import pixel_normalisation
@@ -39,16 +41,17 @@ _USER_TEXT_FENCE = "\U000f0000"
 FORMATS = "AVIF BMP DIB GIF ICO JPEG JPEG2000 MPO PCX PNG PPM QOI TGA TIFF WEBP".split()
 MAX_FILE_BYTES = 2**30  # some PIL readers load the whole file to get its size in pixels
 
-# Settings of an image processor that affect its pixels; further settings of other classes are ignored.
-_IMAGE_SETTINGS = (
-    "do_resize size resample do_center_crop crop_size do_rescale rescale_factor "
-    "do_normalize image_mean image_std do_convert_rgb do_pad"
-).split()
-
 
 def _size(setting: Any) -> dict[str, int]:
     """An image processor's `size` or `crop_size` as a plain dict; its class depends on the transformers version."""
     return {key: value for key, value in dict(setting or {}).items() if value is not None}
+
+
+def _listed(images: Any) -> list[Any]:
+    """No image, one, or several (a list, or an array of four dimensions) as a list."""
+    if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4:
+        return list(images)
+    return [] if images is None else [images]
 
 
 class _Batch(BatchFeature):
@@ -76,7 +79,13 @@ class LlavaProcessor(FilesMixin):
             image processor's setting. Stored in the image processor (LLaVA's `do_pad`), where transformers reads it.
     Raises:
         ValueError: for settings that would give a wrong number of image tokens.
+
+    Attributes:
+        pixels: the `pixel_values` of calls: "uint8" [N, H, W, 3], which only llava_fast's model takes, or "float"
+            [N, 3, H, W], normalised, as transformers' processor makes them and every model takes them. Not saved.
     """
+
+    pixels: Literal["uint8", "float"] = "uint8"
 
     def __init__(
         self,
@@ -134,7 +143,8 @@ class LlavaProcessor(FilesMixin):
     @property
     def normalisation(self) -> Normalisation:
         """The normalisation of uint8 pixels: the image processor's mean, deviation, rescale factor and `do_…` flags."""
-        settings = {key: getattr(self.image_processor, key, None) for key in _IMAGE_SETTINGS}
+        names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+        settings = {name: getattr(self.image_processor, name, None) for name in names}
         return folded(settings | {key: bool(settings[key]) for key in ("do_rescale", "do_normalize")})
 
     @property
@@ -146,12 +156,8 @@ class LlavaProcessor(FilesMixin):
 
     @pad_to_square.setter
     def pad_to_square(self, value: bool) -> None:
-        if value == self.pad_to_square:
-            return
-        settings = {key: getattr(self.image_processor, key, None) for key in _IMAGE_SETTINGS}
-        settings |= {key: _size(settings[key]) for key in ("size", "crop_size")} | {"do_pad": value}
-        kept = {key: setting for key, setting in settings.items() if setting not in (None, {})}
-        self.image_processor = LlavaImageProcessorPil(**kept)
+        if value != self.pad_to_square:
+            self.image_processor = LlavaImageProcessorPil.from_dict({**self.image_processor.to_dict(), "do_pad": value})
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -162,6 +168,8 @@ class LlavaProcessor(FilesMixin):
         """
         settings = self.image_processor
         size, crop = _size(settings.size), _size(settings.crop_size)
+        if _size(getattr(settings, "pad_size", None)) and settings.do_pad and not self.pad_to_square:
+            raise ValueError(f"{type(settings).__name__} with pad_size: images are only padded to a square")
         if settings.do_center_crop and crop.keys() == {"height", "width"}:
             return crop["height"], crop["width"]
         if settings.do_resize and not settings.do_center_crop:
@@ -175,15 +183,19 @@ class LlavaProcessor(FilesMixin):
         )
 
     def num_image_tokens(self, height: int | None = None, width: int | None = None) -> int:
-        """Tokens one image takes in `input_ids`.
-
-        Args:
-            height, width: of the image after preprocessing, in pixels; default: `image_size`.
-        """
+        """Tokens of one image in `input_ids`; its size after preprocessing, in pixels, is `image_size` by default."""
         default_height, default_width = self.image_size
-        rows, columns = (height or default_height) // self.patch_size, (width or default_width) // self.patch_size
-        dropped = 1 if self.vision_feature_select_strategy == "default" else 0
-        return rows * columns + self.num_additional_image_tokens - dropped
+        patches = ((height or default_height) // self.patch_size) * ((width or default_width) // self.patch_size)
+        return patches + self.num_additional_image_tokens - (self.vision_feature_select_strategy == "default")
+
+    def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
+        """What vLLM asks for: the tokens of images of these sizes, all alike; `kwargs` as in a call."""
+        if image_sizes is None:
+            return MultiModalData()
+        kwargs.pop("pixels", None)
+        settings = self._options(kwargs)["images_kwargs"]
+        count = self._with_image_settings(settings).num_image_tokens()
+        return MultiModalData(num_image_tokens=[count] * len(image_sizes), num_image_patches=[1] * len(image_sizes))
 
     def image_pixels(self, image: Image.Image | str | PathLike | np.ndarray | torch.Tensor) -> np.ndarray:
         """One image, cropped or padded to the model's size: uint8 [H, W, 3]. `read_rgb` lists the accepted types.
@@ -260,88 +272,84 @@ class LlavaProcessor(FilesMixin):
 
     # Batches
 
-    def __call__(
-        self,
-        images: Any = None,
-        text: str | Sequence[str] | None = None,
-        videos: None = None,
-        audio: None = None,
-        *,
-        pixels: Literal["uint8", "float"] = "uint8",
-        device: torch.device | str | None = None,
-        padding: bool | str | None = None,
-        padding_side: Literal["left", "right"] = "left",
-        return_tensors: str | None = None,
-        text_kwargs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> BatchFeature:
+    def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:
         """Prompts and their images to `input_ids`, `attention_mask` and `pixel_values`.
 
         Args:
             images: one image; a flat list, assigned to the rows' `<image>` marks in order; or one list per row, empty
                 or None for a text-only row. Each may be anything that `read_rgb` takes.
             text: a prompt or a list of them.
-            pixels: "uint8" [N, H, W, 3], or "float" [N, 3, H, W] as transformers makes it.
-            device: resize images on this device and return `pixel_values` as a tensor there; None: on the host, by PIL.
-            padding: as the tokenizer's; default: several rows are padded to the longest.
-            padding_side: "left", for generation, or "right".
-            return_tensors: "pt", "np" or None for lists.
-            text_kwargs, kwargs: for the tokenizer.
+            kwargs: transformers' options, flat or in `text_kwargs`, `images_kwargs` and `common_kwargs`:
+                pixels: "uint8" or "float", instead of the attribute.
+                padding: default: tensors of several rows are padded to the longest.
+                padding_side: default: `tokenizer.padding_side`; "left" for generation.
+                return_tensors: "pt", "np" or None for lists.
+                device: resize images on this device and return `pixel_values` as a tensor there. Float pixels are made
+                    on the host.
+                size, image_mean, ...: the image processor's settings in this call. If they change the normalisation,
+                    pixels are float, because a model normalises uint8 by its own config.
         Raises:
-            ValueError: if marks and images do not match, naming the row, or truncation cuts image tokens.
-            TypeError: for an image option; these are settings of the image processor.
+            ValueError: if marks and images do not match, naming the row; if truncation cuts image tokens; for image
+                settings with which images have no common size.
+            TypeError: for videos or audio.
         """
-        if videos is not None or audio is not None:
-            raise TypeError("LLaVA reads images and text, no videos or audio")
+        pixels = kwargs.pop("pixels", self.pixels)
         if pixels not in ("uint8", "float"):
             raise ValueError(f"pixels is 'uint8' or 'float', not {pixels!r}")
-        if device is not None and pixels == "float":
-            raise ValueError("pixels='float' is made on the host; with a device they are 'uint8'")
+        if any(kwargs.pop(name, None) is not None for name in ("videos", "audio")):
+            raise TypeError("LLaVA reads images and text, no videos or audio")
         if images is None and text is None:
             raise ValueError("nothing to process: give images, text or both")
-        options = {**kwargs, **(text_kwargs or {})}
-        misplaced = sorted(options.keys() & (ImagesKwargs.__annotations__.keys() - TextKwargs.__annotations__.keys()))
-        if misplaced:
-            raise TypeError(f"set {', '.join(misplaced)} on processor.image_processor, not in the call")
+        options = self._options(kwargs)
+        of_text, of_images = options["text_kwargs"], options["images_kwargs"]
+        asked = ("return_mm_token_type_ids", "return_text_replacement_offsets")  # by vLLM and `apply_chat_template`
+        wants_types, wants_offsets = (of_text.pop(key, options.get(key)) for key in asked)
+        tensor_type, pixel_type = (of.pop("return_tensors", None) for of in (of_text, of_images))
+        device = of_images.pop("device", None)
+        processor = self._with_image_settings(of_images) if of_images else self
 
         data: dict[str, Any] = {}
         texts = [text] if isinstance(text, str) else text if text is None else list(text)
+        if not all(isinstance(row, str) for row in texts or ()):
+            raise ValueError("text is a string or a list of strings")
         flat = self._flat_images(images, texts)
         if texts is not None:
-            # transformers' chat template code needs these two to find the assistant's tokens.
-            wants_spans = options.pop("return_text_replacement_offsets", False)
-            wants_types = options.pop("return_mm_token_type_ids", False)
-            encoded, spans = self._tokenize(texts, padding, padding_side, options)
-            data |= encoded
+            if of_text.get("padding") is None:
+                of_text["padding"] = tensor_type is not None and len(texts) > 1
+            data, replacements = processor._tokenize(texts, of_text)
             if wants_types:
-                data["mm_token_type_ids"] = [
-                    [int(token == self.image_token_id) for token in ids] for ids in data["input_ids"]
-                ]
-        if flat and device is not None:
-            data["pixel_values"] = self.pixels_on(device, flat)
-        elif flat:
-            pixels_NHWC = np.stack([self.image_pixels(image) for image in flat])
-            data["pixel_values"] = pixels_NHWC if pixels == "uint8" else self.normalize(pixels_NHWC)
-        batch = _Batch(data, tensor_type=return_tensors)
-        if flat and pixels == "uint8":
+                data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
+        if flat:
+            as_floats = pixels == "float" or processor.normalisation != self.normalisation
+            made = processor._pixels(flat, as_floats, device)
+            data |= BatchFeature({"pixel_values": made}, tensor_type=pixel_type or tensor_type)
+        batch = _Batch(data, tensor_type=tensor_type)
+        if flat and not as_floats:
             note_normalisation(batch["pixel_values"], self.normalisation)
-        if texts is not None and wants_spans:
-            batch["text_replacement_offsets"] = spans
+        if texts is not None and wants_offsets:
+            batch["text_replacement_offsets"] = replacements
         return batch
+
+    def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The options of a call by their receiver, with transformers' precedence."""
+        return self._merge_kwargs(cast(Any, ProcessingKwargs), self.tokenizer.init_kwargs, **kwargs)
+
+    def _pixels(self, images: list[Any], as_floats: bool, device: Any) -> list[np.ndarray] | torch.Tensor:
+        """`pixel_values`: an array per image, or one tensor on `device`."""
+        if device is not None and not as_floats:
+            return self.pixels_on(device, images)
+        pixels = np.stack([self.image_pixels(image) for image in images])
+        made = self.normalize(pixels) if as_floats else pixels
+        return list(made) if device is None else torch.from_numpy(made).to(device)
 
     def _mark(self) -> re.Pattern:
         return re.compile(f"(?<!{_USER_TEXT_FENCE}){re.escape(self.image_token)}")
 
     def _flat_images(self, images: Any, texts: list[str] | None) -> list[Any]:
         """All images in order, after a check that every row has as many images as marks."""
-        if images is None:
-            images = []
-        elif isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
-            images = list(images)
-        elif not isinstance(images, (list, tuple)):
-            images = [images]
-        per_row = any(item is None or isinstance(item, (list, tuple)) for item in images)
-        rows = [[] if x is None else list(x) if isinstance(x, (list, tuple)) else [x] for x in images]
+        listed = _listed(images)
+        per_row = any(item is None or isinstance(item, (list, tuple)) for item in listed)
+        rows = [_listed(item) for item in listed]
         flat = [image for row in rows for image in row]
         if texts is None:
             return flat
@@ -367,37 +375,31 @@ class LlavaProcessor(FilesMixin):
             )
         return flat
 
-    def _tokenize(
-        self, texts: list[str], padding: bool | str | None, padding_side: str, options: dict[str, Any]
-    ) -> tuple[dict[str, Any], list[list[dict[str, tuple[int, int]]]]]:
-        """Expand the marks and tokenise; also returns the character span of each mark before and after expansion."""
-        count = self.num_image_tokens()
-        width = count * len(self.image_token)
-        expanded, spans = [], []
+    def _tokenize(self, texts: list[str], options: dict[str, Any]) -> tuple[dict[str, Any], list[list[dict[str, Any]]]]:
+        """Expand the marks and tokenise; also returns the replacements, as transformers describes them."""
+        mark, count = self._mark(), self.num_image_tokens()
+        tokens = self.image_token * count
+        longer = len(tokens) - len(self.image_token)
+        same = {"type": "image", "text": self.image_token, "replacement": tokens}
+        replacements = []
         for text in texts:
-            matches = list(self._mark().finditer(text))
-            starts = [match.start() + i * (width - len(self.image_token)) for i, match in enumerate(matches)]
-            spans.append([{"span": m.span(), "new_span": (at, at + width)} for m, at in zip(matches, starts)])
-            expanded.append(self._mark().sub(self.image_token * count, text))
-        padding = len(texts) > 1 if padding is None else padding
-        data = dict(self.tokenizer(expanded, padding=padding, padding_side=padding_side, **options))
-        for i, (ids, marks) in enumerate(zip(data["input_ids"], spans)):
+            spans = [match.span() for match in mark.finditer(text)]
+            new = [(start + i * longer, end + (i + 1) * longer) for i, (start, end) in enumerate(spans)]
+            replacements.append([{**same, "span": a, "new_span": b} for a, b in zip(spans, new)])
+        data = dict(self.tokenizer([mark.sub(tokens, text) for text in texts], **options))
+        for i, (ids, marks) in enumerate(zip(data["input_ids"], replacements)):
             found = ids.count(self.image_token_id)
             if found != count * len(marks):
                 raise ValueError(
                     f"row {i} has {found} image tokens where its {len(marks)} images need {count * len(marks)}: "
                     f"raise max_length ({options.get('max_length')}) or shorten the prompt"
                 )
-        return data, spans
+        return data, replacements
 
 
 # Reading images. Files are not trusted: one with more pixels (by its header) than PIL's limit, a format outside of
 # `FORMATS`, or more than `MAX_FILE_BYTES` is refused before decoding; any exception of a decoder becomes a ValueError
 # that names the file; only regular files are opened, since a pipe could block for ever.
-#
-# Pixels are those of LLaVA's `convert("RGB")`: the first frame of an animation, alpha channel dropped, 16 bits clipped
-# to 8, palettes looked up, CMYK converted without a colour profile. EXIF orientation is not applied: neither LLaVA nor
-# transformers' image processors rotate images (transformers' `load_image`, which fetches URLs, does).
 
 
 def read_rgb(source: Image.Image | str | PathLike | np.ndarray | torch.Tensor) -> Image.Image:
@@ -410,7 +412,8 @@ def read_rgb(source: Image.Image | str | PathLike | np.ndarray | torch.Tensor) -
         ValueError: for a file that is not an image, is truncated, or has more pixels than PIL allows; one line, with
             the file's name.
 
-    As in LLaVA this is `convert("RGB")` alone: EXIF orientation is not applied, 16-bit values are clipped and an
+    As in LLaVA this is `convert("RGB")` of the first frame: EXIF orientation is not applied (transformers applies it to
+    files and URLs, not to PIL images), 16-bit values are clipped, CMYK is converted without a colour profile, and an
     alpha channel is dropped (recent transformers versions blend it with white, unlike LLaVA's training data).
     """
     if isinstance(source, (np.ndarray, torch.Tensor)):
