@@ -40,6 +40,7 @@ from llava_fast.checkpoint.weights import (
 )
 from llava_fast.drop_in import LlavaForConditionalGeneration
 from llava_fast.errors import blaming
+from llava_fast.hub import local_folder
 from llava_fast.model.language import text_config
 from llava_fast.model.vision import pixel_normalisation, tower_config
 from llava_fast.processor.processor import LlavaProcessor
@@ -81,7 +82,7 @@ def convert(
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
 ) -> Converted:
-    """Write the checkpoint in `source`, of any layout, to the new directory `target`.
+    """Write the checkpoint `source`, a directory or hub id of any layout, to the new directory `target`.
 
     Args:
         layout: "hf" or "original".
@@ -94,14 +95,14 @@ def convert(
         FileExistsError: if `target` exists.
         OSError, ValueError: one line that names file, key or value; `target` is not created.
     """
-    source, target = Path(source), Path(target)
+    target = Path(target)
     check_layout(layout, with_tower, mm_vision_tower)
     shard_bytes, dtype = parse_size(max_shard_size), dtype_of(dtype)
     if os.path.lexists(target):
         raise FileExistsError(f"{target} exists; it is not written over")
     if not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"no directory {target.absolute().parent} to put {target.name} in")
-    opened = _open(source, base_model, {"vision_tower": vision_tower, "mm_projector": mm_projector})
+    opened = _open(local_folder(source), base_model, {"vision_tower": vision_tower, "mm_projector": mm_projector})
     check_checkpoint(LlavaForConditionalGeneration, opened)
     config = opened.config
     weights = {name: stored.to(dtype) for name, stored in opened.weights.items()}
@@ -153,8 +154,6 @@ def convert(
 
 
 def _open(source: Path, base_model: str | os.PathLike | None, pieces: Pieces) -> OpenCheckpoint:
-    if not source.is_dir():
-        raise FileNotFoundError(f"no checkpoint directory {source}")
     if not is_adapter(source):
         if base_model is not None:
             raise ValueError(f"base_model is for adapters, and {source} has no adapter_config.json")
@@ -167,7 +166,8 @@ def _open(source: Path, base_model: str | os.PathLike | None, pieces: Pieces) ->
         if not (tied and name == HEAD)
     }
     layout = "original" if hasattr(model.config, "mm_vision_tower") else "hf"
-    with_tokenizer = (folder for folder in (source, Path(model.name_or_path)) if _has_tokenizer(folder))
+    base = local_folder(model.name_or_path, ())
+    with_tokenizer = (folder for folder in (source, base) if _has_tokenizer(folder))
     return OpenCheckpoint(next(with_tokenizer, source), layout, model.config, weights)
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Lowest first. Units of one layer do not import each other, except that the command line offers the demo.
 LAYERS = [
     {"backend", "errors"},
-    {"ops"},
+    {"ops", "hub"},
     {"sequence"},
     {"model"},
     {"checkpoint", "processor"},
@@ -42,6 +42,7 @@ ONLY_IN = {
     "peft": ("llava_fast.train",),
     "accelerate": ("llava_fast.train",),
     "pydantic": ("llava_fast.train",),
+    "huggingface_hub": ("llava_fast.hub",),
     "llava_fast._cuda": ("llava_fast.backend",),
 }
 # Merging an adapter needs peft, so its file may import it, inside a function only.

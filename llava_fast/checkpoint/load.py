@@ -11,21 +11,22 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import LlavaConfig
-
 from llava_fast.checkpoint.adapter import apply_adapter, base_of, is_adapter, is_original_adapter, open_original_base
 from llava_fast.checkpoint.assemble import AssembleMixin
 from llava_fast.checkpoint.layouts import KEY_MAPPING, is_original
-from llava_fast.checkpoint.reader import OpenCheckpoint, Pieces, hf_config, local_folder, open_checkpoint
+from llava_fast.checkpoint.reader import OpenCheckpoint, Pieces, hf_config, open_checkpoint
 from llava_fast.checkpoint.save import SaveMixin
 from llava_fast.checkpoint.strict import check_checkpoint, model_on_meta, require_complete
 from llava_fast.checkpoint.weights import find_weights, open_weights, read_json
+from llava_fast.hub import MODEL, local_folder
 from llava_fast.model.pixels import keep_normalisation, read_normalisation
 from llava_fast.model.vision import feature_layers
 
 logger = logging.getLogger(__name__)
 
-_HUB = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only")
+_HUB = ("cache_dir", "force_download", "token", "revision", "local_files_only")
+# With these arguments transformers chooses the weight files itself.
+_ITS_OWN_FILES = {"gguf_file", "state_dict", "variant"}
 
 
 class CheckpointMixin(SaveMixin, AssembleMixin):
@@ -44,46 +45,53 @@ class CheckpointMixin(SaveMixin, AssembleMixin):
     ) -> Any:
         """Load a model as `transformers.PreTrainedModel.from_pretrained` does, in any LLaVA layout.
 
-        Also loads a directory in the original layout (`model_type` llava_llama), one with an `adapter_config.json`
-        (LoRA, of the original code or of peft), and a bare language model with `mm_projector`.
-        `attn_implementation` is accepted and ignored: attention always uses key ranges. Mean and deviation of uint8
-        pixels come from the preprocessor file beside the weights (see `model/pixels.py`).
+        Names of models are directories, or ids on the hub, of which only the needed files are downloaded. Also loads
+        a checkpoint in the original layout (`model_type` llava_llama), one with an `adapter_config.json` (LoRA, of the
+        original code or of peft), and a bare language model with `mm_projector`. `attn_implementation` is accepted and
+        ignored: attention always uses key ranges. Mean and deviation of uint8 pixels come from the preprocessor file
+        beside the weights (see `model/pixels.py`).
 
         Args:
-            vision_tower: CLIP directory of the tower, if the checkpoint has none, or to replace its tower.
-            mm_projector: `mm_projector.bin` or `.safetensors` of stage 1, which replaces the projector.
-            base_model: directory of an adapter's base model, if it differs from the one that the adapter names.
+            vision_tower: CLIP model of the tower, if not the one that the checkpoint names or contains.
+            mm_projector: `mm_projector.bin` or `.safetensors` of stage 1 (or the directory or id of a model that has
+                it), which replaces the projector.
+            base_model: an adapter's base model, if it differs from the one that the adapter names.
             merge_adapter: merge an adapter into its base; False returns a `peft.PeftModel` instead.
 
         Raises:
             ValueError: for keys that are missing, unexpected or have the wrong shape, or a config that contradicts the
                 preprocessor file; the message names them.
-            OSError: if there is no checkpoint at the path, or one of its files is missing.
+            OSError: if there is no such model here or on the hub, the hub cannot be reached, or a file is missing.
         """
         implementation = kwargs.pop("attn_implementation", None)
         if implementation is not None:
             logger.info("attn_implementation=%r is ignored: attention goes by key ranges", implementation)
         if kwargs.get("weights_only") is False:
             raise ValueError("weights_only=False would run code from the checkpoint; .bin files are read without")
-        path = pretrained_model_name_or_path
         pieces: Pieces = {"vision_tower": vision_tower, "mm_projector": mm_projector}
-        if path is not None and is_adapter(path):
-            return _load_adapter(cls, Path(path), base_model, merge_adapter, pieces, *args, **kwargs)
-        if base_model is not None:
-            raise ValueError(f"base_model is for adapters, and {path} has no adapter_config.json")
-        hub = {key: kwargs[key] for key in _HUB if key in kwargs}
-        if path is not None and not kwargs.keys() & {"config", "gguf_file", "subfolder", "variant", "state_dict"}:
-            opened = _opened(cls, path, pieces, hub)
-            if opened is not None:
-                return _read(cls, opened, *args, **kwargs)
-        elif given := [name for name, piece in pieces.items() if piece is not None]:
+        given = [name for name, piece in pieces.items() if piece is not None]
+        name, hub = pretrained_model_name_or_path, {key: kwargs.pop(key) for key in _HUB if key in kwargs}
+        subfolder = kwargs.get("subfolder", "")
+        as_it_is = name is None or kwargs.keys() & _ITS_OWN_FILES
+        if given and (as_it_is or "config" in kwargs or subfolder):
             raise ValueError(f"{given[0]} goes with a checkpoint directory alone")
-        if path is None:
+        folder = None if name is None else local_folder(name, () if as_it_is else MODEL, subfolder=subfolder, **hub)
+        if folder is not None and is_adapter(folder):
+            return _load_adapter(cls, folder, base_model, merge_adapter, pieces, hub, *args, **kwargs)
+        if base_model is not None:
+            raise ValueError(f"base_model is for adapters, and {name} has no adapter_config.json")
+        if name is None or folder is None:
             return cls._from_files("state_dict", None, *args, **kwargs)
-        found = read_normalisation(path, subfolder=kwargs.get("subfolder", ""), **hub)
-        model = cls._from_files(path, path, *args, **kwargs)
+        if as_it_is:
+            source, kwargs = name, kwargs | hub
+        elif not subfolder and "config" not in kwargs and (opened := _opened(cls, folder, pieces, hub)) is not None:
+            return _named(name, _read(cls, opened, *args, **kwargs))
+        else:
+            source = folder
+        found = read_normalisation(source, subfolder=subfolder, **(hub if as_it_is else {}))
+        model = cls._from_files(source, source, *args, **kwargs)
         keep_normalisation((model[0] if isinstance(model, tuple) else model).config, found)
-        return model
+        return _named(name, model)
 
     @classmethod
     def _from_files(cls, label: str | os.PathLike, path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
@@ -103,38 +111,37 @@ class CheckpointMixin(SaveMixin, AssembleMixin):
         return (model, info) if with_info else model
 
 
-def _opened(
-    cls: type[CheckpointMixin], name: str | os.PathLike, pieces: Pieces, hub: dict[str, Any]
-) -> OpenCheckpoint | None:
-    """Open a checkpoint in the original layout, or in several directories; local files or the hub's local copy.
+def _named(name: str | os.PathLike, model: Any) -> Any:
+    """The loaded model (or model and loading info) with the name that it was asked for by: adapters refer to it."""
+    loaded = model[0] if isinstance(model, tuple) else model
+    loaded.name_or_path = loaded.config.name_or_path = os.fspath(name)
+    return model
+
+
+def _opened(cls: type[CheckpointMixin], folder: Path, pieces: Pieces, hub: dict[str, Any]) -> OpenCheckpoint | None:
+    """Open a checkpoint in the original layout, or in several directories.
 
     None for HF's layout, which transformers loads itself; then config and weight headers have been checked here.
     """
-    given, folder = any(piece is not None for piece in pieces.values()), Path(name)
-    if not folder.is_dir():
-        config, _ = LlavaConfig.get_config_dict(name, **hub)
-        if not is_original(config):
-            if given:
-                raise FileNotFoundError(
-                    f"vision_tower and mm_projector go with a checkpoint directory, and there is no {folder}"
-                )
-            return None
-        copy = local_folder(name)
-        if copy is None or find_weights(copy) is None:
-            raise FileNotFoundError(
-                f"{name} is in the original layout: download it (hf download {name}), weights included"
-            )
-        folder = copy
     file = folder / "config.json"
     if not file.is_file():  # transformers would build a model of its default size
         raise FileNotFoundError(f"{file} is missing")
     config = read_json(file)
-    if given or is_original(config) or config.get("model_type") != "llava":
-        return open_checkpoint(folder, **pieces)
+    if (
+        any(piece is not None for piece in pieces.values())
+        or is_original(config)
+        or config.get("model_type") != "llava"
+    ):
+        return open_checkpoint(folder, hub=_of_others(hub), **pieces)
     if (weights := find_weights(folder)) is not None:
         # Rejects damaged and malicious files before transformers opens them.
         model_on_meta(cls, hf_config(config, file), file, len(open_weights(weights)))
     return None
+
+
+def _of_others(hub: dict[str, Any]) -> dict[str, Any]:
+    """The hub's arguments for the models that a checkpoint refers to: a revision is that of the checkpoint alone."""
+    return {key: value for key, value in hub.items() if key != "revision"}
 
 
 def _read(cls: type[CheckpointMixin], opened: OpenCheckpoint, *args: Any, **kwargs: Any) -> Any:
@@ -144,9 +151,7 @@ def _read(cls: type[CheckpointMixin], opened: OpenCheckpoint, *args: Any, **kwar
     if kwargs.get("device_map") is None:
         # Tensors that were read are memory-mapped; the file may be overwritten while the model is in use.
         weights = {name: weight.clone() for name, weight in weights.items()}
-    model = cls._from_files(opened.path, None, *args, config=opened.config, state_dict=weights, **kwargs)
-    (model[0] if isinstance(model, tuple) else model).name_or_path = str(opened.path)
-    return model
+    return cls._from_files(opened.path, None, *args, config=opened.config, state_dict=weights, **kwargs)
 
 
 def _load_adapter(
@@ -155,14 +160,17 @@ def _load_adapter(
     base_model: str | os.PathLike | None,
     merge: bool,
     pieces: Pieces,
+    hub: dict[str, Any],
     *args: Any,
     **kwargs: Any,
 ) -> Any:
     """The base model with the adapter in `folder`, merged, or as a PeftModel."""
+    hub = _of_others(hub)
     if is_original_adapter(folder):
-        model = _read(cls, open_original_base(folder, base_model, pieces), *args, **kwargs)
+        opened = open_original_base(folder, base_model, pieces, hub)
+        model = _named(opened.path, _read(cls, opened, *args, **kwargs))
     else:
-        model = cls.from_pretrained(base_of(folder, base_model), *args, **pieces, **kwargs)
+        model = cls.from_pretrained(base_of(folder, base_model, hub), *args, **pieces, **hub, **kwargs)
     keep_normalisation(model.config, read_normalisation(folder))
     wrapped = apply_adapter(model, folder)
     if not merge:

@@ -11,6 +11,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, CLIPVisionConfig, LlavaImageProcessorPil
 
 from llava_fast.errors import blaming
+from llava_fast.hub import local_folder
 from llava_fast.model.pixels import read_normalisation
 from llava_fast.ops.patch_embed import Normalisation
 from llava_fast.processor.templates import get_template
@@ -23,12 +24,38 @@ class FilesMixin(transformers.LlavaProcessor):
     """Loading, saving and assembling, for `LlavaProcessor`."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, *args: Any, **kwargs: Any) -> Self:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike,
+        cache_dir: str | PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        revision: str = "main",
+        **kwargs: Any,
+    ) -> Self:
+        """Load a processor as `transformers.ProcessorMixin.from_pretrained` does, from a directory or a hub id.
+
+        Raises:
+            OSError: if there is no such model here or on the hub, the hub cannot be reached, or a file is missing.
+            ValueError: naming the model, if one of its files is damaged.
+        """
+        name = pretrained_model_name_or_path
+        folder = local_folder(
+            name,
+            (),
+            subfolder=kwargs.get("subfolder", ""),
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+            revision=revision,
+        )
         # Without trust_remote_code=False transformers asks on stdin whether to run code of the checkpoint.
-        with blaming(pretrained_model_name_or_path):
-            return super().from_pretrained(
-                pretrained_model_name_or_path, *args, **{"trust_remote_code": False, **kwargs}
-            )
+        with blaming(name):
+            processor = super().from_pretrained(folder, **{"trust_remote_code": False, **kwargs})
+        processor.tokenizer.name_or_path = str(name)
+        return processor
 
     @classmethod
     def assemble(
@@ -40,10 +67,11 @@ class FilesMixin(transformers.LlavaProcessor):
         pad_to_square: bool = False,
         vision_feature_select_strategy: str = "default",
     ) -> Self:
-        """Make the processor of a new LLaVA from a CLIP directory and a language model's directory.
+        """Make the processor of a new LLaVA from a CLIP model and a language model, directories or hub ids.
 
         The tokenizer gets an `<image>` token if it has none, so the model's embeddings may need resizing.
         """
+        vision_tower, language_model = local_folder(vision_tower, ()), local_folder(language_model, ())
         with blaming(language_model):
             tokenizer = AutoTokenizer.from_pretrained(language_model, trust_remote_code=False)
         if "<image>" not in tokenizer.get_vocab():
