@@ -16,6 +16,7 @@ _HOME = {
     "LlavaModel": "llava_fast.model.llava",
     "LlavaProcessor": "llava_fast.processor.processor",
     "attention": "llava_fast.ops.attention",
+    "register": "llava_fast.auto",
     "register_attention": "llava_fast.attention_interface",
     "use_backend": "llava_fast.backend",
 }
@@ -27,12 +28,14 @@ __all__ = [
     "LlavaProcessor",
     "__version__",
     "attention",
+    "register",
     "register_attention",
     "use_backend",
 ]
 
 if TYPE_CHECKING:
     from llava_fast.attention_interface import register_attention
+    from llava_fast.auto import register
     from llava_fast.backend import use_backend
     from llava_fast.drop_in import LlavaForConditionalGeneration
     from llava_fast.model.llava import LlavaConfig, LlavaModel

@@ -68,6 +68,8 @@ def serving(root: Path) -> Iterator[Hub]:
             if api and (not rest or rest[0] == "revision"):
                 siblings = [{"rfilename": file} for file in files + hub.extra_names]
                 return self.answer(json.dumps({"id": repository, "sha": COMMIT, "siblings": siblings}).encode())
+            if api and rest[0] == "tree" and len(rest) > 2:
+                return self.refuse(404, "EntryNotFound")  # no repository here has chat templates in a folder
             if api and rest[0] == "tree":
                 tree = [
                     {"type": "file", "path": file, "oid": etag((folder / file).read_bytes()), "size": 1}

@@ -21,7 +21,7 @@ LAYERS = [
     {"model"},
     {"checkpoint", "processor"},
     {"drop_in", "attention_interface"},
-    {"train", "chat", "convert", "doctor", "benchmarks"},
+    {"train", "chat", "convert", "doctor", "auto", "benchmarks"},
     {"cli", "demo"},
 ]
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
@@ -35,6 +35,7 @@ ONLY_IN = {
         "llava_fast.processor",
         "llava_fast.drop_in",
         "llava_fast.attention_interface",
+        "llava_fast.auto",
         "llava_fast.train",
         "llava_fast.chat",
         "llava_fast.convert",

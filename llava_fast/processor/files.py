@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+_SETTINGS = ("processor_config.json", "preprocessor_config.json")
+
+
 class FilesMixin(transformers.LlavaProcessor):
     """Loading, saving and assembling, for `LlavaProcessor`."""
 
@@ -51,6 +54,12 @@ class FilesMixin(transformers.LlavaProcessor):
             token=token,
             revision=revision,
         )
+        inside = folder / kwargs.get("subfolder", "")
+        if inside.is_dir() and not any((inside / file).is_file() for file in _SETTINGS):
+            raise FileNotFoundError(
+                f"{name} has no processor ({' or '.join(_SETTINGS)}); llava-fast convert writes one for a checkpoint "
+                "of the original LLaVA code"
+            )
         # Without trust_remote_code=False transformers asks on stdin whether to run code of the checkpoint.
         with blaming(name):
             processor = super().from_pretrained(folder, **{"trust_remote_code": False, **kwargs})
