@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _HOME = {
     "LlavaConfig": "llava_fast.model.llava",
     "LlavaForConditionalGeneration": "llava_fast.drop_in",
-    "LlavaModel": "llava_fast.model.llava",
+    "LlavaModel": "llava_fast.drop_in",
     "LlavaProcessor": "llava_fast.processor.processor",
     "attention": "llava_fast.ops.attention",
     "register": "llava_fast.auto",
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from llava_fast.attention_interface import register_attention
     from llava_fast.auto import register
     from llava_fast.backend import use_backend
-    from llava_fast.drop_in import LlavaForConditionalGeneration
-    from llava_fast.model.llava import LlavaConfig, LlavaModel
+    from llava_fast.drop_in import LlavaForConditionalGeneration, LlavaModel
+    from llava_fast.model.llava import LlavaConfig
     from llava_fast.ops.attention import attention
     from llava_fast.processor import LlavaProcessor
 

@@ -13,13 +13,14 @@ from typing import Any
 
 from llava_fast.checkpoint.adapter import apply_adapter, base_of, is_adapter, is_original_adapter, open_original_base
 from llava_fast.checkpoint.assemble import AssembleMixin
-from llava_fast.checkpoint.layouts import KEY_MAPPING, is_original
+from llava_fast.checkpoint.layouts import HEAD, KEY_MAPPING, is_original
 from llava_fast.checkpoint.reader import OpenCheckpoint, Pieces, hf_config, open_checkpoint
 from llava_fast.checkpoint.save import SaveMixin
 from llava_fast.checkpoint.strict import check_checkpoint, model_on_meta, require_complete
 from llava_fast.checkpoint.weights import find_weights, open_weights, read_json
 from llava_fast.hub import MODEL, local_folder
 from llava_fast.model.pixels import keep_normalisation, read_normalisation
+from llava_fast.model.pretrained import LlavaPreTrainedModel
 from llava_fast.model.vision import feature_layers
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,54 @@ _HUB = ("cache_dir", "force_download", "token", "revision", "local_files_only")
 _ITS_OWN_FILES = {"gguf_file", "state_dict", "variant"}
 
 
-class CheckpointMixin(SaveMixin, AssembleMixin):
+class _FilesMixin(LlavaPreTrainedModel):
+    """transformers' own `from_pretrained`, with strict checks."""
+
+    @classmethod
+    def _from_files(cls, label: str | os.PathLike, path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
+        """Load files with HF names; messages begin with `label`."""
+        with_info = kwargs.pop("output_loading_info", False)
+        allow_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+        # transformers' own error for a wrong shape does not name the key, so sizes are checked here instead.
+        loaded: Any = super().from_pretrained(
+            path, *args, key_mapping=KEY_MAPPING, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        model, info = loaded
+        network = getattr(model, cls.base_model_prefix, model)
+        unexpected = set(info["unexpected_keys"]) - ({HEAD} if network is model else set())
+        require_complete(label, {**info, "unexpected_keys": unexpected}, allow_mismatch)
+        # Keys were renamed at loading; transformers must not rename them again at saving.
+        model._weight_conversions = None
+        # Loading replaces the parameters, so those that the constructor froze must be frozen again.
+        network.vision_tower.freeze_unused(feature_layers(model.config))
+        return (model, info) if with_info else model
+
+
+class BareCheckpointMixin(_FilesMixin):
+    """Loading of the network without its head, for `LlavaModel`."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
+        """Load the network from a checkpoint in HF's layout, a directory or hub id, with or without a head.
+
+        Raises:
+            ValueError: for keys that are missing or unexpected, or another layout; the message names them.
+            OSError: if there is no such model here or on the hub, the hub cannot be reached, or a file is missing.
+        """
+        name, hub = pretrained_model_name_or_path, {key: kwargs.pop(key) for key in _HUB if key in kwargs}
+        if name is None:
+            return cls._from_files("state_dict", None, *args, **kwargs)
+        folder = local_folder(name, subfolder=kwargs.get("subfolder", ""), **hub)
+        file = folder / kwargs.get("subfolder", "") / "config.json"
+        if is_adapter(folder) or is_original(read_json(file)):
+            raise ValueError(f"{file}: use LlavaForConditionalGeneration.from_pretrained(…).model for this layout")
+        found = read_normalisation(folder, subfolder=kwargs.get("subfolder", ""))
+        model = cls._from_files(folder, folder, *args, **kwargs)
+        keep_normalisation((model[0] if isinstance(model, tuple) else model).config, found)
+        return _named(name, model)
+
+
+class CheckpointMixin(_FilesMixin, SaveMixin, AssembleMixin):
     """Loading, saving and assembling checkpoints, for `LlavaForConditionalGeneration`."""
 
     @classmethod
@@ -92,23 +140,6 @@ class CheckpointMixin(SaveMixin, AssembleMixin):
         model = cls._from_files(source, source, *args, **kwargs)
         keep_normalisation((model[0] if isinstance(model, tuple) else model).config, found)
         return _named(name, model)
-
-    @classmethod
-    def _from_files(cls, label: str | os.PathLike, path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own `from_pretrained`, for HF names, with strict checks; messages begin with `label`."""
-        with_info = kwargs.pop("output_loading_info", False)
-        allow_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
-        # transformers' own error for a wrong shape does not name the key, so sizes are checked here instead.
-        loaded: Any = super().from_pretrained(
-            path, *args, key_mapping=KEY_MAPPING, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
-        model, info = loaded
-        require_complete(label, info, allow_mismatch)
-        # Keys were renamed at loading; transformers must not rename them again at saving.
-        model._weight_conversions = None
-        # Loading replaces the parameters, so those that the constructor froze must be frozen again.
-        model.model.vision_tower.freeze_unused(feature_layers(model.config))
-        return (model, info) if with_info else model
 
 
 def _named(name: str | os.PathLike, model: Any) -> Any:

@@ -11,7 +11,13 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForPreTraining, AutoProcessor
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoModelForPreTraining,
+    AutoProcessor,
+)
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, PROCESSOR_MAPPING_NAMES
 
 import llava_fast
@@ -24,7 +30,7 @@ MODELS = (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForPre
 @contextmanager
 def registered() -> Iterator[None]:
     """`llava_fast.register()`, undone at the end."""
-    tables = [auto._model_mapping._extra_content for auto in MODELS]
+    tables = [auto._model_mapping._extra_content for auto in (*MODELS, AutoModel)]
     tables += [PROCESSOR_MAPPING._extra_content, PROCESSOR_MAPPING_NAMES]
     before = [table.copy() for table in tables]
     llava_fast.register()
@@ -81,6 +87,20 @@ def test_models_and_logits(tiny: SimpleNamespace, checkpoint: str, auto: Any) ->
         with torch.no_grad():
             logits.append(model(**inputs).logits[real])
     tiny.assert_near(logits[1], logits[0])
+
+
+def test_the_model_without_its_head(tiny: SimpleNamespace, checkpoint: str, tmp_path: Path) -> None:
+    theirs, ours = both(lambda: AutoModel.from_pretrained(checkpoint, dtype=torch.float32))
+    assert type(theirs) is transformers.LlavaModel
+    assert type(ours) is llava_fast.LlavaModel
+    ours.save_pretrained(tmp_path)
+    again = [kind.from_pretrained(tmp_path) for kind in (llava_fast.LlavaModel, transformers.LlavaModel)]
+    inputs = llava_fast.LlavaProcessor.from_pretrained(checkpoint)(
+        images=image(1), text="USER: <image>\nWhat word1? ASSISTANT:", return_tensors="pt", pixels="float"
+    )
+    expected = theirs(**inputs).last_hidden_state
+    for model in (ours, *again):
+        tiny.assert_near(model(**inputs).last_hidden_state, expected)
 
 
 def test_registering_twice_and_from_a_config(checkpoint: str) -> None:
