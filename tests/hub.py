@@ -41,9 +41,6 @@ class Hub:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", self.url)
         template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        for module in (huggingface_hub.file_download, huggingface_hub.hf_api):
-            monkeypatch.setattr(module, "ENDPOINT", self.url, raising=False)
-            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
 
 
 @contextmanager
