@@ -16,8 +16,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
-from llava_fast import LlavaForConditionalGeneration, LlavaProcessor, cli
+from llava_fast import LlavaForConditionalGeneration, LlavaProcessor, chat, cli
 from llava_fast.convert import convert
 from llava_fast.hub import MODEL, PROJECTOR, is_id, local_folder
 from tests.checkpoint.files import assert_grown, assert_same, make
@@ -325,6 +328,22 @@ def test_convert(tiny: SimpleNamespace, hub: Hub, tmp_path: Path) -> None:
     assert_grown(LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf"), model, tiny)
     with pytest.raises(FileNotFoundError, match="no model org/typo is on"):
         convert("org/typo", tmp_path / "typo", layout="hf")
+
+
+def test_chat_with_a_released_model(tiny: SimpleNamespace, hub: Hub) -> None:
+    released(tiny, hub)
+    words = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(98))])}
+    vocabulary = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, unk_token="<unk>", bos_token="<s>")
+    tokenizer.save_pretrained(hub.root / "liuhaotian/llava")
+    with pytest.raises(FileNotFoundError, match=r"^liuhaotian/llava has no processor .* llava-fast convert makes one$"):
+        LlavaProcessor.from_pretrained("liuhaotian/llava")
+    model, processor = chat.load("liuhaotian/llava", device="cpu")
+    assert processor.tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_index == 101
+    assert processor.pad_to_square  # the config says image_aspect_ratio: pad
+    assert "".join(chat.stream(model, processor, [Image.new("RGB", (30, 20), "red")], "w1", max_new_tokens=3))
+    with pytest.raises(FileNotFoundError, match="no model liuhaotian/typo is on"):
+        chat.load("liuhaotian/typo")
 
 
 def test_a_processor_without_the_weights(tiny_checkpoint: Path, hub: Hub) -> None:
