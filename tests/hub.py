@@ -35,7 +35,8 @@ class Hub:
         return [path for method, path in map(str.split, self.requests) if method == "GET"]
 
     def use(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-        """Let huggingface_hub in this process ask this server, with a cache of its own."""
+        """Let huggingface_hub and transformers in this process ask this server, with a cache of its own."""
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # it remembers a server
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", self.url)

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from llava_fast import LlavaForConditionalGeneration, LlavaProcessor, chat, cli
+from llava_fast import LlavaForConditionalGeneration, LlavaModel, LlavaProcessor, chat, cli
 from llava_fast.convert import convert
 from llava_fast.hub import MODEL, PROJECTOR, is_id, local_folder
 from tests.checkpoint.files import assert_grown, assert_same, make
@@ -317,6 +317,9 @@ def test_options_that_only_transformers_reads(tiny: SimpleNamespace, hub: Hub) -
         LlavaForConditionalGeneration.from_pretrained("org/other", variant="fp16")
     given = LlavaForConditionalGeneration.from_pretrained("org/model", subfolder="deep", config=model.config)
     assert_same(given, model)
+    model.save_pretrained(hub.root / "org/half", variant="half")
+    for kind, expected in ((LlavaForConditionalGeneration, model), (LlavaModel, model.model)):
+        assert_same(kind.from_pretrained("org/half", variant="half"), expected)
 
 
 def test_convert(tiny: SimpleNamespace, hub: Hub, tmp_path: Path) -> None:

@@ -52,6 +52,17 @@ class _FilesMixin(LlavaPreTrainedModel):
         network.vision_tower.freeze_unused(feature_layers(model.config))
         return (model, info) if with_info else model
 
+    @classmethod
+    def _in_hf_layout(
+        cls, name: str | os.PathLike, folder: Path, hub: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Load a checkpoint in HF's layout from its folder; by its name, where transformers chooses the files."""
+        source, hub = (name, hub) if kwargs.keys() & _ITS_OWN_FILES else (folder, {})
+        found = read_normalisation(source, subfolder=kwargs.get("subfolder", ""), **hub)
+        model = cls._from_files(source, source, *args, **hub, **kwargs)
+        keep_normalisation((model[0] if isinstance(model, tuple) else model).config, found)
+        return _named(name, model)
+
 
 class BareCheckpointMixin(_FilesMixin):
     """Loading of the network without its head, for `LlavaModel`."""
@@ -67,14 +78,11 @@ class BareCheckpointMixin(_FilesMixin):
         name, hub = pretrained_model_name_or_path, {key: kwargs.pop(key) for key in _HUB if key in kwargs}
         if name is None:
             return cls._from_files("state_dict", None, *args, **kwargs)
-        folder = local_folder(name, subfolder=kwargs.get("subfolder", ""), **hub)
+        folder = _folder(name, hub, kwargs)
         file = folder / kwargs.get("subfolder", "") / "config.json"
         if is_adapter(folder) or is_original(read_json(file)):
             raise ValueError(f"{file}: use LlavaForConditionalGeneration.from_pretrained(…).model for this layout")
-        found = read_normalisation(folder, subfolder=kwargs.get("subfolder", ""))
-        model = cls._from_files(folder, folder, *args, **kwargs)
-        keep_normalisation((model[0] if isinstance(model, tuple) else model).config, found)
-        return _named(name, model)
+        return cls._in_hf_layout(name, folder, hub, *args, **kwargs)
 
 
 class CheckpointMixin(_FilesMixin, SaveMixin, AssembleMixin):
@@ -119,27 +127,26 @@ class CheckpointMixin(_FilesMixin, SaveMixin, AssembleMixin):
         pieces: Pieces = {"vision_tower": vision_tower, "mm_projector": mm_projector}
         given = [name for name, piece in pieces.items() if piece is not None]
         name, hub = pretrained_model_name_or_path, {key: kwargs.pop(key) for key in _HUB if key in kwargs}
-        subfolder = kwargs.get("subfolder", "")
-        as_it_is = name is None or kwargs.keys() & _ITS_OWN_FILES
-        if given and (as_it_is or "config" in kwargs or subfolder):
+        if given and (name is None or kwargs.keys() & {"config", "subfolder", *_ITS_OWN_FILES}):
             raise ValueError(f"{given[0]} goes with a checkpoint directory alone")
-        folder = None if name is None else local_folder(name, () if as_it_is else MODEL, subfolder=subfolder, **hub)
+        folder = None if name is None else _folder(name, hub, kwargs)
         if folder is not None and is_adapter(folder):
             return _load_adapter(cls, folder, base_model, merge_adapter, pieces, hub, *args, **kwargs)
         if base_model is not None:
             raise ValueError(f"base_model is for adapters, and {name} has no adapter_config.json")
         if name is None or folder is None:
             return cls._from_files("state_dict", None, *args, **kwargs)
-        if as_it_is:
-            source, kwargs = name, kwargs | hub
-        elif not subfolder and "config" not in kwargs and (opened := _opened(cls, folder, pieces, hub)) is not None:
-            return _named(name, _read(cls, opened, *args, **kwargs))
-        else:
-            source = folder
-        found = read_normalisation(source, subfolder=subfolder, **(hub if as_it_is else {}))
-        model = cls._from_files(source, source, *args, **kwargs)
-        keep_normalisation((model[0] if isinstance(model, tuple) else model).config, found)
-        return _named(name, model)
+        if not kwargs.keys() & {"config", "subfolder", *_ITS_OWN_FILES}:
+            opened = _opened(cls, folder, pieces, hub)
+            if opened is not None:
+                return _named(name, _read(cls, opened, *args, **kwargs))
+        return cls._in_hf_layout(name, folder, hub, *args, **kwargs)
+
+
+def _folder(name: str | os.PathLike, hub: dict[str, Any], kwargs: dict[str, Any]) -> Path:
+    """The directory of a model; of one on the hub only the settings, where transformers chooses the weights."""
+    weights = () if kwargs.keys() & _ITS_OWN_FILES else MODEL
+    return local_folder(name, weights, subfolder=kwargs.get("subfolder", ""), **hub)
 
 
 def _named(name: str | os.PathLike, model: Any) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import (
     AutoModel,
@@ -101,6 +102,19 @@ def test_the_model_without_its_head(tiny: SimpleNamespace, checkpoint: str, tmp_
     expected = theirs(**inputs).last_hidden_state
     for model in (ours, *again):
         tiny.assert_near(model(**inputs).last_hidden_state, expected)
+
+
+def test_an_adapter_and_its_base(tiny: SimpleNamespace, checkpoint: str, tmp_path: Path) -> None:
+    base = llava_fast.LlavaForConditionalGeneration.from_pretrained(checkpoint)
+    settings = LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False)
+    get_peft_model(base, settings).save_pretrained(tmp_path)
+    theirs, ours = both(lambda: AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32))
+    assert type(ours) is llava_fast.LlavaForConditionalGeneration
+    ids = torch.arange(5, 15)[None]
+    adapted = theirs(input_ids=ids).logits
+    tiny.assert_near(ours(input_ids=ids).logits, adapted)
+    theirs.disable_adapters()
+    assert (theirs(input_ids=ids).logits - adapted).abs().max() > 0.1 * adapted.abs().max()
 
 
 def test_registering_twice_and_from_a_config(checkpoint: str) -> None:
