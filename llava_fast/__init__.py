@@ -13,9 +13,10 @@ __version__ = "0.1.0"
 _HOME = {
     "LlavaConfig": "llava_fast.model.llava",
     "LlavaForConditionalGeneration": "llava_fast.drop_in",
-    "LlavaModel": "llava_fast.model.llava",
+    "LlavaModel": "llava_fast.drop_in",
     "LlavaProcessor": "llava_fast.processor.processor",
     "attention": "llava_fast.ops.attention",
+    "register": "llava_fast.auto",
     "register_attention": "llava_fast.attention_interface",
     "use_backend": "llava_fast.backend",
 }
@@ -27,15 +28,17 @@ __all__ = [
     "LlavaProcessor",
     "__version__",
     "attention",
+    "register",
     "register_attention",
     "use_backend",
 ]
 
 if TYPE_CHECKING:
     from llava_fast.attention_interface import register_attention
+    from llava_fast.auto import register
     from llava_fast.backend import use_backend
-    from llava_fast.drop_in import LlavaForConditionalGeneration
-    from llava_fast.model.llava import LlavaConfig, LlavaModel
+    from llava_fast.drop_in import LlavaForConditionalGeneration, LlavaModel
+    from llava_fast.model.llava import LlavaConfig
     from llava_fast.ops.attention import attention
     from llava_fast.processor import LlavaProcessor
 

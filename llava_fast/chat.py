@@ -13,26 +13,26 @@ from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from llava_fast.checkpoint.layouts import dtype_of
 from llava_fast.drop_in import LlavaForConditionalGeneration
+from llava_fast.hub import local_folder
+from llava_fast.processor.files import SETTINGS
 from llava_fast.processor.processor import LlavaProcessor
 
 
 def load(
     checkpoint: str | Path, *, device: str = "auto", dtype: str = "auto"
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Load a model for inference, and its processor, from a checkpoint directory.
+    """Load a model for inference, and its processor, in any layout.
 
     Args:
-        checkpoint: directory with the weights, the configuration and the processor's files.
+        checkpoint: directory or hub id with the weights, the configuration and the processor's files.
         device: "auto", the GPU if there is one; or a name that `torch.device` accepts.
         dtype: a floating dtype by name; "auto" is the checkpoint's own on a GPU and float32 on a CPU.
 
     Raises:
-        FileNotFoundError: if there is no such directory.
+        OSError: if there is no such model here or on the hub, or the hub cannot be reached.
         ValueError: if model and processor normalise pixels differently.
     """
-    checkpoint = Path(checkpoint)
-    if not checkpoint.is_dir():
-        raise FileNotFoundError(f"no checkpoint directory {checkpoint}")
+    checkpoint = local_folder(checkpoint)
     try:
         where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     except RuntimeError as error:
@@ -41,7 +41,10 @@ def load(
         raise ValueError(f"device {device!r} was asked for, but PyTorch sees no CUDA device")
     chosen = dtype_of(dtype) or (torch.float32 if where.type == "cpu" else "auto")
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=chosen)
-    processor = LlavaProcessor.from_pretrained(checkpoint)
+    if hasattr(model.config, "mm_vision_tower") and not any((checkpoint / file).is_file() for file in SETTINGS):
+        processor = LlavaProcessor.for_original(checkpoint, model.config)
+    else:
+        processor = LlavaProcessor.from_pretrained(checkpoint)
     processor.check(model.config)
     return model.to(where).eval(), processor
 

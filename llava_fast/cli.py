@@ -50,7 +50,7 @@ def demo(
 
 @app.command()
 def chat(
-    model: Annotated[Path, typer.Argument(help="Directory of the checkpoint.")],
+    model: Annotated[str, typer.Argument(help="Directory of the checkpoint, or its id on the Hugging Face hub.")],
     image: Annotated[list[Path] | None, typer.Option(help="Image file; give it again for more images.")] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Ask this and stop; without it, questions are read line by line.")
@@ -110,12 +110,14 @@ def train(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="Checkpoint directory, in any layout; an adapter is merged.")],
+    source: Annotated[str, typer.Argument(help="Directory or hub id, in any layout; an adapter is merged.")],
     target: Annotated[Path, typer.Argument(help="New directory.")],
     layout: Annotated[str, typer.Option(help="hf (transformers) or original (the LLaVA code).")],
-    vision_tower: Annotated[Path | None, typer.Option(help="CLIP directory to take the tower from.")] = None,
-    mm_projector: Annotated[Path | None, typer.Option(help="Projector of stage 1, .bin or .safetensors.")] = None,
-    base_model: Annotated[Path | None, typer.Option(help="Base model of an adapter, if not where it says.")] = None,
+    vision_tower: Annotated[str | None, typer.Option(help="CLIP directory or hub id to take the tower from.")] = None,
+    mm_projector: Annotated[
+        str | None, typer.Option(help="Projector of stage 1: .bin or .safetensors, or a hub id.")
+    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="Base model of an adapter, if not where it says.")] = None,
     tower: Annotated[bool, typer.Option(help="original: put the tower among the weights, or leave it out.")] = True,
     mm_vision_tower: Annotated[str | None, typer.Option(help="original: CLIP that its code shall name.")] = None,
     dtype: Annotated[

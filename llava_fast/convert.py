@@ -11,10 +11,9 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import TypedDict
 
 import torch
-from transformers import AutoTokenizer
 
 from llava_fast.checkpoint.adapter import is_adapter
 from llava_fast.checkpoint.layouts import (
@@ -39,9 +38,7 @@ from llava_fast.checkpoint.weights import (
     write_weights,
 )
 from llava_fast.drop_in import LlavaForConditionalGeneration
-from llava_fast.errors import blaming
-from llava_fast.model.language import text_config
-from llava_fast.model.vision import pixel_normalisation, tower_config
+from llava_fast.hub import local_folder
 from llava_fast.processor.processor import LlavaProcessor
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -81,7 +78,7 @@ def convert(
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
 ) -> Converted:
-    """Write the checkpoint in `source`, of any layout, to the new directory `target`.
+    """Write the checkpoint `source`, a directory or hub id of any layout, to the new directory `target`.
 
     Args:
         layout: "hf" or "original".
@@ -94,20 +91,22 @@ def convert(
         FileExistsError: if `target` exists.
         OSError, ValueError: one line that names file, key or value; `target` is not created.
     """
-    source, target = Path(source), Path(target)
+    target = Path(target)
     check_layout(layout, with_tower, mm_vision_tower)
     shard_bytes, dtype = parse_size(max_shard_size), dtype_of(dtype)
     if os.path.lexists(target):
         raise FileExistsError(f"{target} exists; it is not written over")
     if not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"no directory {target.absolute().parent} to put {target.name} in")
-    opened = _open(source, base_model, {"vision_tower": vision_tower, "mm_projector": mm_projector})
+    opened = _open(local_folder(source), base_model, {"vision_tower": vision_tower, "mm_projector": mm_projector})
     check_checkpoint(LlavaForConditionalGeneration, opened)
     config = opened.config
     weights = {name: stored.to(dtype) for name, stored in opened.weights.items()}
     # A loaded model has one dtype; use that of the language model.
     config.dtype = dtype or next(stored.dtype for name, stored in weights.items() if ".language_model." in name)
-    processor = _processor(opened) if layout == "hf" and opened.layout == "original" else None
+    processor = None
+    if layout == "hf" and opened.layout == "original" and _has_tokenizer(opened.path):
+        processor = LlavaProcessor.for_original(opened.path, config)
     flat = None
     if layout == "hf":
         weights = {classic_name(name): stored for name, stored in weights.items()}
@@ -153,8 +152,6 @@ def convert(
 
 
 def _open(source: Path, base_model: str | os.PathLike | None, pieces: Pieces) -> OpenCheckpoint:
-    if not source.is_dir():
-        raise FileNotFoundError(f"no checkpoint directory {source}")
     if not is_adapter(source):
         if base_model is not None:
             raise ValueError(f"base_model is for adapters, and {source} has no adapter_config.json")
@@ -167,39 +164,13 @@ def _open(source: Path, base_model: str | os.PathLike | None, pieces: Pieces) ->
         if not (tied and name == HEAD)
     }
     layout = "original" if hasattr(model.config, "mm_vision_tower") else "hf"
-    with_tokenizer = (folder for folder in (source, Path(model.name_or_path)) if _has_tokenizer(folder))
+    base = local_folder(model.name_or_path, ())
+    with_tokenizer = (folder for folder in (source, base) if _has_tokenizer(folder))
     return OpenCheckpoint(next(with_tokenizer, source), layout, model.config, weights)
 
 
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
-
-
-def _processor(opened: OpenCheckpoint) -> LlavaProcessor | None:
-    """HF's processor for an original checkpoint, with image and padding tokens after the vocabulary; sets their ids in
-    the config. None if the checkpoint has no tokenizer."""
-    config, folder = opened.config, opened.path
-    if not _has_tokenizer(folder):
-        return None
-    # Pass the text config: from the original model_type, unknown to transformers, no tokenizer class would be found.
-    with blaming(folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=config.text_config, trust_remote_code=False)
-    tokenizer.add_tokens(["<image>"], special_tokens=True)
-    # If the embeddings did not grow, there is no row for a padding token; <unk> is used, as in the original code.
-    if hasattr(config, "original_vocab_size") and tokenizer.pad_token in (None, tokenizer.unk_token):
-        tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    rows = text_config(config).vocab_size
-    if len(tokenizer) > rows:
-        raise ValueError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the model only {rows} embeddings")
-    config.image_token_index = cast(int, tokenizer.convert_tokens_to_ids("<image>"))
-    config.pad_token_id = tokenizer.pad_token_id
-    return LlavaProcessor.for_tower(
-        tower_config(config),
-        tokenizer,
-        pixel_normalisation(config),
-        pad_to_square=getattr(config, "image_aspect_ratio", None) == "pad",
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-    )
 
 
 def _copy_generation_config(source: Path, target: Path) -> None:

@@ -15,13 +15,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from llava_fast.checkpoint.load import CheckpointMixin
+from llava_fast.checkpoint.load import BareCheckpointMixin, CheckpointMixin
+from llava_fast.model import llava
 from llava_fast.model.language import Rows, text_config
-from llava_fast.model.llava import LlavaModel
 from llava_fast.model.pretrained import LlavaPreTrainedModel
 from llava_fast.ops.loss import linear_cross_entropy
 
 IGNORE_INDEX = -100
+
+
+class LlavaModel(BareCheckpointMixin, llava.LlavaModel):
+    """LLaVA without its language-model head: hidden states."""
 
 
 class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, GenerationMixin):

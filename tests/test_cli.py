@@ -75,7 +75,7 @@ def test_chat_reads_questions_until_there_are_no_more(
     [
         (["chat", "MODEL", "--image", "missing.png"], "no image file missing.png"),
         (["chat", "MODEL", "--image", __file__], f"cannot read image {__file__}"),
-        (["chat", "nowhere"], "no checkpoint directory nowhere"),
+        (["chat", "nowhere"], "no directory nowhere"),
         (["chat", "MODEL", "--dtype", "int8"], "dtype 'int8' is not a floating dtype"),
         (["chat", "MODEL", "--device", "warp"], "device 'warp' is not one that PyTorch knows"),
     ],
@@ -91,7 +91,7 @@ def test_mistakes_are_one_line(
 
 
 def test_debug_shows_where_it_came_from():
-    with pytest.raises(FileNotFoundError, match="no checkpoint directory nowhere"):
+    with pytest.raises(FileNotFoundError, match="no directory nowhere"):
         cli.main(["--debug", "chat", "nowhere"])
 
 

@@ -3,12 +3,14 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llava_fast import cli
@@ -16,6 +18,7 @@ from llava_fast.checkpoint.weights import open_weights
 from llava_fast.convert import convert
 from llava_fast.drop_in import LlavaForConditionalGeneration
 from tests.checkpoint.files import KINDS, assert_grown, assert_same, make
+from tests.contracts.test_auto import registered
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -124,13 +127,18 @@ def test_an_image_token_is_added(tiny: SimpleNamespace, tmp_path: Path) -> None:
 
 
 def test_every_command_of_the_page(
-    tiny: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: SimpleNamespace,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """docs/checkpoints.md, with tiny models in the places of those it names."""
     page = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
     python, bash = (re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL) for language in ("python", "bash"))
-    assert len(python) == len(bash) == 1
+    assert (len(python), len(bash)) == (2, 1)
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_checkpoint, "llava-hf/llava-1.5-7b-hf")
     model = make(tiny)
     tiny.save_clip(model, Path("clip-vit-large-patch14-336"))
     tiny.as_released(model, Path("llava-v1.5-7b"), "openai/clip-vit-large-patch14-336")
@@ -157,6 +165,11 @@ def test_every_command_of_the_page(
 
     names: dict[str, Any] = {}
     exec(python[0], names)
+    Image.new("RGB", (30, 20), "red").save("cat.jpg")
+    with registered():
+        exec(python[1], names)
+    assert type(names["ask"].model) is LlavaForConditionalGeneration
+    assert "generated_text" in capsys.readouterr().out
     assert type(names["merged"]) is LlavaForConditionalGeneration
     assert type(names["kept"]).__name__.startswith("PeftModel")
     assert open_weights(Path("out/mm_projector.bin")).keys() == projector.keys()

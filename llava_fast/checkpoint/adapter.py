@@ -20,10 +20,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llava_fast.checkpoint.layouts import LANGUAGE, hf_names, is_original, original_name, our_name
-from llava_fast.checkpoint.reader import OpenCheckpoint, Pieces, local_folder, open_checkpoint
+from llava_fast.checkpoint.reader import OpenCheckpoint, Pieces, beside, open_checkpoint
 from llava_fast.checkpoint.strict import require_fit
 from llava_fast.checkpoint.weights import Stored, open_weights, read_json
 from llava_fast.errors import blaming
+from llava_fast.hub import local_folder
 
 SETTINGS, TRAINED = "adapter_config.json", "non_lora_trainables.bin"
 PREFIX = "base_model.model."
@@ -38,36 +39,42 @@ def is_original_adapter(folder: Path) -> bool:
     return (folder / TRAINED).is_file() or (config.is_file() and is_original(read_json(config)))
 
 
-def base_of(folder: Path, base_model: str | os.PathLike | None) -> str:
-    """The base model's directory (or hub name, if the caller passed one).
+def base_of(folder: Path, base_model: str | os.PathLike | None, hub: dict[str, Any]) -> str:
+    """The base model's directory or hub id; its files are on this machine then.
 
     Raises:
         ValueError: if the adapter does not name a base model.
-        FileNotFoundError: if the named base model is not on this machine.
+        FileNotFoundError: if there is no such model.
     """
     if base_model is not None:
+        try:
+            local_folder(base_model, **hub)
+        except OSError as error:
+            raise FileNotFoundError(f"base_model: {error}") from error
         return os.fspath(base_model)
     file = folder / SETTINGS
     name = read_json(file).get("base_model_name_or_path")
     if not name or not isinstance(name, str):
         raise ValueError(f"{file} names no base model (base_model_name_or_path); pass base_model=DIRECTORY")
-    found = local_folder(name, folder)
-    if found is None:
-        raise FileNotFoundError(
-            f"{file}: base_model_name_or_path {name!r} is no directory here and not in the cache; "
-            "pass base_model=DIRECTORY"
-        )
-    return str(found)
+    if found := beside(name, folder):
+        return str(found)
+    try:
+        local_folder(name, **hub)
+    except OSError as error:
+        raise FileNotFoundError(f"{file}: base_model_name_or_path: {error}; or pass base_model=DIRECTORY") from error
+    return name
 
 
-def open_original_base(folder: Path, base_model: str | os.PathLike | None, pieces: Pieces) -> OpenCheckpoint:
+def open_original_base(
+    folder: Path, base_model: str | os.PathLike | None, pieces: Pieces, hub: dict[str, Any]
+) -> OpenCheckpoint:
     """One checkpoint of base model, tower, and the projector that the original LoRA run in `folder` trained in full."""
     settings = folder / "config.json"
     if not settings.is_file():
         raise FileNotFoundError(f"{settings} is missing: it is the config of the model that was trained")
-    base = Path(base_of(folder, base_model))
+    base = local_folder(base_of(folder, base_model, hub), **hub)
     trained = _non_lora_trainables(folder / TRAINED) if (folder / TRAINED).is_file() else {}
-    return open_checkpoint(base, settings=settings, trained=trained, **pieces)
+    return open_checkpoint(base, settings=settings, trained=trained, hub=hub, **pieces)
 
 
 def _non_lora_trainables(file: Path) -> dict[str, Stored]:

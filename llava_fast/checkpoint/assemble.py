@@ -13,6 +13,7 @@ from transformers import initialization as init
 from llava_fast.checkpoint.layouts import image_tokens
 from llava_fast.checkpoint.strict import require_complete
 from llava_fast.errors import blaming
+from llava_fast.hub import local_folder
 from llava_fast.model.language import SUPPORTED
 from llava_fast.model.llava import LlavaModel
 from llava_fast.model.pixels import keep_normalisation, read_normalisation
@@ -39,8 +40,8 @@ class AssembleMixin(LlavaPreTrainedModel):
         """Make a LLaVA from a pretrained tower and a pretrained language model, with a newly initialised projector.
 
         Args:
-            vision_tower: directory (or hub name) of a CLIP model or CLIP vision model.
-            language_model: directory (or hub name) of a Llama-family causal language model.
+            vision_tower: directory or hub id of a CLIP model or CLIP vision model.
+            language_model: directory or hub id of a Llama-family causal language model.
             tokenizer: has an `<image>` token, which becomes `image_token_index`. If it has more tokens than the
                 embeddings have rows, these grow to a multiple of 64; new rows are the mean of the old.
             dtype: of the result.
@@ -49,7 +50,9 @@ class AssembleMixin(LlavaPreTrainedModel):
         Raises:
             ValueError: for a directory with another kind of model, a tokenizer without `<image>`, or weights that do
                 not fit their config; the message names them.
+            OSError: if there is no such model here or on the hub, or the hub cannot be reached.
         """
+        vision_tower, language_model = local_folder(vision_tower), local_folder(language_model)
         with blaming(vision_tower):
             vision_config = AutoConfig.from_pretrained(vision_tower, trust_remote_code=False)
         with blaming(language_model):

@@ -1,8 +1,8 @@
 """Opens a checkpoint in any layout: gives a config in HF's format and tensors under our names, which are read later.
 
 The original code may split a checkpoint: a language model without tower, the tower in a CLIP directory, the projector
-of stage 1 in `mm_projector.bin`, other trained weights of a LoRA run in another file. Nothing is downloaded: a name
-that is not a directory is only looked up in the local cache.
+of stage 1 in `mm_projector.bin`, other trained weights of a LoRA run in another file. Each is a path, or the hub id of
+a repository that has it (see `llava_fast/hub.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any, TypedDict
 
 import torch
 from transformers import CLIPVisionConfig, LlavaConfig
-from transformers.utils import cached_file
 
 from llava_fast.checkpoint.layouts import (
     DERIVED,
@@ -30,8 +29,10 @@ from llava_fast.checkpoint.layouts import (
     our_name,
     projector_type,
 )
-from llava_fast.checkpoint.weights import Stored, open_weights, read_json
+from llava_fast.checkpoint.weights import Stored, find_weights, open_weights, read_json
 from llava_fast.errors import blaming
+from llava_fast.hub import MODEL, is_id, local_folder
+from llava_fast.hub import PROJECTOR as PROJECTOR_FILES
 from llava_fast.model.language import SUPPORTED, text_config
 from llava_fast.model.pixels import keep_normalisation, read_normalisation
 
@@ -60,45 +61,47 @@ def open_checkpoint(
     mm_projector: str | os.PathLike | None = None,
     settings: Path | None = None,
     trained: dict[str, Stored] | None = None,
+    hub: dict[str, Any] | None = None,
 ) -> OpenCheckpoint:
     """Open a checkpoint folder of either layout, or a bare language model together with `mm_projector`.
 
     Args:
-        vision_tower: CLIP directory; its weights replace those of a tower in the checkpoint.
-        mm_projector: `mm_projector.bin` or `.safetensors` (stage 1); replaces a projector in the checkpoint.
+        vision_tower: CLIP directory or hub id; its weights replace those of a tower in the checkpoint.
+        mm_projector: `mm_projector.bin` or `.safetensors` (stage 1), or the directory or hub id that has it; replaces a
+            projector in the checkpoint.
         settings: an original `config.json` to use instead of the folder's own (LoRA on a bare language model).
         trained: further tensors, by our names, which replace the checkpoint's.
+        hub: arguments of `hub.local_folder` for tower and projector (token, cache_dir, local_files_only).
 
     Raises:
         OSError: if a file or directory is missing; the message names it, and the argument to pass.
         ValueError: for another kind of checkpoint, a damaged file, or sizes that do not fit.
     """
-    file = path / "config.json"
+    file, hub = path / "config.json", hub or {}
     own = read_json(file)
     weights = _by_our_names(open_weights(path)) | (trained or {})
     if mm_projector is not None:
-        weights = _instead(weights, PROJECTOR, open_projector(Path(mm_projector)))
-        beside = Path(mm_projector).parent / "config.json"
+        projector = _projector_file(mm_projector, hub)
+        weights = _instead(weights, PROJECTOR, open_projector(projector))
+        beside = projector.parent / "config.json"
         bare = own.get("model_type") != "llava" and not is_original(own)
         if settings is None and bare and beside.is_file() and is_original(read_json(beside)):
             settings = beside
     hf = own.get("model_type") == "llava" and not is_original(own)
     if hf:
         config = hf_config(own, file)
-        clip = tower = _clip_folder(vision_tower)
+        clip = tower = None if vision_tower is None else _named("vision_tower", vision_tower, MODEL, hub)
         if mm_projector is not None or trained:
             config.mm_projector_type = projector_type(weights)
     else:
         flat, where = _flat_config(own, file, settings, weights), settings or file
-        clip = _clip_folder(vision_tower, flat.get("mm_vision_tower"), where.parent)
-        inside = vision_tower is None and any(name.startswith(TOWER) for name in weights)
-        tower, vision = (None, _shape_of_tower_inside(flat, where)) if inside else (clip, None)
-        if vision is None:
-            if clip is None:
-                raise FileNotFoundError(
-                    f"{where}: the weights have no vision tower, and mm_vision_tower {flat.get('mm_vision_tower')!r} "
-                    "is no directory here: pass vision_tower=DIRECTORY of that CLIP model"
-                )
+        if vision_tower is not None:
+            clip = tower = _named("vision_tower", vision_tower, MODEL, hub)
+            vision = clip_config(clip)
+        elif any(name.startswith(TOWER) for name in weights):
+            tower, (clip, vision) = None, _shape_of_tower_inside(flat, where, hub)
+        else:
+            clip = tower = _named_tower(flat, where, MODEL, hub)
             vision = clip_config(clip)
         config = llava_config(flat, vision, where)
         _fit_vocabulary(path, weights, flat["vocab_size"], text_config(config).vocab_size)
@@ -208,34 +211,55 @@ def clip_config(folder: Path) -> CLIPVisionConfig:
         return CLIPVisionConfig.from_dict(config)
 
 
-def _clip_folder(given: str | os.PathLike | None, named: Any = None, beside: Path | None = None) -> Path | None:
-    """The CLIP directory: `given`, or the one that the config names, if it exists locally."""
-    if given is None:
-        return local_folder(named, beside) if isinstance(named, str) else None
-    if (folder := local_folder(given)) is None:
-        raise FileNotFoundError(f"vision_tower: no directory {os.fspath(given)}")
-    return folder
+def _named(argument: str, name: str | os.PathLike, weights: tuple[str, ...], hub: dict[str, Any]) -> Path:
+    """`hub.local_folder`; an error begins with the argument's name."""
+    try:
+        return local_folder(name, weights, **hub)
+    except OSError as error:
+        raise FileNotFoundError(f"{argument}: {error}") from error
 
 
-def _shape_of_tower_inside(flat: dict[str, Any], file: Path) -> CLIPVisionConfig | None:
-    """The config of a tower whose weights are in the checkpoint; None if only the tower's directory has it."""
+def _projector_file(name: str | os.PathLike, hub: dict[str, Any]) -> Path:
+    """The file of a projector: the file itself, or the one in a directory or in a repository of the hub."""
+    file = Path(name)
+    if file.is_file() or not (file.is_dir() or is_id(os.fspath(name))):
+        return file
+    folder = _named("mm_projector", name, PROJECTOR_FILES, hub)
+    return find_weights(folder, "mm_projector") or folder / "mm_projector.bin"
+
+
+def _named_tower(flat: dict[str, Any], file: Path, weights: tuple[str, ...], hub: dict[str, Any]) -> Path:
+    """The CLIP directory that a config names: beside the config, as it is, or as a hub id."""
+    name = flat.get("mm_vision_tower")
+    try:
+        if not isinstance(name, str):
+            raise FileNotFoundError(f"expected the directory or hub id of a CLIP model, got {name!r}")
+        return beside(name, file.parent) or local_folder(name, weights, **hub)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{file}: mm_vision_tower: {error}; or pass vision_tower=DIRECTORY of that CLIP model"
+        ) from error
+
+
+def beside(name: str, folder: Path) -> Path | None:
+    """The directory of a relative path that a file in `folder` refers to; None if there is none."""
+    return folder / name if (folder / name).is_dir() else None
+
+
+def _shape_of_tower_inside(
+    flat: dict[str, Any], file: Path, hub: dict[str, Any]
+) -> tuple[Path | None, CLIPVisionConfig]:
+    """The directory, if it is here, and the config of a tower whose weights are in the checkpoint."""
     shape = flat.get("mm_vision_config")
     if not isinstance(shape, dict):
         name = flat.get("mm_vision_tower")
         shape = KNOWN_TOWERS.get(name) if isinstance(name, str) else None
+    if shape is None:
+        clip = _named_tower(flat, file, (), hub)
+        return clip, clip_config(clip)
     with blaming(file):
-        return None if shape is None else CLIPVisionConfig.from_dict(shape)
-
-
-def local_folder(name: str | os.PathLike, beside: Path | None = None) -> Path | None:
-    """The directory of a name: a path as it is, a path relative to the checkpoint, or the local cache of the hub."""
-    name = os.fspath(name)
-    candidates = [Path(name)] if beside is None else [beside / name, Path(name)]
-    for folder in candidates:
-        if folder.is_dir():
-            return folder
+        vision = CLIPVisionConfig.from_dict(shape)
     try:
-        config = cached_file(name, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError):
-        return None
-    return None if config is None else Path(config).parent
+        return _named_tower(flat, file, (), {**hub, "local_files_only": True}), vision
+    except FileNotFoundError:
+        return None, vision

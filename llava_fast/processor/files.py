@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import copy
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import transformers
-from transformers import AutoConfig, AutoTokenizer, CLIPVisionConfig, LlavaImageProcessorPil
+from transformers import AutoConfig, AutoTokenizer, CLIPVisionConfig, LlavaConfig, LlavaImageProcessorPil
 
 from llava_fast.errors import blaming
+from llava_fast.hub import local_folder
+from llava_fast.model.language import text_config
 from llava_fast.model.pixels import read_normalisation
+from llava_fast.model.vision import pixel_normalisation, tower_config
 from llava_fast.ops.patch_embed import Normalisation
 from llava_fast.processor.templates import get_template
 
@@ -19,16 +23,51 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+SETTINGS = ("processor_config.json", "preprocessor_config.json")
+
+
 class FilesMixin(transformers.LlavaProcessor):
     """Loading, saving and assembling, for `LlavaProcessor`."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, *args: Any, **kwargs: Any) -> Self:
-        # Without trust_remote_code=False transformers asks on stdin whether to run code of the checkpoint.
-        with blaming(pretrained_model_name_or_path):
-            return super().from_pretrained(
-                pretrained_model_name_or_path, *args, **{"trust_remote_code": False, **kwargs}
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike,
+        cache_dir: str | PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        revision: str = "main",
+        **kwargs: Any,
+    ) -> Self:
+        """Load a processor as `transformers.ProcessorMixin.from_pretrained` does, from a directory or a hub id.
+
+        Raises:
+            OSError: if there is no such model here or on the hub, the hub cannot be reached, or a file is missing.
+            ValueError: naming the model, if one of its files is damaged.
+        """
+        name = pretrained_model_name_or_path
+        folder = local_folder(
+            name,
+            (),
+            subfolder=kwargs.get("subfolder", ""),
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+            revision=revision,
+        )
+        inside = folder / kwargs.get("subfolder", "")
+        if inside.is_dir() and not any((inside / file).is_file() for file in SETTINGS):
+            raise FileNotFoundError(
+                f"{name} has no processor ({' or '.join(SETTINGS)}); for a checkpoint of the original LLaVA code "
+                "llava-fast convert makes one"
             )
+        # Without trust_remote_code=False transformers asks on stdin whether to run code of the checkpoint.
+        with blaming(name):
+            processor = super().from_pretrained(folder, **{"trust_remote_code": False, **kwargs})
+        processor.tokenizer.name_or_path = str(name)
+        return processor
 
     @classmethod
     def assemble(
@@ -40,10 +79,11 @@ class FilesMixin(transformers.LlavaProcessor):
         pad_to_square: bool = False,
         vision_feature_select_strategy: str = "default",
     ) -> Self:
-        """Make the processor of a new LLaVA from a CLIP directory and a language model's directory.
+        """Make the processor of a new LLaVA from a CLIP model and a language model, directories or hub ids.
 
         The tokenizer gets an `<image>` token if it has none, so the model's embeddings may need resizing.
         """
+        vision_tower, language_model = local_folder(vision_tower, ()), local_folder(language_model, ())
         with blaming(language_model):
             tokenizer = AutoTokenizer.from_pretrained(language_model, trust_remote_code=False)
         if "<image>" not in tokenizer.get_vocab():
@@ -58,6 +98,37 @@ class FilesMixin(transformers.LlavaProcessor):
             template=template,
             pad_to_square=pad_to_square,
             vision_feature_select_strategy=vision_feature_select_strategy,
+        )
+
+    @classmethod
+    def for_original(cls, folder: Path, config: LlavaConfig) -> Self:
+        """The processor of a checkpoint in the original layout, which has only a tokenizer.
+
+        Image and padding token follow the tokenizer's vocabulary, and `config` is given their ids.
+
+        Raises:
+            ValueError: naming the folder, if it has no tokenizer, or one with more tokens than `config` has embeddings.
+        """
+        # With the text config: by the original model_type transformers finds no tokenizer class.
+        with blaming(folder):
+            tokenizer = AutoTokenizer.from_pretrained(folder, config=config.text_config, trust_remote_code=False)
+        tokenizer.add_tokens(["<image>"], special_tokens=True)
+        # If the embeddings did not grow, there is no row for a padding token; <unk> is used, as in the original code.
+        if hasattr(config, "original_vocab_size") and tokenizer.pad_token in (None, tokenizer.unk_token):
+            tokenizer.add_special_tokens({"pad_token": "<pad>"})
+        rows = text_config(config).vocab_size
+        if len(tokenizer) > rows:
+            raise ValueError(
+                f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the model only {rows} embeddings"
+            )
+        config.image_token_index = cast(int, tokenizer.convert_tokens_to_ids("<image>"))
+        config.pad_token_id = tokenizer.pad_token_id
+        return cls.for_tower(
+            tower_config(config),
+            tokenizer,
+            pixel_normalisation(config),
+            pad_to_square=getattr(config, "image_aspect_ratio", None) == "pad",
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
         )
 
     @classmethod

@@ -16,7 +16,6 @@ tensors by the number of devices. Without kernels (on a CPU) activations are sev
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -26,6 +25,7 @@ from llava_fast.checkpoint.adapter import base_of, is_adapter
 from llava_fast.checkpoint.reader import open_checkpoint
 from llava_fast.drop_in import LlavaForConditionalGeneration
 from llava_fast.errors import blaming
+from llava_fast.hub import local_folder
 from llava_fast.train.recipe import Recipe
 from llava_fast.train.stages import trained_tower
 
@@ -65,9 +65,9 @@ def read_config(recipe: Recipe) -> LlavaConfig:
         OSError, ValueError: for a checkpoint that cannot be opened; the message names the file.
     """
     if recipe.model is not None:
-        folder = recipe.model
-        return open_checkpoint(Path(base_of(folder, None)) if is_adapter(folder) else folder).config
-    vision_tower, language_model = recipe.assembled_from
+        folder = local_folder(recipe.model)
+        return open_checkpoint(local_folder(base_of(folder, None, {})) if is_adapter(folder) else folder).config
+    vision_tower, language_model = (local_folder(name, ()) for name in recipe.assembled_from)
     with blaming(vision_tower):
         vision = AutoConfig.from_pretrained(vision_tower, trust_remote_code=False)
     with blaming(language_model):

@@ -18,11 +18,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, ConfigDict
 
+from llava_fast.hub import local_folder
 from llava_fast.train.values import (
     AT_LEAST_ONE,
     BELOW_ONE,
     NOT_NEGATIVE,
     Flag,
+    ModelName,
     Number,
     PathLike,
     PositiveNumber,
@@ -105,10 +107,10 @@ class Recipe:
     stage: Literal["projector", "full", "lora"]  # what is trained: LLaVA's stage 1, stage 2, stage 2 with LoRA
     data: PathLike | list[DataSource]  # LLaVA's conversations, JSON list or JSONL; or a mixture of several files
     output_dir: PathLike  # the trained model and its processor; checkpoint-N folders below it
-    model: PathLike | None = None  # a LLaVA checkpoint folder; or set the next two keys
-    vision_tower: PathLike | None = None  # a CLIP folder
-    language_model: PathLike | None = None  # a Llama folder with its tokenizer
-    processor: PathLike | None = None  # a processor folder; default: the model's own
+    model: ModelName | None = None  # a LLaVA checkpoint, a folder or hub id; or set the next two keys
+    vision_tower: ModelName | None = None  # a CLIP folder or hub id
+    language_model: ModelName | None = None  # a Llama folder with its tokenizer, or its hub id
+    processor: ModelName | None = None  # a processor's folder or hub id; default: the model's own
     image_folder: PathLike | None = None  # image paths are relative to it; default: the folder of the data file
     template: Text = "v1"  # conversation style: v1, plain (stage 1), llava_llama_2 ...
     image_aspect: Literal["crop", "pad"] = "pad"  # centre crop (stage 1) or pad to a square (stage 2)
@@ -193,8 +195,8 @@ class Recipe:
         ]
 
     @property
-    def assembled_from(self) -> tuple[Path, Path]:
-        """The folders of the vision tower and the language model, in a recipe without `model`."""
+    def assembled_from(self) -> tuple[Path | str, Path | str]:
+        """The folders or hub ids of the vision tower and the language model, in a recipe without `model`."""
         assert self.vision_tower is not None and self.language_model is not None  # checked in __post_init__
         return self.vision_tower, self.language_model
 
@@ -209,7 +211,7 @@ class Recipe:
         return self.global_batch_size // per_pass
 
     def check_inputs(self) -> None:
-        """Check that every file and folder to be read exists.
+        """Check that every file and folder to be read exists, and every model on the hub.
 
         Raises:
             RecipeError: naming the key and the path.
@@ -221,6 +223,11 @@ class Recipe:
         for key, path, is_folder in [*paths, ("data", self.data, False), ("validation", self.validation, False)]:
             if isinstance(path, Path) and not (path.is_dir() if is_folder else path.is_file()):
                 raise RecipeError(f"{key}: no {'folder' if is_folder else 'file'} {path}")
+            if is_folder and isinstance(path, str):
+                try:
+                    local_folder(path, ())
+                except OSError as error:
+                    raise RecipeError(f"{key}: {error}") from error
 
     def check_files(self) -> None:
         """`check_inputs`, and a check that writing to `output_dir` destroys nothing.
@@ -232,7 +239,7 @@ class Recipe:
         out, checkpoint = self.output_dir, self.checkpoint()
         if out.exists() and not out.is_dir():
             raise RecipeError(f"output_dir: {out} is a file")
-        if self.model is not None and out.resolve() == self.model.resolve():
+        if isinstance(self.model, Path) and out.resolve() == self.model.resolve():
             raise RecipeError(f"output_dir: {out} is the model that training starts from")
         if self.resume is True and checkpoint is None:
             finished = f", only a finished model; to train it further, set model={out}" if is_finished(out) else ""

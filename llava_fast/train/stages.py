@@ -37,8 +37,9 @@ def prepare_model(recipe: Recipe, processor: LlavaProcessor, checkpoint: Path | 
         model = LlavaForConditionalGeneration.assemble(
             vision_tower=vision_tower, language_model=language_model, tokenizer=processor.tokenizer
         )
-    else:  # absolute, because an adapter refers to its base by this path
-        model = LlavaForConditionalGeneration.from_pretrained(folder.absolute(), dtype=torch.float32)
+    else:  # absolute, because an adapter refers to its base by this path, or hub id
+        name = folder.absolute() if isinstance(folder, Path) else folder
+        model = LlavaForConditionalGeneration.from_pretrained(name, dtype=torch.float32)
     processor.check(model.config)
     model.requires_grad_(recipe.stage == "full")
     model.model.vision_tower.requires_grad_(False)

@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Strict, TypeAdapter, ValidationError, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Strict,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+)
+
+from llava_fast.hub import is_id
 
 T = TypeVar("T")
 _HINTS: dict[type, dict[str, Any]] = {}
@@ -55,6 +65,12 @@ def _path(value: Any, info: ValidationInfo) -> Any:
     return info.context / path if isinstance(info.context, Path) else path
 
 
+def _model(value: Any, info: ValidationInfo) -> Any:
+    """A path; or the text itself, if nothing is at that path and it has the form of a hub id."""
+    path = _path(value, info)
+    return value if isinstance(path, Path) and isinstance(value, str) and not path.exists() and is_id(value) else path
+
+
 def rule(words: str, holds: Callable[[Any], bool]) -> AfterValidator:
     """A validator: `holds` must be true for a value; `words` describe the rule in the error message."""
 
@@ -76,6 +92,9 @@ Text = Annotated[str, Strict()]
 Whole = Annotated[int, Strict()]
 Number = Annotated[float, Strict(), BeforeValidator(_number)]
 PathLike = Annotated[Path, Strict(), BeforeValidator(_path)]
+# Text that `_model` leaves is a hub id, or no path at all: empty, or with a null character.
+_HubId = Annotated[str, StringConstraints(strict=True, pattern=r"^[^\x00]+$")]
+ModelName = Annotated[Annotated[Path, Strict()] | _HubId, BeforeValidator(_model)]
 PositiveWhole = Annotated[Whole, POSITIVE]
 PositiveNumber = Annotated[Number, POSITIVE]
 
@@ -225,6 +244,8 @@ def _nested(hint: Any) -> Any:
 
 def _describe(hint: Any) -> str:
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+    if Path in _members(hint):
+        names[str] = "a hub id"
     words: list[str] = []
     for member in _members(hint):
         if member is type(None):

@@ -179,9 +179,9 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "tower-elsewhere": (
         lambda f: edit_config(f, mm_vision_tower="openai/clip-vit-large-patch14-336"),
-        r"mm_vision_tower 'openai/clip-vit-large-patch14-336' is no directory here: pass vision_tower=DIRECTORY",
+        r"mm_vision_tower: no directory openai/clip-vit-large-patch14-336, .* or pass vision_tower=DIRECTORY",
     ),
-    "tower-is-a-number": (lambda f: edit_config(f, mm_vision_tower=5), r"mm_vision_tower 5 is no directory here"),
+    "tower-is-a-number": (lambda f: edit_config(f, mm_vision_tower=5), r"mm_vision_tower: expected .* got 5"),
     "tower-of-another-kind": (
         lambda f: (f.parent / "clip" / "config.json").write_text('{"model_type": "siglip"}'),
         r"clip/config.json: model_type is 'siglip'; expected 'clip'",
@@ -220,7 +220,7 @@ def test_mistakes_are_one_line(tiny: SimpleNamespace, tmp_path: Path, name: str)
         ({"base_model": "base"}, "base_model is for adapters, and .*/hf has no adapter_config.json"),
         ({"target": "missing/out"}, "no directory .*/missing to put out in"),
         ({"target": "hf"}, "/hf exists; it is not written over"),
-        ({"source": "nowhere"}, "no checkpoint directory .*/nowhere"),
+        ({"source": "nowhere"}, "no directory .*/nowhere"),
         ({"layout": "original"}, "this model does not say which: pass mm_vision_tower"),
     ],
 )
