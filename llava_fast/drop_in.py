@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from llava_fast.backend import is_plain
 from llava_fast.checkpoint.load import CheckpointMixin
 from llava_fast.model.language import Rows, text_config
 from llava_fast.model.llava import LlavaModel
@@ -39,7 +40,7 @@ class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, Gener
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "forward" and getattr(value, "__module__", "").startswith("liger_kernel."):
-            return  # transformers' forward with a fused loss, as ours has; see LanguageModel.base_model_prefix
+            return  # transformers' forward with a fused loss, as ours has; see LanguageModel.replaced_by_liger
         super().__setattr__(name, value)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -179,7 +180,7 @@ class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, Gener
 
         It reads the head's weight directly, which would bypass a head wrapped by PEFT or a quantiser.
         """
-        plain = self.loss_function is ForCausalLMLoss and type(self.lm_head) is nn.Linear
+        plain = self.loss_function is ForCausalLMLoss and is_plain(self.lm_head, nn.Linear)
         return plain and not any(arguments.get(name) is not None for name in ("shift_labels", "ignore_index"))
 
     def generate(self, *args, **kwargs):

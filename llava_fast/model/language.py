@@ -189,6 +189,8 @@ class DecoderLayer(GradientCheckpointingLayer):
 class LanguageModel(nn.Module):
     """The decoder without its head."""
 
+    base_model_prefix = "replaced_by_liger"  # Liger patches the modules of the attribute of this name
+
     def __init__(self, config: TextConfig):
         super().__init__()
         if config.model_type not in SUPPORTED:
@@ -202,13 +204,13 @@ class LanguageModel(nn.Module):
         self.rotary_emb = LlamaRotaryEmbedding(cast(LlamaConfig, config))  # reads only fields that both configs have
 
     @property
-    def base_model_prefix(self) -> str:
-        """Where Liger looks for the modules to replace: nowhere, because ours are as fused as its own."""
-        logger.warning_once("Liger's kernels are not applied: llava-fast's own operations are fused already")
-        return "_replaced_by_liger"
+    def base_model(self) -> LanguageModel:
+        return self
 
     @property
-    def _replaced_by_liger(self) -> SimpleNamespace:
+    def replaced_by_liger(self) -> SimpleNamespace:
+        """The modules that Liger finds for its kernels: none, because ours are as fused as its own."""
+        logger.warning_once("Liger's kernels are not applied: llava-fast's own operations are fused already")
         return SimpleNamespace(norm=SimpleNamespace(), layers=())
 
     def forward(

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from llava_fast import LlavaForConditionalGeneration
 
@@ -38,7 +39,9 @@ def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {**padded, "pixel_values": torch.stack([row["pixel_values"] for row in rows])}
 
 
-def trainer(tiny: SimpleNamespace, model: Any, folder: Path, **arguments: Any) -> Trainer:
+def trainer(
+    tiny: SimpleNamespace, model: Any, folder: Path, parts: dict[str, Any] | None = None, **arguments: Any
+) -> Trainer:
     settings = {
         "learning_rate": 0.02,
         "max_steps": 8,
@@ -60,14 +63,24 @@ def trainer(tiny: SimpleNamespace, model: Any, folder: Path, **arguments: Any) -
         data_collator=collate,
         train_dataset=Rows(tiny, 0),
         eval_dataset=Rows(tiny, 1),
+        **(parts or {}),
     )
 
 
-def losses(run: Trainer) -> list[tuple[int, str, float]]:
-    """(step, name, value) of all logged losses."""
+def logged(run: Trainer) -> list[tuple[str, float]]:
+    """Losses and gradient norms of the steps, losses and metrics of the evaluations."""
     return [
-        (row["step"], name, row[name]) for row in run.state.log_history for name in ("loss", "eval_loss") if name in row
+        (name, value)
+        for row in run.state.log_history
+        for name, value in sorted(row.items())
+        if name in ("step", "loss", "grad_norm", "eval_loss", "eval_right")
     ]
+
+
+def assert_logged_alike(ours: Trainer, theirs: Trainer) -> None:
+    actual, expected = logged(ours), logged(theirs)
+    assert [name for name, _ in actual] == [name for name, _ in expected]
+    assert [value for _, value in actual] == pytest.approx([value for _, value in expected], rel=1e-5)
 
 
 def best_step(run: Trainer) -> str:
@@ -86,10 +99,8 @@ def test_losses_and_best_model(tiny: SimpleNamespace, tmp_path: Path) -> None:
         runs[-1].train()
     ours, theirs = runs
     assert best_step(ours) == best_step(theirs) != "checkpoint-8"  # or reloading it would change nothing
-    assert len(losses(ours)) == 8 + 4
-    for (*which, actual), (*expected_which, expected) in zip(losses(ours), losses(theirs), strict=True):
-        assert which == expected_which
-        assert actual == pytest.approx(expected, rel=1e-5), which
+    assert [name for name, _ in logged(ours)].count("eval_loss") == 4
+    assert_logged_alike(ours, theirs)
     # transformers 5 does not find the weights of its own LLaVA again, and only warns; ours are those of the best step.
     assert_same_weights(ours.model, LlavaForConditionalGeneration.from_pretrained(ours.state.best_model_checkpoint))
     assert ours.evaluate()["eval_loss"] == ours.state.best_metric
@@ -103,6 +114,41 @@ def test_a_resumed_run_is_the_run_that_went_on(tiny: SimpleNamespace, tmp_path: 
     again = trainer(tiny, tiny.ours(config, seed=5), tmp_path, load_best_model_at_end=False, eval_strategy="no")
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert_same_weights(again.model, whole.model)
+
+
+def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: int | None = None) -> torch.Tensor:
+    """A loss of the user's own, from the logits."""
+    return nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def right(found: EvalPrediction) -> dict[str, float]:
+    labels = found.label_ids[:, 1:]
+    return {"right": float((found.predictions[0].argmax(-1)[:, :-1] == labels)[labels != -100].mean())}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ({"label_smoothing_factor": 0.1}, {}),
+        ({"neftune_noise_alpha": 5.0}, {}),
+        ({"gradient_checkpointing": True}, {}),
+        ({"train_sampling_strategy": "group_by_length"}, {}),
+        ({}, {"compute_loss_func": own_loss}),
+        ({}, {"compute_metrics": right}),
+        ({}, {"peft_config": LoraConfig(r=4, target_modules=r".*language_model.*(q_proj|up_proj)")}),
+    ],
+    ids=["smoothing", "noise", "checkpointing", "by length", "own loss", "metrics", "LoRA"],
+)
+def test_settings(tiny: SimpleNamespace, tmp_path: Path, arguments: dict, parts: dict) -> None:
+    runs = []
+    few = {"max_steps": 3, "eval_steps": 3, "load_best_model_at_end": False, "save_strategy": "no", "optim": "sgd"}
+    for model in tiny.pair(tiny.config()):
+        torch.manual_seed(0)
+        trained = get_peft_model(model, parts["peft_config"]) if "peft_config" in parts else model
+        given = {name: part for name, part in parts.items() if name != "peft_config"}
+        runs.append(trainer(tiny, trained, tmp_path, **few, **arguments, parts=given))
+        runs[-1].train()
+    assert_logged_alike(*runs)
 
 
 def test_predictions(tiny: SimpleNamespace, tmp_path: Path) -> None:
