@@ -65,7 +65,8 @@ class SaveMixin(LlavaPreTrainedModel):
         if config.tie_word_embeddings:
             weights = {name: weight for name, weight in weights.items() if name != HEAD}
         if layout == "hf":
-            if save_original_format:
+            # Of a model with adapters (`add_adapter`), transformers writes these alone, in peft's format.
+            if save_original_format and not getattr(self, "_hf_peft_config_loaded", False):
                 weights = {classic_name(name): weight for name, weight in weights.items()}
             with readable_by_transformers_4(config, self.dtype):
                 super().save_pretrained(save_directory, is_main_process, weights, push_to_hub, *args, **kwargs)

@@ -57,6 +57,11 @@ class LlavaModel(LlavaPreTrainedModel):
         self._vision_graphs = VisionGraphs()
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which renames the tower's parameters for a tower of its own class only."""
+        return super().from_pretrained(*args, key_mapping={"vision_tower.vision_model.": "vision_tower."}, **kwargs)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.embed_tokens
 

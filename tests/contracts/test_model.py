@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import Cache
 from transformers.utils import find_labels
@@ -348,6 +349,38 @@ def test_names_in_the_file(tiny: SimpleNamespace, tmp_path: Path, save_original_
         assert not info["unexpected_keys"]
         for name, weight in model.state_dict().items():
             assert torch.equal(again.state_dict()[name], weight), name
+
+
+def test_the_base_model_alone(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    tiny.ours(tiny.config()).save_pretrained(tmp_path / "released")
+    inputs = tiny.prompt(tiny.batch(tiny.config(), EVEN))
+    found = []
+    for kind in (LlavaModel, transformers.LlavaModel):
+        model = kind.from_pretrained(tmp_path / "released")
+        folder = tmp_path / kind.__module__
+        model.save_pretrained(folder)
+        names = load_file(folder / "model.safetensors").keys()
+        found.append([sorted(names), *(m(**inputs).last_hidden_state for m in (model, kind.from_pretrained(folder)))])
+    assert_alike(*found)
+
+
+def test_adapters_that_transformers_adds(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    inputs = tiny.prompt(tiny.batch(tiny.config(), EVEN))
+
+    def call(model: Any) -> Any:
+        folder = tmp_path / type(model).__module__
+        plain = model(**inputs).logits
+        torch.manual_seed(0)
+        model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+        adapted = model(**inputs).logits
+        assert not torch.equal(adapted, plain)
+        model.save_pretrained(folder)
+        model.delete_adapter("default")
+        model.load_adapter(folder)
+        assert torch.equal(model(**inputs).logits, adapted)
+        return adapted, load_file(folder / "adapter_model.safetensors"), sorted(file.name for file in folder.iterdir())
+
+    assert_alike(*on_both(tiny, call))
 
 
 def test_memory_names_do_not_go_with_the_original_layout(tiny: SimpleNamespace, tmp_path: Path) -> None:
