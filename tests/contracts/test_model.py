@@ -11,16 +11,21 @@ import transformers
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import Cache
-from transformers.utils import find_labels
+from transformers.utils import find_labels, output_capturing
 
 from llava_fast import LlavaForConditionalGeneration, LlavaModel
 
 EVEN = [[3, "image", 4], [2, "image", 5]]  # no padding, of which the two models return different hidden states
 PADDED = [[3, "image", 4], [2, "image", 9], [5]]
 
+# Before 5.23, `get_image_features` also returned the hidden states that were neither features nor asked for.
+STATES_OF_ALL_LAYERS = not hasattr(output_capturing, "select_hidden_states")
+
 
 def assert_alike(actual: Any, expected: Any, what: str = "outputs") -> None:
     """The same types, lengths, keys, shapes and dtypes; floating values to 1e-5 of the tensor's largest."""
+    if actual is None and STATES_OF_ALL_LAYERS and isinstance(expected, torch.Tensor):
+        return
     if not isinstance(expected, torch.Tensor):
         assert type(actual) is type(expected), f"{what}: {type(actual)}, expected {type(expected)}"
     if isinstance(expected, dict):
