@@ -189,7 +189,7 @@ def _loss(model, input_ids, labels, pixels):
 
 def _packed_loss(model, input_ids, labels, pixels, rows):
     """The loss with the arguments that this library's collator provides."""
-    return model(input_ids=input_ids, labels=labels, pixel_values=pixels, label_rows=rows, use_cache=False).loss
+    return model(input_ids=input_ids, labels=labels, pixel_values=pixels, target_rows=rows, use_cache=False).loss
 
 
 def _loss_of_rows(model, input_ids, labels, pixels):

@@ -5,16 +5,18 @@ Shapes: B batch rows, T tokens, D width of the language model, M image tokens in
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import GenerationMixin, LlavaConfig
 from transformers.cache_utils import Cache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from llava_fast.backend import is_plain
 from llava_fast.checkpoint.load import BareCheckpointMixin, CheckpointMixin
 from llava_fast.model import llava
 from llava_fast.model.language import Rows, text_config
@@ -40,6 +42,11 @@ class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, Gener
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward" and getattr(value, "__module__", "").startswith("liger_kernel."):
+            return  # transformers' forward with a fused loss, as ours has; see LanguageModel.replaced_by_liger
+        super().__setattr__(name, value)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 
@@ -57,7 +64,7 @@ class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, Gener
         pixel_values: torch.Tensor,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """See `LlavaModel.get_image_features`."""
         return self.model.get_image_features(
@@ -77,17 +84,18 @@ class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, Gener
         vision_feature_select_strategy: str | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        *,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         use_cache: bool | None = None,
         key_start: torch.Tensor | None = None,
         key_end: torch.Tensor | None = None,
         image_slots: torch.Tensor | None = None,
-        label_rows: torch.Tensor | None = None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        target_rows: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_logits: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> LlavaCausalLMOutputWithPast:
         """Logits, and the loss if labels are given.
 
@@ -109,23 +117,25 @@ class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, Gener
             use_cache: default: the text config's when evaluating, False when training.
             key_start, key_end: int32 [B, T] key ranges (see `llava_fast.sequence`), instead of a mask.
             image_slots: int64 [M], flat positions of the image tokens in `input_ids`, if the caller knows them.
-            label_rows: int64, ascending flat positions of the tokens whose next token has a label, if the caller
+            target_rows: int64, ascending flat positions of the tokens whose next token has a label, if the caller
                 knows them: avoids a device synchronisation.
             mm_encoder_outputs: {"image": result of `get_image_features`} instead of pixels.
             return_logits: whether to return `logits` beside a loss; default: True in evaluation, False in training.
-            kwargs: for the loss: its sum is divided by `num_items_in_batch` instead of the number of labelled tokens.
+            kwargs: for the loss: its sum is divided by `num_items_in_batch` instead of the number of labelled tokens;
+                `shift_labels` [B, T] are already shifted; `ignore_index` instead of −100. The last two, a
+                `loss_function` of the user's own, and a head that is not an `nn.Linear` need all logits, which are then
+                computed and returned in training, too. As in transformers, other arguments are ignored.
 
         Raises:
             ValueError: for inputs that contradict each other, such as a number of image tokens that is not the
                 number of image features.
         """
         if return_logits is None:
-            # The fused loss reads the head's weight directly, which would bypass a head wrapped by PEFT or a quantiser.
-            return_logits = labels is None or not self.training or type(self.lm_head) is not nn.Linear
+            return_logits = labels is None or not self.training or not self._loss_can_be_fused(kwargs)
         rows: Rows | None = None
         targets = None
         if labels is not None and not return_logits:
-            rows, targets = _labelled(labels, label_rows)
+            rows, targets = _labelled(labels, target_rows)
         elif labels is None and isinstance(logits_to_keep, int) and logits_to_keep:
             rows = logits_to_keep
         outputs = self.model(
@@ -168,6 +178,14 @@ class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, Gener
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
+
+    def _loss_can_be_fused(self, arguments: dict[str, Any]) -> bool:
+        """Whether the fused loss computes what `loss_function` would with these arguments.
+
+        It reads the head's weight directly, which would bypass a head wrapped by PEFT or a quantiser.
+        """
+        plain = self.loss_function is ForCausalLMLoss and is_plain(self.lm_head, nn.Linear)
+        return plain and not any(arguments.get(name) is not None for name in ("shift_labels", "ignore_index"))
 
     def generate(self, *args, **kwargs):
         """transformers' `generate`, refusing right-padded prompts: the first new token would follow padding."""

@@ -89,14 +89,6 @@ def test_unsupported_towers_and_language_models(tiny: SimpleNamespace) -> None:
 # Outputs
 
 
-def test_hidden_states_asked_for_in_the_config(tiny: SimpleNamespace) -> None:
-    config = tiny.config()
-    inputs = tiny.batch(config, ROWS)
-    config.output_hidden_states = True
-    outputs = tiny.ours(config)(**inputs)
-    assert len(outputs.hidden_states) == 3
-
-
 def test_image_features_with_states_and_attentions(tiny: SimpleNamespace) -> None:
     config = tiny.config(vision_feature_layer=[1, -1])
     model, theirs = tiny.pair(config, attn_implementation="eager")

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llava_fast.checkpoint.adapter import apply_adapter, base_of, is_adapter, is_original_adapter, open_original_base
 from llava_fast.checkpoint.assemble import AssembleMixin
-from llava_fast.checkpoint.layouts import HEAD, KEY_MAPPING, is_original
+from llava_fast.checkpoint.layouts import HEAD, KEY_MAPPING, is_original, our_name
 from llava_fast.checkpoint.reader import OpenCheckpoint, Pieces, hf_config, open_checkpoint
 from llava_fast.checkpoint.save import SaveMixin
 from llava_fast.checkpoint.strict import check_checkpoint, model_on_meta, require_complete
@@ -141,6 +142,12 @@ class CheckpointMixin(_FilesMixin, SaveMixin, AssembleMixin):
             if opened is not None:
                 return _named(name, _read(cls, opened, *args, **kwargs))
         return cls._in_hf_layout(name, folder, hub, *args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As `torch.nn.Module.load_state_dict`, with parameter names of any layout: transformers' Trainer resumes, and
+        reloads its best model, from the files that `save_pretrained` wrote."""
+        renamed = {our_name(name): weight for name, weight in state_dict.items()}
+        return super().load_state_dict(state_dict if renamed.keys() == state_dict.keys() else renamed, strict, assign)
 
 
 def _folder(name: str | os.PathLike, hub: dict[str, Any], kwargs: dict[str, Any]) -> Path:

@@ -39,6 +39,7 @@ class SaveMixin(LlavaPreTrainedModel):
         layout: str = "hf",
         with_tower: bool = True,
         mm_vision_tower: str | None = None,
+        save_original_format: bool = True,
         **kwargs: Any,
     ) -> None:
         """Write config and safetensors.
@@ -48,6 +49,8 @@ class SaveMixin(LlavaPreTrainedModel):
             with_tower: for "original": put the vision tower among the weights; the released files have none.
             mm_vision_tower: for "original": CLIP directory or hub name to write into its config; default: that of the
                 checkpoint from which the model was loaded.
+            save_original_format: for "hf": False writes the parameter names that transformers ≥ 5.6 has in memory, as
+                its own models do; transformers 4 cannot load them.
             args, kwargs: transformers' arguments (max_shard_size, variant …).
 
         Raises:
@@ -55,12 +58,16 @@ class SaveMixin(LlavaPreTrainedModel):
         """
         check_layout(layout, with_tower, mm_vision_tower)
         config = self.config
-        kwargs["save_original_format"] = False
+        if layout != "hf" and not save_original_format:
+            raise ValueError("save_original_format=False goes with layout='hf'; the original has names of its own")
+        kwargs["save_original_format"] = False  # the base class has no mapping for our class
         weights = self.state_dict() if state_dict is None else state_dict
         if config.tie_word_embeddings:
             weights = {name: weight for name, weight in weights.items() if name != HEAD}
         if layout == "hf":
-            weights = {classic_name(name): weight for name, weight in weights.items()}
+            # Of a model with adapters (`add_adapter`), transformers writes these alone, in peft's format.
+            if save_original_format and not getattr(self, "_hf_peft_config_loaded", False):
+                weights = {classic_name(name): weight for name, weight in weights.items()}
             with readable_by_transformers_4(config, self.dtype):
                 super().save_pretrained(save_directory, is_main_process, weights, push_to_hub, *args, **kwargs)
             return

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils import logging
 
 from llava_fast.model.cache import Int8, attend_int8, rotate_and_cache
 from llava_fast.ops.activation import swiglu
@@ -28,6 +30,7 @@ from llava_fast.ops.attention import KeyRanges, attention_weights_reference, ran
 from llava_fast.ops.norm import rms_norm
 from llava_fast.ops.rotary import rotary
 
+logger = logging.get_logger(__name__)
 SUPPORTED = ("llama", "mistral")
 TextConfig = LlamaConfig | MistralConfig
 # Which rows of the last layer's output to compute: the last n tokens of each batch row, or flat indices b · T + t.
@@ -80,6 +83,17 @@ def _rotate(
     return *rotary(q_BTHd, k_BTGd, cos_BTd, sin_BTd), v_BTGd
 
 
+def attend_with_weights(
+    q_BTHd: torch.Tensor, k_BSGd: torch.Tensor, v_BSGd: torch.Tensor, ranges: KeyRanges
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention [B, T, H, d], computed from the weights [B, H, T, S] that are returned beside it, so that a loss has
+    gradients with respect to them."""
+    heads, width = q_BTHd.shape[2:]
+    weights = attention_weights_reference(q_BTHd, k_BSGd, ranges, width**-0.5)[0].to(q_BTHd.dtype)
+    v_BSHd = v_BSGd.repeat_interleave(heads // v_BSGd.shape[2], dim=2)
+    return torch.einsum("bhts,bshd->bthd", weights, v_BSHd), weights
+
+
 class Attention(nn.Module):
     def __init__(self, config: TextConfig, layer: int):
         super().__init__()
@@ -114,14 +128,14 @@ class Attention(nn.Module):
             q, _ = rotary(q, q[:, :, :0], *angles_of_rows(*angles, x_BTD.shape[0], rows))
             _, k, v = rotate(new_k[:, :, :0], new_k, new_v, *angles)
             k, v, ranges = keys_of_rows(k, v, ranges, rows, q.dtype)
-        if isinstance(k, Int8):
+        weights = None
+        if want_weights:
+            k, v = (x.dequantised(q.dtype) if isinstance(x, Int8) else x for x in (k, v))
+            out, weights = attend_with_weights(q, k, v, ranges)
+        elif isinstance(k, Int8):
             out = attend_int8(q, k, cast(Int8, v), ranges)
         else:
             out = range_attention(q, k, cast(torch.Tensor, v), ranges)
-        weights = None
-        if want_weights:
-            k = k.dequantised(q.dtype) if isinstance(k, Int8) else k
-            weights = attention_weights_reference(q, k, ranges, self.head_dim**-0.5)[0].to(q.dtype)
         return self.o_proj(out.flatten(2)), weights
 
     def _heads(self, projection: nn.Module, x_BTD: torch.Tensor) -> torch.Tensor:
@@ -175,6 +189,8 @@ class DecoderLayer(GradientCheckpointingLayer):
 class LanguageModel(nn.Module):
     """The decoder without its head."""
 
+    base_model_prefix = "replaced_by_liger"  # Liger patches the modules of the attribute of this name
+
     def __init__(self, config: TextConfig):
         super().__init__()
         if config.model_type not in SUPPORTED:
@@ -186,6 +202,16 @@ class LanguageModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(cast(LlamaConfig, config))  # reads only fields that both configs have
+
+    @property
+    def base_model(self) -> LanguageModel:
+        return self
+
+    @property
+    def replaced_by_liger(self) -> SimpleNamespace:
+        """The modules that Liger finds for its kernels: none, because ours are as fused as its own."""
+        logger.warning_once("Liger's kernels are not applied: llava-fast's own operations are fused already")
+        return SimpleNamespace(norm=SimpleNamespace(), layers=())
 
     def forward(
         self,

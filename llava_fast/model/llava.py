@@ -10,7 +10,7 @@ Shapes: B batch rows, T tokens, D width of the language model, N images, M image
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypeGuard, cast
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import nn
@@ -83,6 +83,7 @@ class LlavaModel(LlavaPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         rows: Rows | None = None,
+        **_: Any,
     ) -> LlavaModelOutputWithPast:
         """Last hidden state (with `rows`: of these rows); arguments as `LlavaForConditionalGeneration.forward`."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -113,8 +114,7 @@ class LlavaModel(LlavaPreTrainedModel):
         vision_feature_select_strategy: str | None = None,
         *,
         interpolate_pos_encoding: bool = False,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Features of each image, projected into the language model's embedding space.
 
@@ -124,23 +124,26 @@ class LlavaModel(LlavaPreTrainedModel):
             vision_feature_select_strategy: "default" drops the CLS token, "full" keeps it.
             interpolate_pos_encoding: accept images of another size than the tower's.
 
+            kwargs: `output_hidden_states` and `output_attentions` (default: the vision config's): return those of the
+                whole tower. They are not named in the signature, because `generate` takes the arguments named here
+                away from the language model.
+
         Returns:
-            `pooler_output`: one [tokens, D] tensor per image. `last_hidden_state` and `hidden_states` come from the
-            tower, which runs only up to the last feature layer.
+            `pooler_output`: one [tokens, D] tensor per image. `hidden_states`: the tower's, None for those that are
+            neither features nor asked for. `last_hidden_state`: the last one computed. The tower runs up to the last
+            feature layer, and to its end only if hidden states or attentions are asked for.
         """
-        features_NMD, states, attentions = self._encode(
-            pixel_values,
-            vision_feature_layer,
-            vision_feature_select_strategy,
-            interpolate_pos_encoding,
-            every_state=output_hidden_states,
-            weights=output_attentions,
-        )
+        attentions = bool(kwargs.get("output_attentions", tower_config(self.config).output_attentions))
+        states = bool(kwargs.get("output_hidden_states"))
+        how = vision_feature_layer, vision_feature_select_strategy, interpolate_pos_encoding
+        features_NMD, found, weights = self._encode(pixel_values, *how, every_state=states, weights=attentions)
+        layers = range(len(self.vision_tower.encoder.layers) + 1)
+        kept = layers if states else [layers[i] for i in feature_layers(self.config, vision_feature_layer)]
         return BaseModelOutputWithPooling(
-            last_hidden_state=states[-1],
+            last_hidden_state=found[-1],
             pooler_output=list(features_NMD),  # type: ignore[arg-type]  # a list in transformers' LLaVA, too
-            hidden_states=tuple(states) if output_hidden_states else None,  # type: ignore[arg-type]  # without `keep` no state is None
-            attentions=tuple(attentions) if output_attentions else None,
+            hidden_states=tuple(found[i] if i in kept else None for i in layers),  # type: ignore[misc]
+            attentions=tuple(weights) if attentions else None,
         )
 
     def _encode(
@@ -153,7 +156,7 @@ class LlavaModel(LlavaPreTrainedModel):
         every_state: bool = False,
         weights: bool = False,
     ) -> tuple[torch.Tensor, list[torch.Tensor | None], list[torch.Tensor]]:
-        """Projected features [N, tokens, D], and the tower's hidden states (the last, or all) and attention weights."""
+        """Projected features [N, tokens, D], and the tower's hidden states (some, or all) and attention weights."""
         strategy = strategy or self.config.vision_feature_select_strategy
         if strategy not in ("default", "full"):
             raise ValueError(f"vision_feature_select_strategy is {strategy!r}; expected 'default' or 'full'")
@@ -161,7 +164,7 @@ class LlavaModel(LlavaPreTrainedModel):
         mean, std = pixel_normalisation(self.config, pixels)
         states, attentions = self.vision_tower(
             pixels,
-            max(layers),
+            len(self.vision_tower.encoder.layers) if every_state or weights else max(layers),
             mean=mean,
             std=std,
             keep=None if every_state else layers,
@@ -308,8 +311,8 @@ class LlavaModel(LlavaPreTrainedModel):
         return ranges.shifted(max(past - window + 1, 0))
 
     def _outputs(self, hidden_states: bool | None, attentions: bool | None) -> dict[str, bool]:
-        """Which optional outputs the decoder returns: the arguments if given, else the config's values."""
-        config = self.config
+        """Which optional outputs the decoder returns: the arguments if given, else the text config's values."""
+        config = self.language_model.config
         return {
             "output_hidden_states": bool(config.output_hidden_states if hidden_states is None else hidden_states),
             "output_attentions": bool(config.output_attentions if attentions is None else attentions),

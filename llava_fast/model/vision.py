@@ -23,9 +23,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llava_fast.backend import is_plain
 from llava_fast.model.joined import JoinedLinears
-from llava_fast.model.language import text_config
+from llava_fast.model.language import attend_with_weights, text_config
 from llava_fast.ops.activation import gelu, quick_gelu
-from llava_fast.ops.attention import KeyRanges, attention_weights_reference, range_attention
+from llava_fast.ops.attention import KeyRanges, range_attention
 from llava_fast.ops.norm import layer_norm
 from llava_fast.ops.patch_embed import CLIP_MEAN, CLIP_STD, Normalisation, check_same, noted_normalisation, patch_embed
 from llava_fast.ops.projector import projector
@@ -100,10 +100,11 @@ class VisionAttention(JoinedLinears):
         else:
             qkv = self.project(x_BND)
         q, k, v = (projected.unflatten(-1, (-1, self.head_dim)) for projected in qkv)
-        out = range_attention(q, k, v, ranges)
         weights = None
         if want_weights:
-            weights = attention_weights_reference(q, k, ranges, self.head_dim**-0.5)[0].to(q.dtype)
+            out, weights = attend_with_weights(q, k, v, ranges)
+        else:
+            out = range_attention(q, k, v, ranges)
         return self.out_proj(out.flatten(2)), weights
 
 

@@ -438,7 +438,7 @@ class PackedCollator:
 
         Returns:
             `input_ids`, `labels`, `position_ids` int64 [1, T]; `key_start`, `key_end` int32 [1, T]; `image_slots`
-            int64, indices of the image tokens in the row; `label_rows` int64, indices of the tokens whose next token
+            int64, indices of the image tokens in the row; `target_rows` int64, indices of the tokens whose next token
             has a label; and `pixel_values` uint8 [N, H, W, 3] if there are images.
             The first label of each sample is −100: no sample predicts the next one's first token.
         Raises:
@@ -466,7 +466,7 @@ class PackedCollator:
         batch = {
             "input_ids": input_ids[None],
             "labels": all_labels[None],
-            "label_rows": (all_labels[1:] != IGNORE).nonzero().flatten(),
+            "target_rows": (all_labels[1:] != IGNORE).nonzero().flatten(),
             "position_ids": ranges.position_ids,
             "key_start": ranges.key_start,
             "key_end": ranges.key_end,

@@ -46,6 +46,15 @@ def test_from_config_and_state_dict(tiny: SimpleNamespace) -> None:
         LlavaForConditionalGeneration.from_pretrained(None, config=tiny.config(), state_dict=weights)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_state_dict_is_loaded_under_the_names_of_any_layout(tiny: SimpleNamespace, layout: str) -> None:
+    model, other = tiny.ours(tiny.config(), 0), tiny.ours(tiny.config(), 1)
+    other.load_state_dict({LAYOUTS[layout](name): weight for name, weight in model.state_dict().items()})
+    assert_same(other, model)
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: \"another.weight\""):
+        other.load_state_dict({**model.state_dict(), "another.weight": torch.zeros(1)})
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "bfloat16", "auto"])
 def test_dtype(tiny: SimpleNamespace, tmp_path: Path, dtype: torch.dtype | str) -> None:
     model = tiny.ours(tiny.config())

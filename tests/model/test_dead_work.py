@@ -119,7 +119,7 @@ def test_packed_samples_and_rows_that_the_caller_knows(model):
     }
     expected = loss_and_gradients(model, {**inputs, "labels": labels})
     rows = (flat["labels"][0, 1:] != -100).nonzero().flatten()
-    for known in ({}, {"label_rows": rows}):
+    for known in ({}, {"target_rows": rows}):
         found = loss_and_gradients(model, {**flat, **known})
         for name, value in expected.items():
             assert_equal(found[name], value, name)

@@ -436,9 +436,9 @@ def test_pack_of_samples(folder, processor):
     batch = PackedCollator(processor)(samples)
     total = sum(dataset.lengths)
     assert set(batch) == {
-        "input_ids", "labels", "label_rows", "position_ids", "key_start", "key_end", "pixel_values", "image_slots"
+        "input_ids", "labels", "target_rows", "position_ids", "key_start", "key_end", "pixel_values", "image_slots"
     }  # fmt: skip
-    assert torch.equal(batch["label_rows"], (batch["labels"][0, 1:] != -100).nonzero().flatten())
+    assert torch.equal(batch["target_rows"], (batch["labels"][0, 1:] != -100).nonzero().flatten())
     for key in ("input_ids", "labels", "position_ids"):
         assert batch[key].shape == (1, total)
         assert batch[key].dtype == torch.int64
