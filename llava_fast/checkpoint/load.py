@@ -66,7 +66,7 @@ class _FilesMixin(LlavaPreTrainedModel):
 
 
 class BareCheckpointMixin(_FilesMixin):
-    """Loading of the network without its head, for `LlavaModel`."""
+    """Loading and saving of the network without its head, for `LlavaModel`."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
@@ -84,6 +84,21 @@ class BareCheckpointMixin(_FilesMixin):
         if is_adapter(folder) or is_original(read_json(file)):
             raise ValueError(f"{file}: use LlavaForConditionalGeneration.from_pretrained(…).model for this layout")
         return cls._in_hf_layout(name, folder, hub, *args, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """As transformers' `LlavaModel`, whose files have the tower's names of all versions."""
+        weights = self.state_dict() if state_dict is None else state_dict
+        weights = {
+            name.replace("vision_tower.", "vision_tower.vision_model.", 1): weight for name, weight in weights.items()
+        }
+        super().save_pretrained(save_directory, is_main_process, weights, *args, **kwargs)
 
 
 class CheckpointMixin(_FilesMixin, SaveMixin, AssembleMixin):
