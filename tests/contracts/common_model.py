@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from transformers import LlavaConfig
-from transformers_tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
+from transformers_tests.tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
 
 from llava_fast import LlavaForConditionalGeneration
 from llava_fast.model.llava import LlavaModel
