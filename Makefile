@@ -27,7 +27,7 @@ durations: $(READY) ## measure the tests anew: which ones `make quick` leaves ou
 	$(BIN)/python -m pytest -p tests.seconds --seconds build/seconds.json
 	$(BIN)/python -m tests.seconds build/seconds.json
 
-contracts: $(READY) ## transformers' own common model tests on our classes; downloads its source (10 MB)
+contracts: $(READY) ## transformers' own common tests on our classes; downloads its source (10 MB)
 	$(BIN)/python tests/contracts/common.py
 
 lint: $(READY) ## style, likely mistakes, types
