@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick durations lint format docs hooks bench report compile-report gpu clean
+.PHONY: help setup demo test quick contracts durations lint format docs hooks bench report compile-report gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ quick: $(READY) ## style, and the tests but the slow ones: under three minutes o
 durations: $(READY) ## measure the tests anew: which ones `make quick` leaves out (tests/slow.txt)
 	$(BIN)/python -m pytest -p tests.seconds --seconds build/seconds.json
 	$(BIN)/python -m tests.seconds build/seconds.json
+
+contracts: $(READY) ## transformers' own common tests on our classes; downloads its source (10 MB)
+	$(BIN)/python tests/contracts/common.py
 
 lint: $(READY) ## style, likely mistakes, types
 	$(BIN)/ruff check .

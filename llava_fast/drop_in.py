@@ -34,6 +34,7 @@ class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, Gener
     """LLaVA with its language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: LlavaConfig):
         super().__init__(config)

@@ -6,7 +6,6 @@ safetensors, or `.bin` files, which are read without running code from them.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,8 +22,6 @@ from llava_fast.hub import MODEL, local_folder
 from llava_fast.model.pixels import keep_normalisation, read_normalisation
 from llava_fast.model.pretrained import LlavaPreTrainedModel
 from llava_fast.model.vision import feature_layers
-
-logger = logging.getLogger(__name__)
 
 _HUB = ("cache_dir", "force_download", "token", "revision", "local_files_only")
 # With these arguments transformers chooses the weight files itself.
@@ -119,9 +116,9 @@ class CheckpointMixin(_FilesMixin, SaveMixin, AssembleMixin):
 
         Names of models are directories, or ids on the hub, of which only the needed files are downloaded. Also loads
         a checkpoint in the original layout (`model_type` llava_llama), one with an `adapter_config.json` (LoRA, of the
-        original code or of peft), and a bare language model with `mm_projector`. `attn_implementation` is accepted and
-        ignored: attention always uses key ranges. Mean and deviation of uint8 pixels come from the preprocessor file
-        beside the weights (see `model/pixels.py`).
+        original code or of peft), and a bare language model with `mm_projector`. `attn_implementation` is only noted in
+        the config: attention always uses key ranges. Mean and deviation of uint8 pixels come from the preprocessor
+        file beside the weights (see `model/pixels.py`).
 
         Args:
             vision_tower: CLIP model of the tower, if not the one that the checkpoint names or contains.
@@ -135,9 +132,6 @@ class CheckpointMixin(_FilesMixin, SaveMixin, AssembleMixin):
                 preprocessor file; the message names them.
             OSError: if there is no such model here or on the hub, the hub cannot be reached, or a file is missing.
         """
-        implementation = kwargs.pop("attn_implementation", None)
-        if implementation is not None:
-            logger.info("attn_implementation=%r is ignored: attention goes by key ranges", implementation)
         if kwargs.get("weights_only") is False:
             raise ValueError("weights_only=False would run code from the checkpoint; .bin files are read without")
         pieces: Pieces = {"vision_tower": vision_tower, "mm_projector": mm_projector}

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -22,15 +21,14 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.utils import logging
 
 from llava_fast.model.cache import Int8, attend_int8, rotate_and_cache
+from llava_fast.model.pretrained import LlavaPart
 from llava_fast.ops.activation import swiglu
-from llava_fast.ops.attention import KeyRanges, attention_weights_reference, range_attention
+from llava_fast.ops.attention import KeyRanges, attention_with_weights, range_attention
 from llava_fast.ops.norm import rms_norm
 from llava_fast.ops.rotary import rotary
 
-logger = logging.get_logger(__name__)
 SUPPORTED = ("llama", "mistral")
 TextConfig = LlamaConfig | MistralConfig
 # Which rows of the last layer's output to compute: the last n tokens of each batch row, or flat indices b · T + t.
@@ -83,17 +81,6 @@ def _rotate(
     return *rotary(q_BTHd, k_BTGd, cos_BTd, sin_BTd), v_BTGd
 
 
-def attend_with_weights(
-    q_BTHd: torch.Tensor, k_BSGd: torch.Tensor, v_BSGd: torch.Tensor, ranges: KeyRanges
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention [B, T, H, d], computed from the weights [B, H, T, S] that are returned beside it, so that a loss has
-    gradients with respect to them."""
-    heads, width = q_BTHd.shape[2:]
-    weights = attention_weights_reference(q_BTHd, k_BSGd, ranges, width**-0.5)[0].to(q_BTHd.dtype)
-    v_BSHd = v_BSGd.repeat_interleave(heads // v_BSGd.shape[2], dim=2)
-    return torch.einsum("bhts,bshd->bthd", weights, v_BSHd), weights
-
-
 class Attention(nn.Module):
     def __init__(self, config: TextConfig, layer: int):
         super().__init__()
@@ -131,7 +118,7 @@ class Attention(nn.Module):
         weights = None
         if want_weights:
             k, v = (x.dequantised(q.dtype) if isinstance(x, Int8) else x for x in (k, v))
-            out, weights = attend_with_weights(q, k, v, ranges)
+            out, weights = attention_with_weights(q, k, v, ranges)
         elif isinstance(k, Int8):
             out = attend_int8(q, k, cast(Int8, v), ranges)
         else:
@@ -186,32 +173,22 @@ class DecoderLayer(GradientCheckpointingLayer):
         return x_BTD + self.mlp(y, partial(self.post_attention_layernorm.again, x_BTD)), weights
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(LlavaPart):
     """The decoder without its head."""
 
-    base_model_prefix = "replaced_by_liger"  # Liger patches the modules of the attribute of this name
+    config: TextConfig
 
     def __init__(self, config: TextConfig):
-        super().__init__()
+        super().__init__(config)
         if config.model_type not in SUPPORTED:
             raise ValueError(f"text_config.model_type is {config.model_type!r}; supported: {', '.join(SUPPORTED)}")
         if config.attention_dropout:
             raise ValueError(f"text_config.attention_dropout is {config.attention_dropout}; only 0 is supported")
-        self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(cast(LlamaConfig, config))  # reads only fields that both configs have
-
-    @property
-    def base_model(self) -> LanguageModel:
-        return self
-
-    @property
-    def replaced_by_liger(self) -> SimpleNamespace:
-        """The modules that Liger finds for its kernels: none, because ours are as fused as its own."""
-        logger.warning_once("Liger's kernels are not applied: llava-fast's own operations are fused already")
-        return SimpleNamespace(norm=SimpleNamespace(), layers=())
+        self.post_init()
 
     def forward(
         self,

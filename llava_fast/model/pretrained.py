@@ -1,25 +1,25 @@
-"""The PreTrainedModel base class: supported features, modules that must not be split, weight initialisation."""
+"""The PreTrainedModel base classes: supported features, modules that must not be split, weight initialisation."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import torch
-from torch import nn
-from transformers import LlavaConfig, PreTrainedModel
+from transformers import CLIPVisionConfig, LlavaConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.utils import logging
 
-from llava_fast.model.vision import VisionAttention, VisionEmbeddings, VisionMLP, tower_config
+logger = logging.get_logger(__name__)
 
 
-class LlavaPreTrainedModel(PreTrainedModel):
-    config: LlavaConfig
-    config_class = LlavaConfig
-    base_model_prefix = "model"
-    input_modalities = ["image", "text"]  # noqa: RUF012  (the base class wants lists)
+class _PreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # The tower reads its embedding weights without calling the module, so FSDP and device maps must not split it.
-    _no_split_modules = ["DecoderLayer", "VisionTower"]  # noqa: RUF012
+    _no_split_modules = ["DecoderLayer", "VisionTower"]  # noqa: RUF012  (the base class wants lists)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    # Attention always uses key ranges; these flags only make transformers accept any `attn_implementation`.
+    # Attention always uses key ranges; these flags, and the two methods on attention, only make transformers accept any
+    # `attn_implementation`.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -30,21 +30,57 @@ class LlavaPreTrainedModel(PreTrainedModel):
         """False: if True, transformers does not call `_init_weights` for modules without parameters of their own."""
         return False
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """CLIP's own scheme for the tower, a normal distribution with the text config's range elsewhere."""
-        super()._init_weights(module)
-        vision = tower_config(self.config)
-        width, factor = vision.hidden_size, vision.initializer_factor
-        narrow = width**-0.5 * (2 * vision.num_hidden_layers) ** -0.5 * factor
-        if isinstance(module, VisionEmbeddings):
-            init.normal_(module.class_embedding, std=width**-0.5 * factor)
-            init.normal_(module.patch_embedding.weight, std=vision.initializer_range * factor)
-            init.normal_(module.position_embedding.weight, std=vision.initializer_range * factor)
-        elif isinstance(module, VisionAttention):
-            for projection in (module.q_proj, module.k_proj, module.v_proj):
-                init.normal_(projection.weight, std=narrow)
-            init.normal_(module.out_proj.weight, std=width**-0.5 * factor)
-        elif isinstance(module, VisionMLP):
-            init.normal_(module.fc1.weight, std=(2 * width) ** -0.5 * factor)
-            init.normal_(module.fc2.weight, std=narrow)
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+        """Flash attention is noted as "sdpa": it needs no library here, and has not its limits in `generate`."""
+        if attn_implementation is not None and "flash" in attn_implementation:
+            return "sdpa"
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+
+class LlavaPreTrainedModel(_PreTrainedModel):
+    config: LlavaConfig
+    config_class = LlavaConfig
+    base_model_prefix = "model"
+    input_modalities = ["image", "text"]  # noqa: RUF012
+
+
+class LlavaPart(_PreTrainedModel):
+    """Vision tower or language model. As in transformers each is a PreTrainedModel, with its own config, plan for
+    tensor parallelism and `_init_weights`; `LlavaModel` initialises the weights of both with its own."""
+
+    base_model_prefix = "replaced_by_liger"  # Liger patches the modules of the attribute of this name
+
+    @property
+    def base_model(self) -> LlavaPart:
+        return self
+
+    @property
+    def replaced_by_liger(self) -> SimpleNamespace:
+        """The modules that Liger finds for its kernels: none, because ours are as fused as its own."""
+        logger.warning_once("Liger's kernels are not applied: llava-fast's own operations are fused already")
+        return SimpleNamespace(norm=SimpleNamespace(), layers=())
+
+    def init_weights(self) -> None:
+        pass
+
+
+@torch.no_grad()
+def init_clip(module: Any, config: CLIPVisionConfig) -> None:
+    """Initialise the matrices of a module of the tower by CLIP's own scheme."""
+    width, factor = config.hidden_size, config.initializer_factor
+    narrow = width**-0.5 * (2 * config.num_hidden_layers) ** -0.5 * factor
+    if hasattr(module, "class_embedding"):
+        init.normal_(module.class_embedding, std=width**-0.5 * factor)
+        init.normal_(module.patch_embedding.weight, std=config.initializer_range * factor)
+        init.normal_(module.position_embedding.weight, std=config.initializer_range * factor)
+    elif hasattr(module, "out_proj"):
+        for projection in (module.q_proj, module.k_proj, module.v_proj):
+            init.normal_(projection.weight, std=narrow)
+        init.normal_(module.out_proj.weight, std=width**-0.5 * factor)
+    elif hasattr(module, "fc1"):
+        init.normal_(module.fc1.weight, std=(2 * width) ** -0.5 * factor)
+        init.normal_(module.fc2.weight, std=narrow)

@@ -23,9 +23,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llava_fast.backend import is_plain
 from llava_fast.model.joined import JoinedLinears
-from llava_fast.model.language import attend_with_weights, text_config
+from llava_fast.model.language import text_config
+from llava_fast.model.pretrained import LlavaPart, init_clip
 from llava_fast.ops.activation import gelu, quick_gelu
-from llava_fast.ops.attention import KeyRanges, range_attention
+from llava_fast.ops.attention import KeyRanges, attention_with_weights, range_attention
 from llava_fast.ops.norm import layer_norm
 from llava_fast.ops.patch_embed import CLIP_MEAN, CLIP_STD, Normalisation, check_same, noted_normalisation, patch_embed
 from llava_fast.ops.projector import projector
@@ -57,7 +58,10 @@ def feature_layers(config: LlavaConfig, override: int | Sequence[int] | None = N
 
 
 class VisionEmbeddings(nn.Module):
-    """Holds the embedding parameters; `ops.patch_embed` computes with them, fused with the pre-LayerNorm."""
+    """Patches, CLS and positions, before the pre-LayerNorm.
+
+    Called only if a part is wrapped or hooked; else `ops.patch_embed` computes with its parameters, and the norm's.
+    """
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
@@ -66,18 +70,35 @@ class VisionEmbeddings(nn.Module):
         self.patch_embedding = nn.Conv2d(config.num_channels, width, kernel_size=patch, stride=patch, bias=False)
         self.position_embedding = nn.Embedding((side // patch) ** 2 + 1, width)
 
-    def position(self, height: int, width: int) -> torch.Tensor:
+    def forward(
+        self, pixels: torch.Tensor, height: int, width: int, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> torch.Tensor:
+        places = torch.arange(self.position_embedding.num_embeddings, device=pixels.device)
+        pixels = Normalisation(mean, std).apply(pixels, self.class_embedding.dtype)
+        patches_BND = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        cls = self.class_embedding.expand(patches_BND.shape[0], 1, -1)
+        return torch.cat((cls, patches_BND), dim=1) + self.position(self.position_embedding(places), height, width)
+
+    def position(self, table_ND: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """[1 + rows · columns, D] position embeddings for an image of `height` × `width` pixels, bicubically
         interpolated if the size differs from `config.image_size` (as CLIPVisionModel does on request)."""
-        patch = self.patch_embedding.weight.shape[-1]
+        patch = self.patch_embedding.kernel_size[0]
         rows, columns = height // patch, width // patch
-        table_ND = self.position_embedding.weight
         side = int((table_ND.shape[0] - 1) ** 0.5)
         if (rows, columns) == (side, side):
             return table_ND
         grid = table_ND[1:].view(1, side, side, -1).permute(0, 3, 1, 2)
         grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
         return torch.cat((table_ND[:1], grid.flatten(2)[0].T))
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm of x + residual; `forward` returns the normalised tensor and that sum."""
+
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return layer_norm(x, self.weight, self.bias, eps=self.eps, residual=residual)
 
 
 class VisionAttention(JoinedLinears):
@@ -102,7 +123,7 @@ class VisionAttention(JoinedLinears):
         q, k, v = (projected.unflatten(-1, (-1, self.head_dim)) for projected in qkv)
         weights = None
         if want_weights:
-            out, weights = attend_with_weights(q, k, v, ranges)
+            out, weights = attention_with_weights(q, k, v, ranges)
         else:
             out = range_attention(q, k, v, ranges)
         return self.out_proj(out.flatten(2)), weights
@@ -129,9 +150,9 @@ class VisionLayer(GradientCheckpointingLayer):
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
         self.self_attn = VisionAttention(config)
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = VisionMLP(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(
         self,
@@ -142,13 +163,9 @@ class VisionLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Returns the layer's input x + added (a hidden state of the tower), two tensors whose sum is the layer's
         output, and the attention weights."""
-        norm1, norm2 = self.layer_norm1, self.layer_norm2
-        if added_BND is None:
-            y, state = layer_norm(x_BND, norm1.weight, norm1.bias, eps=norm1.eps)
-        else:
-            y, state = layer_norm(added_BND, norm1.weight, norm1.bias, eps=norm1.eps, residual=x_BND)
+        y, state = self.layer_norm1(x_BND) if added_BND is None else self.layer_norm1(added_BND, x_BND)
         y, weights = self.self_attn(y, ranges, want_weights)
-        y, x_BND = layer_norm(y, norm2.weight, norm2.bias, eps=norm2.eps, residual=state)
+        y, x_BND = self.layer_norm2(y, state)
         return state, x_BND, self.mlp(y), weights
 
 
@@ -158,22 +175,29 @@ class VisionEncoder(nn.Module):
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
 
 
-class VisionTower(nn.Module):
+class VisionTower(LlavaPart):
     """CLIP's vision model up to the last hidden state that is needed."""
 
+    config: CLIPVisionConfig
+    config_class = CLIPVisionConfig
+
     def __init__(self, config: CLIPVisionConfig):
-        super().__init__()
+        super().__init__(config)
         if config.model_type != "clip_vision_model":
             raise ValueError(
                 f"vision_config.model_type is {config.model_type!r}; only 'clip_vision_model' is supported"
             )
         if config.attention_dropout:
             raise ValueError(f"vision_config.attention_dropout is {config.attention_dropout}; only 0 is supported")
-        self.config = config
         self.embeddings = VisionEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.encoder = VisionEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_clip(module, self.config)
 
     def resolve(self, layer: int) -> int:
         """Index of a hidden state, 0 (after the pre-LayerNorm) to the number of layers, from a possibly negative one.
@@ -192,6 +216,19 @@ class VisionTower(nn.Module):
         self.post_layernorm.requires_grad_(False)
         for layer in self.encoder.layers[used:]:
             layer.requires_grad_(False)
+
+    def _embed(
+        self, pixels: torch.Tensor, height: int, width: int, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> torch.Tensor:
+        """Hidden state 0 [B, N, D], by one fused operation if no module involved is wrapped or hooked."""
+        parts, norm = self.embeddings, self.pre_layrnorm
+        patch, position = parts.patch_embedding, parts.position_embedding
+        kinds = {parts: VisionEmbeddings, patch: nn.Conv2d, position: nn.Embedding, norm: nn.LayerNorm}
+        if not all(is_plain(module, kind) for module, kind in kinds.items()):
+            return norm(parts(pixels, height, width, mean, std))
+        table_ND = parts.position(position.weight, height, width)
+        tensors = (patch.weight, parts.class_embedding, table_ND, norm.weight, norm.bias)
+        return patch_embed(pixels, *tensors, eps=norm.eps, mean=mean, std=std)
 
     def forward(
         self,
@@ -220,17 +257,7 @@ class VisionTower(nn.Module):
                 f"pixel_values are {height}×{width}, but the vision tower takes {size}×{size}; "
                 "pass interpolate_pos_encoding=True for other sizes"
             )
-        x_BND = patch_embed(
-            pixels,
-            self.embeddings.patch_embedding.weight,
-            self.embeddings.class_embedding,
-            self.embeddings.position(height, width),
-            self.pre_layrnorm.weight,
-            self.pre_layrnorm.bias,
-            eps=self.pre_layrnorm.eps,
-            mean=mean,
-            std=std,
-        )
+        x_BND = self._embed(pixels, height, width, mean, std)
         ranges = KeyRanges.full(x_BND.shape[0], x_BND.shape[1], x_BND.device)
         states: list[torch.Tensor | None] = []
         attentions: list[torch.Tensor] = []

@@ -101,6 +101,14 @@ class Normalisation(NamedTuple):
         pairs = zip(self.mean + self.std, other.mean + other.std)
         return all(math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-6) for a, b in pairs)
 
+    def apply(self, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """[B, 3, H, W] of `dtype` from pixels as `patch_embed` takes them; only uint8 is normalised."""
+        if pixels.dtype == torch.uint8:
+            wide = torch.promote_types(dtype, torch.float32)
+            mean_C, std_C = (torch.tensor(values, dtype=wide, device=pixels.device) for values in self)
+            pixels = ((pixels.to(wide) / 255 - mean_C) / std_C).permute(0, 3, 1, 2)
+        return pixels.to(dtype)
+
 
 def folded(settings: Mapping[str, Any]) -> Normalisation:
     """All normalisation settings of an image processor as one mean and deviation; CLIP's where a setting is missing.
@@ -165,12 +173,8 @@ def patch_embed_reference(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> torch.Tensor:
-    if pixels.dtype == torch.uint8:
-        wide = torch.promote_types(weight_DCPP.dtype, torch.float32)
-        mean_C = torch.tensor(mean, dtype=wide, device=pixels.device)
-        std_C = torch.tensor(std, dtype=wide, device=pixels.device)
-        pixels = ((pixels.to(wide) / 255 - mean_C) / std_C).permute(0, 3, 1, 2)
-    patches = F.conv2d(pixels.to(weight_DCPP.dtype), weight_DCPP, stride=weight_DCPP.shape[-1])
+    pixels = Normalisation(mean, std).apply(pixels, weight_DCPP.dtype)
+    patches = F.conv2d(pixels, weight_DCPP, stride=weight_DCPP.shape[-1])
     patches_BND = patches.flatten(2).transpose(1, 2)
     cls = cls_D.expand(patches_BND.shape[0], 1, -1)
     tokens = torch.cat((cls, patches_BND), dim=1) + position_TD

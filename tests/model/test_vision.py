@@ -37,8 +37,8 @@ def pixels(model: nn.Module, images: int = 2) -> torch.Tensor:
     return torch.randint(0, 256, (images, size, size, 3), dtype=torch.uint8)
 
 
-def features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    return torch.stack(model.get_image_features(images).pooler_output)
+def features(model: nn.Module, images: torch.Tensor, **how: bool) -> torch.Tensor:
+    return torch.stack(model.get_image_features(images, **how).pooler_output)
 
 
 @pytest.fixture
@@ -161,6 +161,26 @@ def test_wrapped_and_hooked_projections_are_called(tiny: SimpleNamespace) -> Non
         hook.remove()
         attentions(model)[0].k_proj = nn.Sequential(attentions(model)[0].k_proj)
         tiny.assert_near(features(model, images), expected)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".patch_embedding", ".position_embedding", "pre_layrnorm", "encoder.layers.0.layer_norm1"],
+)
+def test_a_hooked_part_of_the_tower_is_called(tiny: SimpleNamespace, name: str) -> None:
+    model = tiny.ours(tiny.config()).eval()
+    tower, called = model.model.vision_tower, []
+    images = torch.randint(256, (2, 12, 12, 3), dtype=torch.uint8)
+    larger = torch.randint(256, (1, 16, 20, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = features(model, images), features(model, larger, interpolate_pos_encoding=True)
+        tower.get_submodule(name if "norm" in name else f"embeddings{name}").register_forward_hook(
+            lambda *_: called.append(name)
+        )
+        found = features(model, images), features(model, larger, interpolate_pos_encoding=True)
+    assert called == [name, name]
+    for one, other in zip(found, expected):
+        tiny.assert_near(one, other)
 
 
 def test_embeddings_with_a_hook_are_called(tiny: SimpleNamespace) -> None:

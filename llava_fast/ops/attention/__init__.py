@@ -50,7 +50,14 @@ from llava_fast.ops.attention.tiles import MAX_HEAD_DIM, columns
 # (two), forward and backward; at greater lengths it takes more.
 CPU_BLOCKED, CPU_BLOCK = range(257, 769), 192
 
-__all__ = ["KeyRanges", "attention", "attention_reference", "attention_weights_reference", "range_attention"]
+__all__ = [
+    "KeyRanges",
+    "attention",
+    "attention_reference",
+    "attention_weights_reference",
+    "attention_with_weights",
+    "range_attention",
+]
 
 
 def attention(
@@ -150,6 +157,17 @@ def attention_weights_reference(
     lse = torch.logsumexp(scores, dim=-1)
     # An empty range has LSE −inf; its probabilities are zeros, not NaN.
     return torch.exp(scores - lse.clamp(min=torch.finfo(lse.dtype).min)[..., None]), lse
+
+
+def attention_with_weights(
+    q_BTHd: torch.Tensor, k_BSGd: torch.Tensor, v_BSGd: torch.Tensor, ranges: KeyRanges
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention [B, T, H, d], computed from the weights [B, H, T, S] that are returned beside it, so that a loss has
+    gradients with respect to them."""
+    heads, width = q_BTHd.shape[2:]
+    weights = attention_weights_reference(q_BTHd, k_BSGd, ranges, width**-0.5)[0].to(q_BTHd.dtype)
+    v_BSHd = v_BSGd.repeat_interleave(heads // v_BSGd.shape[2], dim=2)
+    return torch.einsum("bhts,bshd->bthd", weights, v_BSHd), weights
 
 
 def _masked_attention(
