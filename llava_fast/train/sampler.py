@@ -1,15 +1,81 @@
-"""The order of samples in a training epoch, and padding of evaluation data to equal batch counts per process."""
+"""Which rows of a mixture a run uses, their order in an epoch, and the padding of evaluation data.
+
+The selection of rows depends only on the sources, their sizes and the seed; see docs/data.md. As in LLaVA-NeXT, counts
+are of rows in the file, before any are dropped, and a percentage is rounded up. Unlike in LLaVA-NeXT, the random draw
+uses the recipe's seed and keeps the order of the file; the sampler shuffles anyway.
+"""
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from llava_fast.train.data import LlavaDataset
+from llava_fast.train.recipe import DataSource
+
+if TYPE_CHECKING:
+    from llava_fast.train.data import LlavaDataset
+
+
+def choose_rows(sources: Sequence[DataSource], sizes: Sequence[int], seed: int) -> list[np.ndarray]:
+    """The selected rows of each source: int64 [count] row numbers in the order of its file (`repeat`: pass by pass).
+
+    Args:
+        sizes: number of rows in each source's file.
+    Raises:
+        ValueError: for a source with fewer rows than its `count`.
+    """
+    counts = _counts(sources, sizes)
+    return [
+        _choose(source.sampling, size, count, np.random.default_rng([seed, i]))
+        for i, (source, size, count) in enumerate(zip(sources, sizes, counts))
+    ]
+
+
+def _counts(sources: Sequence[DataSource], sizes: Sequence[int]) -> list[int]:
+    weights = [source.weight for source in sources if source.weight is not None]  # all sources have one, or none
+    if weights:
+        total = sum(weights)
+        wanted = [(size * total / weight, source) for size, weight, source in zip(sizes, weights, sources)]
+        once = [rows for rows, source in wanted if source.sampling != "repeat"]
+        rows = min(once) if once else max(rows for rows, _ in wanted)
+        return [math.floor(rows * weight / total + 1e-9) for weight in weights]
+    counts = []
+    for source, size in zip(sources, sizes):
+        count = _count(source.count, size)
+        if source.sampling != "repeat" and count > size:
+            raise ValueError(
+                f"{source.path}: count {source.count} asks for {count} of {size} rows; sampling: repeat gives rows "
+                "more than once"
+            )
+        counts.append(count)
+    return counts
+
+
+def _count(count: int | str | None, size: int) -> int:
+    """The number of rows to select from a file of `size` rows; a percentage is rounded up."""
+    if isinstance(count, str):
+        return math.ceil(size * Fraction(count.removesuffix("%")) / 100)
+    return size if count is None else count
+
+
+def _choose(sampling: str, size: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    if sampling == "last":
+        return np.arange(size - count, size)
+    if sampling == "first":
+        return np.arange(count)
+    if size == 0:
+        return np.arange(0)
+    whole, rest = divmod(count, size)  # whole passes, then some rows drawn at random
+    passes = [np.arange(size)] * whole + [np.sort(rng.choice(size, rest, replace=False))]
+    return np.concatenate(passes)
 
 
 class GroupedSampler(Sampler[int]):

@@ -207,13 +207,12 @@ def load_data(recipe: Recipe, processor: LlavaProcessor) -> tuple[LlavaDataset, 
             cache=recipe.cache,
         )
 
-    sources = recipe.sources()
-    train = read(sources)
+    train = read(recipe.sources())
     if isinstance(recipe.validation, float):
         return train.split(recipe.validation, recipe.seed)
     if recipe.validation is None:
         return train, None
-    return train, read([DataSource(recipe.validation, image_folder=sources[0].image_folder)])
+    return train, read([recipe.validation_source()])
 
 
 def _own_rates(recipe: Recipe) -> list[tuple[str, str, float]]:
