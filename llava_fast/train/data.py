@@ -385,7 +385,7 @@ class LlavaDataset(Dataset):
         return self.processor.image_pixels(self._image_files(self._rows[index])[image])
 
     def _image_names(self, row: int) -> list[str | None]:
-        images = self._name(row).get("image") or []
+        images = self._name(row).get("image", [])
         return images if isinstance(images, list) else [images]
 
     def _image_files(self, row: int) -> list[str | bytes]:

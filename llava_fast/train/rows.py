@@ -359,8 +359,10 @@ def _part(part: Any, where: str) -> tuple[str | None, str | bytes | None]:
 
 def row_images(row: dict[str, Any]) -> list[str | bytes]:
     """The images in a row's `image` or `images`; ValueError for a value that is none."""
-    images = row.get("image") or row.get("images") or []
-    if isinstance(images, str):
+    images = row.get("image")
+    if images in (None, "", []):
+        images = row.get("images") or []
+    if isinstance(images, (str, bytes)):
         return [images]
     images = images if isinstance(images, list) else [images]
     return [_image(image, "'image'") for image in images]

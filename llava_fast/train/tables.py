@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -68,21 +68,22 @@ class Folder:
         self._files: list[Any] = [
             JsonFile(file) if file.suffix in (".json", ".jsonl") else open_table(file, None) for file in files
         ]
-        self._ends = list(accumulate(map(len, self._files)))
+        self._starts = list(accumulate(map(len, self._files), initial=0))  # and the number of all rows
         self.rereads = all(file.rereads for file in self._files)
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._starts[-1]
 
     def _at(self, number: int) -> tuple[int, int]:
         """The file that has a row, and the row's number in it."""
-        file = bisect_right(self._ends, number)
-        return file, number - self._ends[file] + len(self._files[file])
+        file = bisect_right(self._starts, number) - 1
+        return file, number - self._starts[file]
 
     def read(self, numbers: Sequence[int]) -> Iterator[Any]:
-        places = [self._at(number) for number in numbers]
-        for i, file in enumerate(self._files):
-            yield from file.read([number for k, number in places if k == i])
+        """Rows in ascending order."""
+        for file, start, end in zip(self._files, self._starts, self._starts[1:]):
+            mine = numbers[bisect_left(numbers, start) : bisect_left(numbers, end)]
+            yield from file.read([number - start for number in mine])
             file.close()
 
     def row(self, number: int) -> Any:
