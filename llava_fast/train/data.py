@@ -1,8 +1,8 @@
-"""The dataset and the collator: rows to token ids, labels and uint8 pixels, and samples to packs.
+"""The dataset: rows to token ids, labels and uint8 pixels.
 
 `LlavaDataset.report` counts every row that was dropped, truncated or replaced, by reason.
 
-Shapes: T tokens, n images of one sample, N images of a pack, H and W pixels.
+Shapes: T tokens, n images of one sample, H and W pixels.
 """
 
 from __future__ import annotations
@@ -26,12 +26,10 @@ from tqdm import tqdm
 from llava_fast.errors import one_line
 from llava_fast.processor.processor import LlavaProcessor
 from llava_fast.processor.templates import IMAGE_MARK, Piece, Template, get_template
-from llava_fast.sequence import pack
 from llava_fast.train.recipe import DataSource
 from llava_fast.train.rows import (
     ERRORS,
     EXAMPLES,
-    IGNORE,
     BadRow,
     ImageFolder,
     JsonFile,
@@ -488,60 +486,3 @@ class LlavaDataset(Dataset):
             "labels": torch.from_numpy(labels),
             "pixel_values": torch.from_numpy(pixels_nHWC),
         }
-
-
-class PackedCollator:
-    """Samples of a `LlavaDataset` laid end to end in one row, with key ranges in place of an attention mask.
-
-    Args:
-        processor: the one the samples were made with.
-        bidirectional_images: let the tokens of one image see each other.
-    """
-
-    def __init__(self, processor: LlavaProcessor, *, bidirectional_images: bool = False) -> None:
-        self.image_token_id = processor.image_token_id
-        self.image_tokens = processor.num_image_tokens()
-        self.bidirectional_images = bidirectional_images
-
-    def __call__(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Pack samples.
-
-        Returns:
-            `input_ids`, `labels`, `position_ids` int64 [1, T]; `key_start`, `key_end` int32 [1, T]; `image_slots`
-            int64, indices of the image tokens in the row; `label_rows` int64, indices of the tokens whose next token
-            has a label; and `pixel_values` uint8 [N, H, W, 3] if there are images.
-            The first label of each sample is −100: no sample predicts the next one's first token.
-        Raises:
-            ValueError: if a sample's image tokens do not match its images.
-        """
-        labels, spans = [], []
-        for i, sample in enumerate(samples):
-            slots = (sample["input_ids"] == self.image_token_id).nonzero().flatten()
-            images = len(sample["pixel_values"])
-            if len(slots) != images * self.image_tokens:
-                raise ValueError(
-                    f"sample {i} has {len(slots)} image tokens where its {images} images need "
-                    f"{images * self.image_tokens}"
-                )
-            spans.append([(int(first), self.image_tokens) for first in slots[:: self.image_tokens]])
-            labels.append(sample["labels"].clone())
-            labels[-1][0] = IGNORE
-        input_ids = torch.cat([sample["input_ids"] for sample in samples])
-        ranges = pack(
-            [len(sample["input_ids"]) for sample in samples],
-            spans,
-            bidirectional_images=self.bidirectional_images,
-        )
-        all_labels = torch.cat(labels)
-        batch = {
-            "input_ids": input_ids[None],
-            "labels": all_labels[None],
-            "label_rows": (all_labels[1:] != IGNORE).nonzero().flatten(),
-            "position_ids": ranges.position_ids,
-            "key_start": ranges.key_start,
-            "key_end": ranges.key_end,
-            "image_slots": (input_ids == self.image_token_id).nonzero().flatten(),
-        }
-        if any(map(len, spans)):
-            batch["pixel_values"] = torch.cat([sample["pixel_values"] for sample in samples])
-        return batch

@@ -77,8 +77,8 @@ class DataSource:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     path: PathLike  # a JSON, JSONL, Parquet or Arrow file, or a folder of them
-    split: Text | None = None  # of a folder; default: train
     image_folder: PathLike | None = None  # default: the recipe's image_folder, or else the folder of the file
+    split: Text | None = None  # of a folder; default: train
     sampling: Literal["first", "last", "random", "repeat"] = "first"
     count: Annotated[Whole, _ROWS] | Text | None = None  # rows, or such as 10% of the file; default: all
     weight: Annotated[Number, _WEIGHT] | None = None  # instead of count: this source's proportion in the mixture

@@ -27,9 +27,9 @@ from llava_fast.drop_in import LlavaForConditionalGeneration
 from llava_fast.processor.processor import LlavaProcessor
 from llava_fast.processor.templates import get_template
 from llava_fast.train import checkpoints, stages
-from llava_fast.train.data import LlavaDataset, PackedCollator
+from llava_fast.train.data import LlavaDataset
 from llava_fast.train.recipe import DataSource, Recipe, RecipeError
-from llava_fast.train.sampler import FilledUp, GroupedSampler
+from llava_fast.train.sampler import FilledUp, GroupedSampler, PackedCollator
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,10 @@ from llava_fast.processor.processor import LlavaProcessor
 from llava_fast.processor.templates import Vicuna, get_template
 from llava_fast.sequence import pack
 from llava_fast.train import data
-from llava_fast.train.data import IGNORE, LlavaDataset, PackedCollator
+from llava_fast.train.data import LlavaDataset
 from llava_fast.train.recipe import DataSource
-from llava_fast.train.rows import expand, parse_row, tokenise
+from llava_fast.train.rows import IGNORE, expand, parse_row, tokenise
+from llava_fast.train.sampler import PackedCollator
 
 SYSTEM = 24  # <s> and the words of the v1 system prompt
 IMAGE = 4  # tokens of an image
