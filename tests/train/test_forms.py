@@ -1,6 +1,7 @@
 """Every form of a row gives the sample that LLaVA's own form gives, and the text that inference is prompted with."""
 
 import base64
+import io
 import json
 import pickle
 from pathlib import Path
@@ -12,14 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import LlavaProcessor as HuggingFaceProcessor
 from trl.data_utils import prepare_multimodal_messages
 
 from llava_fast.processor.templates import TEMPLATES, get_template
 from llava_fast.train import tables
+from llava_fast.train.checkpoints import made_from
 from llava_fast.train.data import Embedded, LlavaDataset
-from llava_fast.train.inspect import check_images
+from llava_fast.train.inspect import check_images, inspect, show
 from llava_fast.train.recipe import DataSource
 from llava_fast.train.rows import IGNORE, parse_row
 from llava_fast.train.trainer import run
@@ -416,9 +419,24 @@ def test_training_from_parquet_is_training_from_files(tiny, tmp_path, recipe_for
     assert from_files["eval_loss"] == from_table["eval_loss"]
 
 
-def test_a_run_resumes_only_with_the_same_table(tiny, tmp_path, recipe_for):
-    from llava_fast.train.checkpoints import made_from
+def test_inspect_shows_embedded_images(tiny, tmp_path, recipe_for):
+    rows = json.loads(tiny.chat.read_text())[:6]
+    cells = [(tiny.folder / row["image"]).read_bytes() if "image" in row else None for row in rows]
+    cells[1] = b"<html>"
+    table = pa.table({"id": [row["id"] for row in rows], "image": cells, "messages": [messages(row) for row in rows]})
+    write(table, tmp_path / "data.parquet")
+    before = sorted(tmp_path.rglob("*"))
+    found = inspect(recipe_for(data=tmp_path / "data.parquet"), samples=6)
+    assert (found.images, found.sources[0].with_images) == (5, 5)
+    assert [(problem.row, problem.reason) for problem in found.problems] == [(1, "unreadable")]
+    console = Console(file=io.StringIO(), width=200)
+    show(found, console)
+    assert "[image 0 of row 2: 4 tokens]" in console.file.getvalue()
+    assert "data.parquet, row 1 (id 1): cannot read image of 6 bytes: cannot identify" in console.file.getvalue()
+    assert sorted(tmp_path.rglob("*")) == before
 
+
+def test_a_run_resumes_only_with_the_same_table(tiny, tmp_path, recipe_for):
     talk = [{"role": "user", "content": "Say a number."}, {"role": "assistant", "content": "one"}]
     write(pa.table({"messages": [talk] * 4}), tmp_path / "set.parquet")
     recipe = recipe_for(data=[{"path": tmp_path}])
