@@ -439,7 +439,7 @@ def read_rgb(source: Image.Image | str | PathLike | bytes | np.ndarray | torch.T
         with load_image(name) if _is_inline(name) else Image.open(file, formats=_formats()) as opened:
             return _to_rgb(opened)
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error ...
-        reason = one_line(error, 300) or type(error).__name__
+        reason = one_line(error, 300).partition(" <_io.BytesIO")[0] or type(error).__name__
         raise ValueError(f"cannot read image {one_line(name)}: {reason}") from error
 
 

@@ -432,7 +432,8 @@ def test_inspect_shows_embedded_images(tiny, tmp_path, recipe_for):
     console = Console(file=io.StringIO(), width=200)
     show(found, console)
     assert "[image 0 of row 2: 4 tokens]" in console.file.getvalue()
-    assert "data.parquet, row 1 (id 1): cannot read image of 6 bytes: cannot identify" in console.file.getvalue()
+    words = "data.parquet, row 1 (id 1): cannot read image of 6 bytes: cannot identify image file\n"
+    assert words in console.file.getvalue()
     assert sorted(tmp_path.rglob("*")) == before
 
 
