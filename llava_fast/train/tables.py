@@ -106,8 +106,7 @@ def data_files(path: Path, split: str | None) -> list[Path]:
     if split is None:
         split = "train" if "train" in found or len(found) > 1 else next(iter(found))
     if split not in found:
-        which = f"no split {one_line(split, 40)!r}"
-        raise ValueError(f"{path}: {which}; there are {', '.join(sorted(found))}")
+        raise ValueError(f"{path}: no split '{one_line(split, 40)}'; there are {', '.join(sorted(found))}")
     return sorted(found[split])
 
 
