@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 # The extra of llava-fast that installs a package.
-_EXTRA_FOR = {"accelerate": "train", "datasets": "train", "peft": "train", "pydantic": "train", "yaml": "train"}
+_EXTRA_FOR = {"accelerate": "train", "pyarrow": "train", "peft": "train", "pydantic": "train", "yaml": "train"}
 
 
 def missing_extra(error: ModuleNotFoundError) -> str:

@@ -13,6 +13,7 @@ Files are those of transformers, so either library loads what the other saved.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import stat
@@ -197,7 +198,7 @@ class LlavaProcessor(FilesMixin):
         count = self._with_image_settings(settings).num_image_tokens()
         return MultiModalData(num_image_tokens=[count] * len(image_sizes), num_image_patches=[1] * len(image_sizes))
 
-    def image_pixels(self, image: Image.Image | str | PathLike | np.ndarray | torch.Tensor) -> np.ndarray:
+    def image_pixels(self, image: Image.Image | str | PathLike | bytes | np.ndarray | torch.Tensor) -> np.ndarray:
         """One image, cropped or padded to the model's size: uint8 [H, W, 3]. `read_rgb` lists the accepted types.
 
         Bit-identical to transformers' PIL image processors.
@@ -402,11 +403,12 @@ class LlavaProcessor(FilesMixin):
 # that names the file; only regular files are opened, since a pipe could block for ever.
 
 
-def read_rgb(source: Image.Image | str | PathLike | np.ndarray | torch.Tensor) -> Image.Image:
+def read_rgb(source: Image.Image | str | PathLike | bytes | np.ndarray | torch.Tensor) -> Image.Image:
     """Read and decode an image in any PIL mode, as RGB.
 
     Args:
-        source: a PIL image, a file, an http(s) URL, or a uint8 array or tensor ([H, W], [H, W, C] or [C, H, W]).
+        source: a PIL image, a file or its contents, an http(s) URL, or a uint8 array or tensor ([H, W], [H, W, C] or
+            [C, H, W]).
     Raises:
         FileNotFoundError: for a missing file.
         ValueError: for a file that is not an image, is truncated, or has more pixels than PIL allows; one line, with
@@ -424,15 +426,20 @@ def read_rgb(source: Image.Image | str | PathLike | np.ndarray | torch.Tensor) -
         name = os.fspath(source)
         if not _is_inline(name):
             _check_file(name)
+    elif isinstance(source, bytes):
+        name = f"of {len(source)} bytes"
+        if len(source) > MAX_FILE_BYTES:
+            raise ValueError(f"cannot read image {name}, at most {MAX_FILE_BYTES}")
     else:
         raise ValueError(f"an image is a PIL image, a file name or an array, not {type(source).__name__}")
     try:
         if isinstance(source, Image.Image):
             return _to_rgb(source)
-        with load_image(name) if _is_inline(name) else Image.open(name, formats=_formats()) as opened:
+        file = io.BytesIO(source) if isinstance(source, bytes) else name
+        with load_image(name) if _is_inline(name) else Image.open(file, formats=_formats()) as opened:
             return _to_rgb(opened)
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error ...
-        reason = one_line(error, 300) or type(error).__name__
+        reason = one_line(error, 300).partition(" <_io.BytesIO")[0] or type(error).__name__
         raise ValueError(f"cannot read image {one_line(name)}: {reason}") from error
 
 

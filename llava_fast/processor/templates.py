@@ -117,11 +117,14 @@ class Template(ABC):
     system: str = ""
 
     @abstractmethod
-    def pieces(self, turns: Sequence[str], *, bos: str = "<s>", eos: str = "</s>") -> list[Piece]:
+    def pieces(
+        self, turns: Sequence[str], system: str | None = None, *, bos: str = "<s>", eos: str = "</s>"
+    ) -> list[Piece]:
         """The training prompt of a conversation, cut where supervision starts and stops.
 
         Args:
             turns: texts of human, assistant, human, ... in this order, with their `<image>` marks.
+            system: replaces the style's own system prompt, as a system message does in the chat template.
             bos, eos: the tokenizer's BOS and EOS tokens, for styles that contain them as text.
         Returns:
             `(text, supervised)` pairs; the joined texts are the prompt, without a leading `bos`.
@@ -133,17 +136,15 @@ class Template(ABC):
     def chat_template(self) -> str | None:
         return None
 
-    def prepare(self, values: Sequence[str]) -> list[str]:
-        """The turns of a row with images, as `pieces` expects them."""
-        return [marks_first(value) for value in values]
-
 
 @dataclass(frozen=True)
 class Vicuna(Template):
     """`{system} USER: {q} ASSISTANT: {a}</s>USER: ...`, the style of LLaVA-1.5."""
 
-    def pieces(self, turns: Sequence[str], *, bos: str = "<s>", eos: str = "</s>") -> list[Piece]:
-        pieces = [(self.system + " ", False)]
+    def pieces(
+        self, turns: Sequence[str], system: str | None = None, *, bos: str = "<s>", eos: str = "</s>"
+    ) -> list[Piece]:
+        pieces = [((self.system if system is None else system) + " ", False)]
         for i, text in enumerate(turns):
             if i % 2 == 0:
                 pieces.append((f"USER: {text} " if text else "USER:", False))
@@ -159,28 +160,31 @@ class Vicuna(Template):
 
 @dataclass(frozen=True)
 class Plain(Template):
-    """`<image>{caption}\\n`: captions after images, for aligning the projector. Not a chat: two turns exactly."""
+    """`<image>{caption}\\n`: captions after images, for aligning the projector. Not a chat: two turns, no system."""
 
-    def pieces(self, turns: Sequence[str], *, bos: str = "<s>", eos: str = "</s>") -> list[Piece]:
+    def pieces(
+        self, turns: Sequence[str], system: str | None = None, *, bos: str = "<s>", eos: str = "</s>"
+    ) -> list[Piece]:
         if len(turns) != 2:
             raise ValueError(f"template {self.name!r} takes exactly two turns, got {len(turns)}")
         if IMAGE_MARK not in turns[0]:
             raise ValueError(f"template {self.name!r} needs {IMAGE_MARK} in the first turn")
         return [(IMAGE_MARK * turns[0].count(IMAGE_MARK), False), (turns[1] + "\n", True)]
 
-    def prepare(self, values: Sequence[str]) -> list[str]:
-        return list(values)  # `pieces` drops the question; the caption is not stripped
-
 
 @dataclass(frozen=True)
 class Llama2(Template):
     """`[INST] <<SYS>>\\n{system}\\n<</SYS>>\\n\\n{q} [/INST] {a} </s><s>[INST] ...`"""
 
-    def pieces(self, turns: Sequence[str], *, bos: str = "<s>", eos: str = "</s>") -> list[Piece]:
+    def pieces(
+        self, turns: Sequence[str], system: str | None = None, *, bos: str = "<s>", eos: str = "</s>"
+    ) -> list[Piece]:
+        system = self.system if system is None else system
+        block = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
         pieces: list[Piece] = []
         for i, text in enumerate(turns):
             if i == 0:
-                pieces.append((f"[INST] <<SYS>>\n{self.system}\n<</SYS>>\n\n{text} [/INST]", False))
+                pieces.append((f"[INST] {block}{text} [/INST]", False))
             elif text and i % 2 == 0:
                 pieces.append((f"{bos}[INST] {text} [/INST]", False))
             elif text:
@@ -199,8 +203,10 @@ class HuggingFace(Template):
     A model trained with it does not learn to stop: train with `v1`, and use this style only to prompt.
     """
 
-    def pieces(self, turns: Sequence[str], *, bos: str = "<s>", eos: str = "</s>") -> list[Piece]:
-        pieces = []
+    def pieces(
+        self, turns: Sequence[str], system: str | None = None, *, bos: str = "<s>", eos: str = "</s>"
+    ) -> list[Piece]:
+        pieces = [] if system is None else [(f"{system} ", False)]
         for i, text in enumerate(turns):
             if i % 2 == 0:
                 pieces.append((f"USER: {text} ", False))

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import TrainerState
 
 from llava_fast.checkpoint.weights import sync_entry
-from llava_fast.train.recipe import Recipe, RecipeError, checkpoints_by_step, is_finished
+from llava_fast.train.recipe import DataSource, Recipe, RecipeError, checkpoints_by_step, is_finished
 
 UNFINISHED = ".unfinished"
 MANIFEST = "complete.json"
@@ -184,10 +184,10 @@ def made_from(recipe: Recipe, lengths: list[int], model: nn.Module) -> dict[str,
         settings["validation"] = recipe.validation
     if isinstance(recipe.data, list):
         for i, source in enumerate(recipe.data):
-            settings |= {f"data[{i}].{key}": getattr(source, key) for key in ("sampling", "count", "weight")}
+            settings |= {f"data[{i}].{key}": getattr(source, key) for key in ("split", "sampling", "count", "weight")}
     return {
         "settings": settings,
-        "files": {key: _hash_file(path) for key, path in _data_files(recipe).items()},
+        "files": {key: _hash_data(source) for key, source in _data_sources(recipe).items()},
         "samples": hashlib.sha256(json.dumps(lengths).encode()).hexdigest(),
         "base": _hash_weights(model) if recipe.stage == "lora" else None,
     }
@@ -205,10 +205,11 @@ def check_same(recipe: Recipe, folder: Path, now: dict[str, Any], then: dict[str
             continue
         advice = _instead_of_extending(recipe) if key in LENGTH else ""
         raise RecipeError(f"resume: {key} is {new}, but {folder} was made with {old}{advice}")
-    files = _data_files(recipe)
+    sources = _data_sources(recipe)
     for key in sorted(now["files"].keys() | then["files"].keys()):
         if now["files"].get(key) != then["files"].get(key):
-            raise RecipeError(f"resume: {key}: {files.get(key)} is not the file that {folder} was made with")
+            path = sources[key].path if key in sources else None
+            raise RecipeError(f"resume: {key}: {path} is not the data that {folder} was made with")
     if now["base"] != then["base"]:
         raise RecipeError(f"resume: model: {recipe.model} has not the weights that {folder} was made with")
     if now["samples"] != then["samples"]:
@@ -249,18 +250,34 @@ def check_unfinished(recipe: Recipe, now: dict[str, Any], then: dict[str, Any], 
         )
 
 
-def _data_files(recipe: Recipe) -> dict[str, Path]:
-    files = {"data": recipe.data, "validation": recipe.validation}
+def _data_sources(recipe: Recipe) -> dict[str, DataSource]:
     if isinstance(recipe.data, list):
-        files |= {f"data[{i}].path": source.path for i, source in enumerate(recipe.data)}
-    return {key: path for key, path in files.items() if isinstance(path, Path)}
+        sources = {f"data[{i}].path": source for i, source in enumerate(recipe.data)}
+    else:
+        sources = {"data": DataSource(recipe.data)}
+    return sources | ({"validation": recipe.validation_source()} if isinstance(recipe.validation, Path) else {})
+
+
+def _hash_data(source: DataSource) -> str:
+    """A hash of a data file, or of all files of a folder's split with their names."""
+    if not source.path.is_dir():
+        return _hash_file(source.path)
+    from llava_fast.train.tables import data_files
+
+    hashes = {str(file.relative_to(source.path)): _hash_file(file) for file in data_files(source.path, source.split)}
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 def _hash_file(path: Path) -> str:
+    """A hash of a file; of a table, which can have all images in it, of its size, its beginning and its end."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
         while chunk := file.read(2**20):
             digest.update(chunk)
+            if path.suffix in (".parquet", ".arrow") and file.tell() < size - 2**20:
+                digest.update(str(size).encode())
+                file.seek(size - 2**20)
     return digest.hexdigest()
 
 

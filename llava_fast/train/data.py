@@ -1,12 +1,13 @@
-"""The dataset and the collator: JSON rows to token ids, labels and uint8 pixels, and samples to packs.
+"""The dataset: rows to token ids, labels and uint8 pixels.
 
 `LlavaDataset.report` counts every row that was dropped, truncated or replaced, by reason.
 
-Shapes: T tokens, n images of one sample, N images of a pack, H and W pixels.
+Shapes: T tokens, n images of one sample, H and W pixels.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -25,29 +26,28 @@ from tqdm import tqdm
 from llava_fast.errors import one_line
 from llava_fast.processor.processor import LlavaProcessor
 from llava_fast.processor.templates import IMAGE_MARK, Piece, Template, get_template
-from llava_fast.sequence import pack
 from llava_fast.train.recipe import DataSource
 from llava_fast.train.rows import (
     ERRORS,
     EXAMPLES,
-    IGNORE,
-    BadLine,
+    BadRow,
     ImageFolder,
+    JsonFile,
     NoRows,
     Problem,
     Report,
     RowError,
     check_spaces,
-    choose_rows,
     count_problems,
+    decode_inline,
     encode_name,
     expand,
     identity,
-    image_names,
+    is_inline,
     parse_row,
-    read_rows,
     tokenise,
 )
+from llava_fast.train.sampler import choose_rows
 
 _logger = logging.getLogger(__name__)
 _SCAN_ROWS = 1000  # rows per tokenizer call, which a fast tokenizer parallelises
@@ -61,6 +61,28 @@ class _LeftOut(Exception):
         super().__init__(words)
         self.reason = reason  # a key of `Report.dropped`
         self.words = words
+
+
+class Embedded(NamedTuple):
+    """An image that lies in a data file itself."""
+
+    path: Path
+    row: int  # in that file
+    image: int  # in that row
+
+    def __str__(self) -> str:
+        return f"image {self.image} of row {self.row}"
+
+
+def open_source(source: DataSource) -> Any:
+    """The rows of a data file or folder: a `JsonFile`, or one of the classes of `tables.py`, which act alike."""
+    if source.path.suffix in (".parquet", ".arrow") or source.path.is_dir():
+        from llava_fast.train import tables  # pyarrow is imported only where it is needed
+
+        return tables.open_table(source.path, source.split)
+    if source.split is not None:
+        raise ValueError(f"{source.path}: a split is of a folder, and this is a file")
+    return JsonFile(source.path)
 
 
 class _Kept(NamedTuple):
@@ -90,7 +112,7 @@ class _Ragged:
 
 
 class LlavaDataset(Dataset):
-    """Rows of LLaVA data files as training samples; images are read when a sample is loaded.
+    """Rows of data files, in any form of `rows.py`, as training samples; images are read when a sample is loaded.
 
     `dataset[i]` is `{"input_ids": int64 [T], "labels": int64 [T], "pixel_values": uint8 [n, H, W, 3]}` with image
     tokens expanded; n is 0 for text alone.
@@ -106,8 +128,8 @@ class LlavaDataset(Dataset):
         problems: every dropped row, with the reason.
 
     Args:
-        data_path: a JSON list or JSONL file of `{"id", "image", "conversations"}`, or several as `DataSource`s, whose
-            samples follow one another.
+        data_path: a JSON, JSONL, Parquet or Arrow file, or a folder of them, or several as `DataSource`s, whose samples
+            follow one another.
         image_folder: `image` paths are relative to it and cannot leave it, unless a source has its own image folder;
             None if no row has images.
         processor: gives pixels, tokens and the number of tokens per image.
@@ -164,14 +186,14 @@ class LlavaDataset(Dataset):
 
         check_spaces(processor)
 
-        files = [read_rows(source.path) for source in self.sources]
-        chosen = choose_rows(self.sources, [len(rows) for rows in files], seed)
+        self._files = [open_source(source) for source in self.sources]
+        chosen = choose_rows(self.sources, [len(rows) for rows in self._files], seed)
         distinct = [np.unique(numbers) for numbers in chosen]
         self._n_rows = sum(map(len, distinct))
         kept: list[_Kept] = []
         for source, numbers in enumerate(distinct):
-            kept += self._scan(source, files[source], numbers)
-            files[source].clear()
+            kept += self._scan(source, numbers)
+            self._files[source].close()
         for folder in filter(None, self._folders):
             folder.forget_listings()
         self._warn()
@@ -197,8 +219,9 @@ class LlavaDataset(Dataset):
 
     def _reject(self, source: int, row: int, content: Any, left_out: _LeftOut) -> None:
         """Record a dropped row; raise if `on_error` or `max_errors` forbid dropping it."""
-        line, reason = content.line if isinstance(content, BadLine) else None, left_out.reason
-        problem = Problem(self.sources[source].path, row, identity(content), reason, left_out.words, line)
+        line, reason = content.line if isinstance(content, BadRow) else None, left_out.reason
+        path, number = self._files[source].where(row)
+        problem = Problem(path, number, identity(content), reason, left_out.words, line)
         if reason in ERRORS:
             if self.on_error == "raise" or (self.on_error is None and reason == "malformed"):
                 raise RowError(str(problem))
@@ -216,52 +239,66 @@ class LlavaDataset(Dataset):
         for reason, count in counts.items():
             _logger.warning("dropped %d rows: %s (such as %s)", count, reason, examples[reason][0])
 
-    def _scan(self, source: int, rows: list[Any], numbers: np.ndarray) -> Iterator[_Kept]:
-        """Check and tokenise rows of a source; yields the usable ones."""
-        batch: list[tuple[int, list[Piece]]] = []
-        for row in tqdm(numbers.tolist(), f"Reading {self.sources[source].path.name}", unit=" rows", delay=5):
+    def _scan(self, source: int, numbers: np.ndarray) -> Iterator[_Kept]:
+        """Check and tokenise rows of a source, in the order of the file; yields the usable ones."""
+        batch: list[tuple[int, Any, list[Piece], list[str | None]]] = []
+        rows = zip(numbers.tolist(), self._files[source].read(numbers.tolist()))
+        bar = f"Reading {self.sources[source].path.name}"
+        for row, content in tqdm(rows, bar, total=len(numbers), unit=" rows", delay=5):
             try:
-                batch.append((row, self._prompt(source, rows[row])))
+                batch.append((row, content, *self._prompt(source, content)))
             except _LeftOut as left_out:
-                self._reject(source, row, rows[row], left_out)
+                self._reject(source, row, content, left_out)
             if len(batch) == _SCAN_ROWS:
-                yield from self._tokenise(source, rows, batch)
+                yield from self._tokenise(source, batch)
                 batch = []
-        yield from self._tokenise(source, rows, batch)
+        yield from self._tokenise(source, batch)
 
-    def _prompt(self, source: int, content: Any) -> list[Piece]:
-        """The prompt of a row, after checks of its format and of its images' existence."""
-        folder, tokenizer = self._folders[source], self.processor.tokenizer
+    def _prompt(self, source: int, content: Any) -> tuple[list[Piece], list[str | None]]:
+        """A row's prompt and image names (None: read them again from the file), after checks of form and files."""
+        folder = self._folders[source]
         try:
-            turns, images = parse_row(content)
-            turns = self.template.prepare(turns) if images else turns
-            pieces = self.template.pieces(turns, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
-            if folder is None and images:
-                raise ValueError(f"image '{one_line(images[0])}' needs an image_folder")
-            missing = [image for image in images if not (folder and folder.exists(image))]
+            talk = parse_row(content)
+            pieces = self._pieces(talk.turns, talk.system)
+            if talk.context > 1:  # a prompt with answers in it, which are not supervised
+                context = len(self._pieces(talk.turns[: talk.context], talk.system))
+                pieces = [(text, supervised and i >= context) for i, (text, supervised) in enumerate(pieces)]
+            files = [image for image in talk.images if isinstance(image, str) and not is_inline(image)]
+            if folder is None and files:
+                raise ValueError(f"image '{one_line(files[0])}' needs an image_folder")
+            missing = [image for image in files if not (folder and folder.exists(image))]
         except (ValueError, OSError) as error:
             raise _LeftOut("malformed", one_line(error, 500)) from None
         marks = sum(text.count(IMAGE_MARK) for text, _ in pieces)
-        if marks != len(images):
-            raise _LeftOut("image_count", f"{marks} {IMAGE_MARK} marks but {len(images)} images")
+        if marks != len(talk.images):
+            raise _LeftOut("image_count", f"{marks} {IMAGE_MARK} marks but {len(talk.images)} images")
         if missing:
-            raise _LeftOut("image_missing", f"no image file {one_line(missing[0])}")
+            hint = " (URLs are not fetched)" if missing[0].startswith(("http://", "https://")) else ""
+            raise _LeftOut("image_missing", f"no image file {one_line(missing[0])}{hint}")
         if not any(text for text, supervised in pieces if supervised):
             raise _LeftOut("fully_masked", "no answer")
-        return pieces
+        again = self._files[source].rereads
+        return pieces, [
+            image if isinstance(image, str) and not (again and is_inline(image)) else None for image in talk.images
+        ]
 
-    def _tokenise(self, source: int, rows: list[Any], batch: list[tuple[int, list[Piece]]]) -> Iterator[_Kept]:
+    def _pieces(self, turns: list[str], system: str | None) -> list[Piece]:
+        tokenizer = self.processor.tokenizer
+        return self.template.pieces(turns, system, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
+
+    def _tokenise(self, source: int, batch: list[tuple[int, Any, list[Piece], list[str | None]]]) -> Iterator[_Kept]:
         """Tokenise a batch of rows, and truncate them to max_length."""
-        for (row, _), tokens in zip(batch, tokenise([pieces for _, pieces in batch], self.processor)):
-            n_images = len(image_names(rows[row]))
+        tokenised = tokenise([pieces for _, _, pieces, _ in batch], self.processor)
+        for (row, content, _, images), tokens in zip(batch, tokenised):
+            n_images = len(images)
             n_expanded = len(tokens) + n_images * (self._n_image_tokens - 1)
             try:
                 tokens = self._shortened(tokens, n_images, n_expanded).astype(self._dtype)
             except _LeftOut as left_out:
-                self._reject(source, row, rows[row], left_out)
+                self._reject(source, row, content, left_out)
                 continue
             length = min(n_expanded, self.max_length)
-            yield _Kept(source, row, encode_name(rows[row]), tokens, length, n_images, length < n_expanded)
+            yield _Kept(source, row, encode_name(content, images), tokens, length, n_images, length < n_expanded)
 
     def _shortened(self, tokens: np.ndarray, n_images: int, n_expanded: int) -> np.ndarray:
         """A row's tokens, truncated to max_length; `_LeftOut` if an image or every supervised token is cut off."""
@@ -310,8 +347,12 @@ class LlavaDataset(Dataset):
         return self._problem(self._rows[index], words)
 
     def _problem(self, row: int, words: str) -> Problem:
-        source, number = self._places[row]
-        return Problem(self.sources[source].path, int(number), identity(self._name(row)), "unreadable", words)
+        path, number = self._where(row)
+        return Problem(path, number, identity(self._name(row)), "unreadable", words)
+
+    def _where(self, row: int) -> tuple[Path, int]:
+        source, number = self._places[row].tolist()
+        return self._files[source].where(number)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -320,21 +361,47 @@ class LlavaDataset(Dataset):
         return json.loads(self._names[row].tobytes())
 
     def row(self, index: int) -> dict[str, Any]:
-        """The `id` and `image` of the row that a sample comes from, as they are in the data file."""
+        """The `id` of the row that a sample comes from, and as `image` its image or a list: None if it is embedded."""
         return self._name(self._rows[index])
 
     def place(self, index: int) -> tuple[int, int]:
-        """Where a sample comes from: the number of its source, and of the row in its file."""
+        """Where a sample comes from: the number of its source, and of the row in its file or folder."""
         source, row = self._places[self._rows[index]].tolist()
         return source, row
 
-    def images(self, index: int) -> list[str]:
-        """The real paths of a sample's images."""
-        return self._image_files(self._rows[index])
+    def images(self, index: int) -> list[str | Embedded]:
+        """Where a sample's images are: real paths of files, or places in the data file."""
+        row = self._rows[index]
+        folder, where = self._folders[self._places[row, 0]], self._where(row)
+        return [
+            folder.resolve(image) if folder and not is_inline(image) else Embedded(*where, i)
+            for i, image in enumerate(self._image_names(row))
+        ]
 
-    def _image_files(self, row: int) -> list[str]:
-        folder = self._folders[self._places[row, 0]]
-        return [folder.resolve(image) for image in image_names(self._name(row))] if folder else []
+    def pixels(self, index: int, image: int) -> np.ndarray:
+        """One of a sample's images as uint8 [H, W, 3]; ValueError if it cannot be read."""
+        return self.processor.image_pixels(self._image_files(self._rows[index])[image])
+
+    def _image_names(self, row: int) -> list[str | None]:
+        images = self._name(row).get("image", [])
+        return images if isinstance(images, list) else [images]
+
+    def _image_files(self, row: int) -> list[str | bytes]:
+        """Real paths of a row's images, or their contents."""
+        source, number = self._places[row].tolist()
+        images: Sequence[str | bytes | None] = self._image_names(row)
+        if None in images:
+            images = parse_row(self._files[source].row(number)).images
+        return [self._image_file(self._folders[source], image) for image in images if image is not None]
+
+    def _image_file(self, folder: ImageFolder | None, image: str | bytes) -> str | bytes:
+        if isinstance(image, bytes):
+            return image
+        if is_inline(image):
+            return decode_inline(image)
+        if folder is None:
+            raise ValueError(f"image '{one_line(image)}' needs an image_folder")
+        return folder.resolve(image)
 
     def split(self, fraction: float, seed: int = 0) -> tuple[LlavaDataset, LlavaDataset]:
         """Two datasets, of about 1 − `fraction` and `fraction` of the samples, in the order of the file.
@@ -348,8 +415,9 @@ class LlavaDataset(Dataset):
             raise ValueError(f"a validation fraction lies between 0 and 1, not {fraction}")
         groups: dict[Any, list[int]] = {}
         for i, row in enumerate(self._rows.tolist()):
-            images = self.images(i)
-            groups.setdefault(images[0] if images else row, []).append(i)
+            first = self._image_files(row)[0] if self.n_images[i] else row
+            first = hashlib.sha256(first).digest() if isinstance(first, bytes) else first
+            groups.setdefault(first, []).append(i)
         keys = list(groups)
         wanted = max(1, round(fraction * len(self)))
         held_out: list[int] = []
@@ -418,60 +486,3 @@ class LlavaDataset(Dataset):
             "labels": torch.from_numpy(labels),
             "pixel_values": torch.from_numpy(pixels_nHWC),
         }
-
-
-class PackedCollator:
-    """Samples of a `LlavaDataset` laid end to end in one row, with key ranges in place of an attention mask.
-
-    Args:
-        processor: the one the samples were made with.
-        bidirectional_images: let the tokens of one image see each other.
-    """
-
-    def __init__(self, processor: LlavaProcessor, *, bidirectional_images: bool = False) -> None:
-        self.image_token_id = processor.image_token_id
-        self.image_tokens = processor.num_image_tokens()
-        self.bidirectional_images = bidirectional_images
-
-    def __call__(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Pack samples.
-
-        Returns:
-            `input_ids`, `labels`, `position_ids` int64 [1, T]; `key_start`, `key_end` int32 [1, T]; `image_slots`
-            int64, indices of the image tokens in the row; `target_rows` int64, indices of the tokens whose next token
-            has a label; and `pixel_values` uint8 [N, H, W, 3] if there are images.
-            The first label of each sample is −100: no sample predicts the next one's first token.
-        Raises:
-            ValueError: if a sample's image tokens do not match its images.
-        """
-        labels, spans = [], []
-        for i, sample in enumerate(samples):
-            slots = (sample["input_ids"] == self.image_token_id).nonzero().flatten()
-            images = len(sample["pixel_values"])
-            if len(slots) != images * self.image_tokens:
-                raise ValueError(
-                    f"sample {i} has {len(slots)} image tokens where its {images} images need "
-                    f"{images * self.image_tokens}"
-                )
-            spans.append([(int(first), self.image_tokens) for first in slots[:: self.image_tokens]])
-            labels.append(sample["labels"].clone())
-            labels[-1][0] = IGNORE
-        input_ids = torch.cat([sample["input_ids"] for sample in samples])
-        ranges = pack(
-            [len(sample["input_ids"]) for sample in samples],
-            spans,
-            bidirectional_images=self.bidirectional_images,
-        )
-        all_labels = torch.cat(labels)
-        batch = {
-            "input_ids": input_ids[None],
-            "labels": all_labels[None],
-            "target_rows": (all_labels[1:] != IGNORE).nonzero().flatten(),
-            "position_ids": ranges.position_ids,
-            "key_start": ranges.key_start,
-            "key_end": ranges.key_end,
-            "image_slots": (input_ids == self.image_token_id).nonzero().flatten(),
-        }
-        if any(map(len, spans)):
-            batch["pixel_values"] = torch.cat([sample["pixel_values"] for sample in samples])
-        return batch

@@ -18,10 +18,10 @@ from rich.text import Text
 from tqdm import tqdm
 
 from llava_fast.errors import one_line
-from llava_fast.train.data import LlavaDataset
+from llava_fast.train.data import Embedded, LlavaDataset
 from llava_fast.train.memory import Prediction, predict, read_config
 from llava_fast.train.recipe import Recipe
-from llava_fast.train.rows import ERRORS, IGNORE, NoRows, Problem, image_names
+from llava_fast.train.rows import ERRORS, IGNORE, NoRows, Problem
 from llava_fast.train.trainer import GroupedSampler, load_data, load_processor
 
 _SUPERVISION_SAMPLES = 1000  # samples from which the share of supervised tokens is computed
@@ -66,7 +66,7 @@ class Inspection:
         sources: one per data file of the recipe.
         samples: a few samples, token by token.
         validation_samples: number of samples that are held out, or in the validation file.
-        images: number of image files checked.
+        images: number of images checked, each file once.
         lengths: tokens of each training sample, ascending; empty if no row can be used.
         truncated: number of training samples truncated to max_length.
         supervised_share: share of supervised tokens, in up to 1000 evenly spaced samples.
@@ -171,28 +171,29 @@ def inspect(recipe: Recipe, *, samples: int = 3, threads: int | None = None) -> 
 
 
 def check_images(datasets: Sequence[LlavaDataset], threads: int) -> tuple[list[Problem], int]:
-    """Decode and resize every image once; returns the rows with unreadable images, and the number of files."""
-    users: dict[str, list[tuple[LlavaDataset, int]]] = {}
+    """Decode and resize every image once; returns the rows with unreadable images, and the number of images."""
+    users: dict[str | Embedded, list[tuple[LlavaDataset, int, int]]] = {}
     for dataset in datasets:
-        first = {dataset.place(i): i for i in reversed(range(len(dataset)))}  # a repeated row is one row
-        for i in first.values():
-            for path in dict.fromkeys(dataset.images(i)) if dataset.n_images[i] else ():
-                users.setdefault(path, []).append((dataset, i))
-    pixels = datasets[0].processor.image_pixels
+        first = {dataset.place(i): i for i in range(len(dataset) - 1, -1, -1)}  # a repeated row is one row
+        for _, i in sorted(first.items()):  # in the order of the files, in which tables are read
+            images = dataset.images(i) if dataset.n_images[i] else []
+            for image in dict.fromkeys(images):
+                users.setdefault(image, []).append((dataset, i, images.index(image)))
 
-    def failure(path: str) -> str | None:
+    def failure(image: str | Embedded) -> str | None:
+        dataset, i, k = users[image][0]
         try:
-            pixels(path)
+            dataset.pixels(i, k)
         except (OSError, ValueError) as error:
             return one_line(error, 500)
         return None
 
     problems = []
     with ThreadPoolExecutor(threads) as pool:
-        bar = tqdm(users.items(), "Checking images", unit=" files", disable=None)
+        bar = tqdm(users.items(), "Checking images", unit=" images", disable=None)
         for (_, rows), words in zip(bar, _map(pool, failure, users)):
             if words is not None:
-                problems += [dataset.unreadable(i, words) for dataset, i in rows]
+                problems += [dataset.unreadable(i, words) for dataset, i, _ in rows]
     return problems, len(users)
 
 
@@ -241,12 +242,12 @@ def _supervised_share(dataset: LlavaDataset) -> float:
 def _view(dataset: LlavaDataset, index: int) -> SampleView:
     ids, labels = dataset.tokens(index)
     names = dataset.processor.tokenizer.convert_ids_to_tokens(ids)
-    images, size = iter(image_names(dataset.row(index))), dataset.processor.num_image_tokens()
+    images, size = iter(dataset.images(index)), dataset.processor.num_image_tokens()
     runs: list[tuple[str, list[str]]] = []
     at = 0
     while at < len(ids):
         if ids[at] == dataset.processor.image_token_id:
-            runs.append(("image", [f"{os.path.basename(next(images))}: {size} tokens"]))
+            runs.append(("image", [f"{os.path.basename(str(next(images)))}: {size} tokens"]))
             at += size
             continue
         kind = "context" if labels[at] == IGNORE else "supervised"
@@ -368,5 +369,5 @@ def _show_problems(inspection: Inspection, console: Console, limit: int) -> None
     _say(
         console,
         f"{len(broken)} broken rows, {n_left_out} rows left out as too long or without an answer, "
-        f"{inspection.images} image files read",
+        f"{inspection.images} images read",
     )

@@ -74,12 +74,13 @@ class Lora:
 
 @dataclass
 class DataSource:
-    """One data file of a mixture; see `rows.py` for what sampling and weights mean."""
+    """One data file or folder of a mixture; see `sampler.py` for what sampling and weights mean."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    path: PathLike  # LLaVA's conversations, JSON list or JSONL
-    image_folder: PathLike | None = None  # default: the recipe's image_folder, or else the folder of `path`
+    path: PathLike  # a JSON, JSONL, Parquet or Arrow file, or a folder of them
+    image_folder: PathLike | None = None  # default: the recipe's image_folder, or else the folder of the file
+    split: Text | None = None  # of a folder; default: train
     sampling: Literal["first", "last", "random", "repeat"] = "first"
     count: Annotated[Whole, _ROWS] | Text | None = None  # rows, or such as 10% of the file; default: all
     weight: Annotated[Number, _WEIGHT] | None = None  # instead of count: this source's proportion in the mixture
@@ -105,7 +106,7 @@ class Recipe:
     """
 
     stage: Literal["projector", "full", "lora"]  # what is trained: LLaVA's stage 1, stage 2, stage 2 with LoRA
-    data: PathLike | list[DataSource]  # LLaVA's conversations, JSON list or JSONL; or a mixture of several files
+    data: PathLike | list[DataSource]  # a JSON, JSONL, Parquet or Arrow file, or a folder of them; or a mixture
     output_dir: PathLike  # the trained model and its processor; checkpoint-N folders below it
     model: ModelName | None = None  # a LLaVA checkpoint, a folder or hub id; or set the next two keys
     vision_tower: ModelName | None = None  # a CLIP folder or hub id
@@ -190,9 +191,19 @@ class Recipe:
         """The data files, each with its image folder filled in."""
         sources = self.data if isinstance(self.data, list) else [DataSource(self.data)]
         return [
-            replace(source, image_folder=source.image_folder or self.image_folder or source.path.parent)
+            replace(source, image_folder=source.image_folder or self.image_folder or _folder_of(source.path))
             for source in sources
         ]
+
+    def validation_source(self) -> DataSource:
+        """The validation data, if it is a file or a folder; of a folder with several splits, `validation`."""
+        assert isinstance(self.validation, Path)
+        split = None
+        if self.validation.is_dir():
+            from llava_fast.train.tables import splits  # pyarrow is imported only where it is needed
+
+            split = "validation" if len(splits(self.validation)) > 1 else None
+        return DataSource(self.validation, split=split, image_folder=self.sources()[0].image_folder)
 
     @property
     def assembled_from(self) -> tuple[Path | str, Path | str]:
@@ -221,7 +232,7 @@ class Recipe:
         for i, source in enumerate(self.data if isinstance(self.data, list) else ()):
             paths += [(f"data[{i}].image_folder", source.image_folder, True), (f"data[{i}].path", source.path, False)]
         for key, path, is_folder in [*paths, ("data", self.data, False), ("validation", self.validation, False)]:
-            if isinstance(path, Path) and not (path.is_dir() if is_folder else path.is_file()):
+            if isinstance(path, Path) and not (path.is_dir() or (path.is_file() and not is_folder)):
                 raise RecipeError(f"{key}: no {'folder' if is_folder else 'file'} {path}")
             if is_folder and isinstance(path, str):
                 try:
@@ -269,6 +280,10 @@ class Recipe:
     def to_yaml(self) -> str:
         """The recipe as YAML with absolute paths; `load_recipe` reads it back."""
         return yaml.safe_dump(_plain(asdict(self)), sort_keys=False)
+
+
+def _folder_of(data: Path) -> Path:
+    return data if data.is_dir() else data.parent
 
 
 def _plain(value: Any) -> Any:

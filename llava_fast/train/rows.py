@@ -1,16 +1,18 @@
-"""Selects the rows of data files for a run, reads and checks them, and tokenises their prompts.
+"""Reads rows of data, converts every form of a row into a `Conversation`, and tokenises prompts.
 
-A data file is a JSON list, or JSONL: one object a line. A row is
+A data file is a JSON list, JSONL (one object a line), or one of the files and folders of `tables.py`. A row has one of
+these forms; other keys are ignored:
 
     {"id": "1", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                                                     {"from": "gpt", "value": "A cat."}]}
+    {"images": ["a.jpg"], "messages": [{"role": "user", "content": [{"type": "image"},
+                                                                    {"type": "text", "text": "What is this?"}]},
+                                       {"role": "assistant", "content": "A cat."}]}
+    {"images": ["a.jpg"], "prompt": [messages], "completion": [messages]}
 
-where `image` may be a list of names or missing, and a leading turn that is not human's is dropped. Other keys are
-ignored. Files are not trusted: a wrong value is a ValueError of one line.
-
-The selection of rows depends only on the sources, their sizes and the seed; see docs/data.md. As in LLaVA-NeXT, counts
-are of rows in the file, before any are dropped, and a percentage is rounded up. Unlike in LLaVA-NeXT, the random draw
-uses the recipe's seed and keeps the order of the file; the sampler shuffles anyway.
+`conversations` is LLaVA's form, in which `<image>` marks move to the front of their turn. The text of `messages` is
+what the template's chat template makes of them. A leading system turn is kept; another leading turn that is not the
+user's is dropped. Files are not trusted: a wrong value is a ValueError of one line.
 
 Token ids are those of the original code: a prompt is cut at its `<image>` marks, every chunk is tokenised separately
 (so each has a SentencePiece vocabulary's leading space), one BOS is kept and every mark becomes its image tokens.
@@ -20,6 +22,7 @@ supervised if any of its characters is, by the tokenizer's character offsets.
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import math
@@ -28,25 +31,25 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from fractions import Fraction
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Encoding
 
 from llava_fast.errors import one_line
 from llava_fast.processor.processor import LlavaProcessor
-from llava_fast.processor.templates import IMAGE_MARK, Piece
-from llava_fast.train.recipe import DataSource, RecipeError
+from llava_fast.processor.templates import IMAGE_MARK, Piece, marks_first
+from llava_fast.train.recipe import RecipeError
 
 MAX_CHARACTERS = 1_000_000  # of all turns of a row; tokenising more takes minutes, only to be truncated
 ERRORS = ("malformed", "image_count", "image_missing", "unreadable")  # reasons that `on_error` and `max_errors` count
 EXAMPLES = 3
 IGNORE = -100  # the label of a token that is not supervised
 
-_ROLES = ("human", "gpt")
+_ROLES = {"human": 0, "user": 0, "gpt": 1, "assistant": 1}
+_FORMS = "expected an object with a list of 'conversations', of 'messages', or of 'prompt' and 'completion'"
 _logger = logging.getLogger(__name__)
 
 
@@ -143,15 +146,38 @@ def count_problems(problems: Sequence[Problem]) -> tuple[dict[str, int], dict[st
 
 
 @dataclass(frozen=True)
-class BadLine:
-    """Placeholder for a JSONL row whose line cannot be parsed, with the reason."""
+class BadRow:
+    """Placeholder for a row that cannot be read, with the reason."""
 
-    line: int
     words: str
+    line: int | None = None  # in a JSONL file
+
+
+class JsonFile:
+    """The rows of a JSON list or a JSONL file, held in memory until `close`."""
+
+    rereads = False  # whether a row can be read again after `close`, by `row(number)`
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._rows = read_rows(path)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, numbers: Sequence[int]) -> Iterator[Any]:
+        return (self._rows[number] for number in numbers)
+
+    def where(self, number: int) -> tuple[Path, int]:
+        """The file of a row, and the row's number in it."""
+        return self.path, number
+
+    def close(self) -> None:
+        self._rows = []
 
 
 def read_rows(path: Path) -> list[Any]:
-    """The rows of a JSON list or of a JSONL file, as they are; a line that is not JSON becomes a `BadLine`.
+    """The rows of a JSON list or of a JSONL file, as they are; a line that is not JSON becomes a `BadRow`.
 
     Raises:
         FileNotFoundError: for a missing file; ValueError for a file that is not text, or a list that is not JSON.
@@ -174,7 +200,7 @@ def read_rows(path: Path) -> list[Any]:
             try:
                 rows.append(_decode(line))
             except ValueError as error:
-                rows.append(BadLine(number, f"not JSON ({_reason(error)}); expected a list or JSONL"))
+                rows.append(BadRow(f"not JSON ({_reason(error)}); expected a list or JSONL", number))
     return rows
 
 
@@ -199,10 +225,12 @@ def _finite(text: str) -> float:
 _DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite)
 
 
-def encode_name(row: dict[str, Any]) -> bytes:
+def encode_name(row: dict[str, Any], images: list[str | None]) -> bytes:
     """A row's `id`, if it is valid, and `image`, as JSON: all that is kept of a row besides its tokens."""
-    keys = ["id"] * isinstance(row.get("id"), (str, int)) + ["image"] * ("image" in row)
-    return json.dumps({key: row[key] for key in keys}).encode()
+    name = {key: row[key] for key in ["id"] * isinstance(row.get("id"), (str, int))}
+    if images or "image" in row:
+        name["image"] = images[0] if len(images) == 1 else images
+    return json.dumps(name).encode()
 
 
 def identity(content: Any) -> str:
@@ -211,24 +239,47 @@ def identity(content: Any) -> str:
     return one_line(name, 80) if isinstance(name, (str, int)) else ""
 
 
-def parse_row(row: Any) -> tuple[list[str], list[str]]:
-    """A row's turns (human, gpt, human, ...) and its images; ValueError if it breaks the format."""
-    if isinstance(row, BadLine):
+# Forms of a row
+
+
+class Conversation(NamedTuple):
+    """What a row says, whatever its form."""
+
+    turns: list[str]  # of user, assistant, user, ... with their `<image>` marks
+    images: list[str | bytes]  # in the order of the marks: file names, data: URLs, files' contents
+    system: str | None = None  # None: the template's
+    context: int = 0  # the first turns, if they are a prompt that is not supervised
+
+
+def parse_row(row: Any) -> Conversation:
+    """A row's conversation; ValueError if it has none of the forms.
+
+    The contents of images that a table's scan leaves out are `b""`.
+    """
+    if isinstance(row, BadRow):
         raise ValueError(row.words)
-    if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
-        raise ValueError("expected an object with a list of 'conversations'")
-    turns = row["conversations"]
-    for i, turn in enumerate(turns):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise ValueError(f"turn {i} has no text 'value'")
-    if turns and turns[0].get("from") != "human":
-        turns = turns[1:]  # a system prompt, or an answer to a question that was cut off
-    for i, turn in enumerate(turns):
-        role = turn.get("from")
-        if role != _ROLES[i % 2]:
-            shown = f"'{one_line(role, 40)}'" if isinstance(role, str) else type(role).__name__
-            raise ValueError(f"roles must alternate: turn {i} is from {shown}, not {_ROLES[i % 2]!r}")
-    texts = [turn["value"] for turn in turns]
+    if not isinstance(row, dict):
+        raise ValueError(_FORMS)
+    turns = row.get("conversations")
+    if isinstance(turns, list) and not (turns and isinstance(turns[0], dict) and "role" in turns[0]):
+        for i, turn in enumerate(turns):
+            if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+                raise ValueError(f"turn {i} has no text 'value'")
+        images = row_images(row)
+        texts = [marks_first(turn["value"]) if images else turn["value"] for turn in turns]
+        return _checked([turn.get("from") for turn in turns], texts, images, ("human", "gpt"))
+    messages = turns if isinstance(turns, list) else row.get("messages")
+    if isinstance(messages, list):
+        return _from_messages(messages, row_images(row))
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        talk = _from_messages(prompt + completion, row_images(row))
+        return talk._replace(context=max(0, len(talk.turns) - len(completion)))
+    raise ValueError(_FORMS)
+
+
+def _checked(roles: list[Any], texts: list[str], images: list[str | bytes], names: tuple[str, str]) -> Conversation:
+    """The conversation of these turns, if their roles alternate and their texts can be tokenised."""
     characters = sum(map(len, texts))
     if characters > MAX_CHARACTERS:
         raise ValueError(f"{characters} characters of text are more than the limit of {MAX_CHARACTERS}")
@@ -237,16 +288,108 @@ def parse_row(row: Any) -> tuple[list[str], list[str]]:
             text.encode()
         except UnicodeEncodeError:
             raise ValueError(f"turn {i} is no Unicode text: half of a surrogate pair") from None
-    return texts, image_names(row)
+    system = texts[0] if roles and roles[0] == "system" else None
+    if roles and roles[0] not in ("human", "user"):  # a system prompt, or an answer to a question that was cut off
+        roles, texts = roles[1:], texts[1:]
+    for i, role in enumerate(roles):
+        if not isinstance(role, str) or _ROLES.get(role) != i % 2:
+            shown = f"'{one_line(role, 40)}'" if isinstance(role, str) else type(role).__name__
+            raise ValueError(f"roles must alternate: turn {i} is from {shown}, not {names[i % 2]!r}")
+    return Conversation(texts, images, system)
 
 
-def image_names(row: dict[str, Any]) -> list[str]:
-    """A row's image names; ValueError for a value that is not a name."""
-    images = row.get("image") or []
-    images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise ValueError("'image' must be a file name or a list of them")
-    return images
+def _from_messages(messages: list[Any], given: list[str | bytes]) -> Conversation:
+    """A conversation of OpenAI's, transformers' or TRL's form.
+
+    Args:
+        given: the row's images, for `{"type": "image"}` parts and `<image>` marks in order. If there are neither, all
+            are put before the first question, as TRL does.
+    """
+    roles: list[Any] = []
+    texts: list[str] = []
+    images: list[str | bytes] = []
+    rest = iter(given)
+    for i, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, dict) else None
+        marks: list[str | bytes | None] = []
+        if isinstance(content, str):
+            text = content
+        elif isinstance(content, list):
+            parts = [_part(part, f"part {k} of turn {i}") for k, part in enumerate(content)]
+            marks = [image for text, image in parts if text is None]
+            text = " ".join(text for text, _ in parts if text is not None)
+        else:
+            raise ValueError(f"turn {i} has no 'content', a text or a list of parts")
+        for image in marks:
+            images += islice(rest, 1) if image is None else [image]
+        images += islice(rest, text.count(IMAGE_MARK))
+        roles.append(message.get("role"))
+        texts.append(_with_images(len(marks), text))
+    if given and not any(IMAGE_MARK in text for text in texts):
+        questions = (i for i, role in enumerate(roles) if role in ("user", "human"))
+        for i in islice(questions, 1):
+            if isinstance(messages[i]["content"], str):
+                texts[i] = _with_images(len(given), texts[i])
+    return _checked(roles, texts, [*images, *rest], ("user", "assistant"))
+
+
+def _with_images(count: int, text: str) -> str:
+    """What the chat templates make of a message with so many image parts (`flatten` in `templates.py`)."""
+    return (f"{IMAGE_MARK}\n" * count + text.strip()).strip() if count else text
+
+
+def _part(part: Any, where: str) -> tuple[str | None, str | bytes | None]:
+    """The text of a message's part, or else its image, None if it is one of the row's."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"], None
+    if kind == "image":
+        found = next((part[key] for key in ("image", "url", "path") if part.get(key) is not None), None)
+    elif kind == "image_url":
+        found = part.get("image_url")
+        found = found.get("url") if isinstance(found, dict) else found
+    else:
+        raise ValueError(f"{where} is neither a 'text' nor an 'image' or 'image_url'")
+    if found is None and kind == "image":
+        return None, None
+    if isinstance(found, str):
+        found = found.removeprefix("file://")
+    return None, _image(found, f"the image of {where}")
+
+
+def row_images(row: dict[str, Any]) -> list[str | bytes]:
+    """The images in a row's `image` or `images`; ValueError for a value that is none."""
+    images = row.get("image")
+    if images in (None, "", []):
+        images = row.get("images") or []
+    if isinstance(images, (str, bytes)):
+        return [images]
+    images = images if isinstance(images, list) else [images]
+    return [_image(image, "'image'") for image in images]
+
+
+def _image(image: Any, what: str) -> str | bytes:
+    if isinstance(image, dict):  # as the datasets library stores it
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    if not isinstance(image, (str, bytes)):
+        raise ValueError(f"{what} must be a file name or a list of them, a data: URL, or 'bytes' with a 'path'")
+    return image
+
+
+def is_inline(image: str | bytes | None) -> bool:
+    """Whether an image lies in the row itself, not in a file of its own."""
+    return not isinstance(image, str) or image.startswith("data:")
+
+
+def decode_inline(url: str) -> bytes:
+    """The contents of a `data:...;base64,` URL."""
+    head, _, body = url.partition(",")
+    try:
+        if not head.endswith(";base64"):
+            raise ValueError("no ;base64, in it")
+        return base64.b64decode(body, validate=True)
+    except ValueError as error:
+        raise ValueError(f"image '{one_line(head, 40)}' is no base64: {one_line(error)}") from None
 
 
 class ImageFolder:
@@ -291,63 +434,6 @@ class ImageFolder:
 
     def forget_listings(self) -> None:
         self._listings.clear()
-
-
-# Selecting rows
-
-
-def choose_rows(sources: Sequence[DataSource], sizes: Sequence[int], seed: int) -> list[np.ndarray]:
-    """The selected rows of each source: int64 [count] row numbers in the order of its file (`repeat`: pass by pass).
-
-    Args:
-        sizes: number of rows in each source's file.
-    Raises:
-        ValueError: for a source with fewer rows than its `count`.
-    """
-    counts = _counts(sources, sizes)
-    return [
-        _choose(source.sampling, size, count, np.random.default_rng([seed, i]))
-        for i, (source, size, count) in enumerate(zip(sources, sizes, counts))
-    ]
-
-
-def _counts(sources: Sequence[DataSource], sizes: Sequence[int]) -> list[int]:
-    weights = [source.weight for source in sources if source.weight is not None]  # all sources have one, or none
-    if weights:
-        total = sum(weights)
-        wanted = [(size * total / weight, source) for size, weight, source in zip(sizes, weights, sources)]
-        once = [rows for rows, source in wanted if source.sampling != "repeat"]
-        rows = min(once) if once else max(rows for rows, _ in wanted)
-        return [math.floor(rows * weight / total + 1e-9) for weight in weights]
-    counts = []
-    for source, size in zip(sources, sizes):
-        count = _count(source.count, size)
-        if source.sampling != "repeat" and count > size:
-            raise ValueError(
-                f"{source.path}: count {source.count} asks for {count} of {size} rows; sampling: repeat gives rows "
-                "more than once"
-            )
-        counts.append(count)
-    return counts
-
-
-def _count(count: int | str | None, size: int) -> int:
-    """The number of rows to select from a file of `size` rows; a percentage is rounded up."""
-    if isinstance(count, str):
-        return math.ceil(size * Fraction(count.removesuffix("%")) / 100)
-    return size if count is None else count
-
-
-def _choose(sampling: str, size: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    if sampling == "last":
-        return np.arange(size - count, size)
-    if sampling == "first":
-        return np.arange(count)
-    if size == 0:
-        return np.arange(0)
-    whole, rest = divmod(count, size)  # whole passes, then some rows drawn at random
-    passes = [np.arange(size)] * whole + [np.sort(rng.choice(size, rest, replace=False))]
-    return np.concatenate(passes)
 
 
 # Tokens

@@ -27,9 +27,9 @@ from llava_fast.drop_in import LlavaForConditionalGeneration
 from llava_fast.processor.processor import LlavaProcessor
 from llava_fast.processor.templates import get_template
 from llava_fast.train import checkpoints, stages
-from llava_fast.train.data import LlavaDataset, PackedCollator
+from llava_fast.train.data import LlavaDataset
 from llava_fast.train.recipe import DataSource, Recipe, RecipeError
-from llava_fast.train.sampler import FilledUp, GroupedSampler
+from llava_fast.train.sampler import FilledUp, GroupedSampler, PackedCollator
 
 logger = logging.getLogger(__name__)
 
@@ -207,13 +207,12 @@ def load_data(recipe: Recipe, processor: LlavaProcessor) -> tuple[LlavaDataset, 
             cache=recipe.cache,
         )
 
-    sources = recipe.sources()
-    train = read(sources)
+    train = read(recipe.sources())
     if isinstance(recipe.validation, float):
         return train.split(recipe.validation, recipe.seed)
     if recipe.validation is None:
         return train, None
-    return train, read([DataSource(recipe.validation, image_folder=sources[0].image_folder)])
+    return train, read([recipe.validation_source()])
 
 
 def _own_rates(recipe: Recipe) -> list[tuple[str, str, float]]:

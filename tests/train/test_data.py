@@ -18,9 +18,10 @@ from llava_fast.processor.processor import LlavaProcessor
 from llava_fast.processor.templates import Vicuna, get_template
 from llava_fast.sequence import pack
 from llava_fast.train import data
-from llava_fast.train.data import IGNORE, LlavaDataset, PackedCollator
+from llava_fast.train.data import LlavaDataset
 from llava_fast.train.recipe import DataSource
-from llava_fast.train.rows import expand, parse_row, tokenise
+from llava_fast.train.rows import IGNORE, expand, parse_row, tokenise
+from llava_fast.train.sampler import PackedCollator
 
 SYSTEM = 24  # <s> and the words of the v1 system prompt
 IMAGE = 4  # tokens of an image
@@ -136,8 +137,8 @@ def test_what_the_scan_measured_is_what_is_trained_on(folder, processor, monkeyp
     template, max_length, image = get_template("v1"), 48, processor.image_token_id
     dataset = LlavaDataset([source], folder, processor, template, max_length)
     expected = []
-    for turns, images in map(parse_row, kinds[:7]):
-        (tokens,) = tokenise([template.pieces(template.prepare(turns) if images else turns)], processor)
+    for talk in map(parse_row, kinds[:7]):
+        (tokens,) = tokenise([template.pieces(talk.turns)], processor)
         expected.append([array[:max_length].tolist() for array in expand(tokens, image, IMAGE)])
     assert len(dataset) == 14 and dataset.report.dropped == {"image_truncated": 1, "fully_masked": 1}
     assert dataset.report.truncated == 4
@@ -185,7 +186,7 @@ def test_pickles_for_spawned_workers(folder, processor):
             r"row 1 \(id 7\): roles must alternate: turn 1 is from 'human', not 'gpt'",
         ),
         (
-            {"conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}]},
+            {"conversations": [{"from": "tool", "value": "q"}, {"from": "assistant", "value": "a"}]},
             "v1",
             "roles must alternate: turn 0 is from 'assistant', not 'human'",
         ),

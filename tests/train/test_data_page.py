@@ -1,4 +1,4 @@
-"""docs/data.md: its row is one, its recipe loads, and its commands run and do what it says."""
+"""docs/data.md: its rows are one, its recipe loads, and its commands run and do what it says."""
 
 import json
 import re
@@ -41,9 +41,12 @@ def workplace(tiny, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_the_row_is_one():
-    (row,) = blocks("json")
-    assert parse_row(json.loads(row)) == (["<image>\nWhat is on the table?", "A cup of tea."], ["000007.jpg"])
+def test_the_rows_are_one():
+    rows = [parse_row(json.loads(row)) for row in blocks("json")]
+    assert len(rows) == 6
+    for row in rows:
+        assert row[:2] == (["<image>\nWhat is on the table?", "A cup of tea."], ["000007.jpg"])
+        assert row.system is None
 
 
 def run(line: str, capsys) -> tuple[int, str]:

@@ -31,7 +31,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from llava_fast import LlavaForConditionalGeneration, LlavaProcessor
-from llava_fast.train.data import LlavaDataset, PackedCollator
+from llava_fast.train.data import LlavaDataset
+from llava_fast.train.sampler import PackedCollator
 
 base, data, wrap = sys.argv[1:]
 dist.init_process_group("gloo")

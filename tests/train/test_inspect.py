@@ -54,7 +54,7 @@ def test_the_demos_data_is_fine(demo_out, capsys):
     assert f"       32        32           32      100.0%     100.0%  {demo_out / 'stage1.json'}" in out
     assert "packs: 2 of " in out and "no padding" in out
     assert "memory: predicted by a formula, not measured: at least " in out
-    assert out.rstrip().endswith("0 broken rows, 0 rows left out as too long or without an answer, 32 image files read")
+    assert out.rstrip().endswith("0 broken rows, 0 rows left out as too long or without an answer, 32 images read")
     assert captured.err == ""  # no progress bar without a terminal
     assert sorted(demo_out.rglob("*")) == before  # nothing is written
 

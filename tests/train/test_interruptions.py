@@ -419,7 +419,7 @@ def test_other_data_weights_or_tokens_are_one_line(copied):
 
     text = copied.data.read_text()
     copied.data.write_text(text.replace("red", "rot"))
-    refused(f"resume: data: {copied.data} is not the file that {copied.output_dir / 'checkpoint-4'} was made with")
+    refused(f"resume: data: {copied.data} is not the data that {copied.output_dir / 'checkpoint-4'} was made with")
     copied.data.write_text(text)
     weights = load_file(copied.model / "model.safetensors")
     name = "multi_modal_projector.linear_1.weight"

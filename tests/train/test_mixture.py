@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from llava_fast.train.__main__ import main
 from llava_fast.train.data import LlavaDataset
 from llava_fast.train.recipe import DataSource, Recipe, RecipeError, load_recipe
-from llava_fast.train.rows import choose_rows
+from llava_fast.train.sampler import choose_rows
 from llava_fast.train.trainer import GroupedSampler, load_data, load_processor, run
 
 # Datasets of several files

@@ -8,7 +8,8 @@ import pytest
 from llava_fast.processor.processor import LlavaProcessor
 from llava_fast.processor.templates import TEMPLATES, Piece, get_template
 from llava_fast.train.recipe import DataSource
-from llava_fast.train.rows import IGNORE, choose_rows, expand, tokenise
+from llava_fast.train.rows import IGNORE, expand, tokenise
+from llava_fast.train.sampler import choose_rows
 from tests.train.conftest import make_tokenizer
 from tests.train.test_labels import GAPS, WORDS, make_processor
 

@@ -15,8 +15,9 @@ from transformers import TrainerCallback
 
 from llava_fast import LlavaForConditionalGeneration, LlavaProcessor
 from llava_fast.train.__main__ import main
-from llava_fast.train.data import LlavaDataset, PackedCollator
+from llava_fast.train.data import LlavaDataset
 from llava_fast.train.recipe import RecipeError, load_recipe
+from llava_fast.train.sampler import PackedCollator
 from llava_fast.train.trainer import LlavaTrainer, load_data, load_processor, run
 
 PARTS = ("model.vision_tower.", "model.multi_modal_projector.", "model.language_model.", "lm_head.")

@@ -4,6 +4,7 @@ To add one, add a line to a table. The fuzz tests at the end allow two outcomes 
 """
 
 import ast
+import base64
 import io
 import json
 import os
@@ -25,7 +26,8 @@ from llava_fast.train import rows
 from llava_fast.train.data import LlavaDataset
 from llava_fast.train.inspect import check_images
 from llava_fast.train.recipe import DataSource
-from llava_fast.train.rows import IGNORE, choose_rows
+from llava_fast.train.rows import IGNORE
+from llava_fast.train.sampler import choose_rows
 
 SHARED = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture], "derandomize": True}
 
@@ -53,6 +55,11 @@ def refused(folder: Path, call, *parts: str) -> str:
 def talk(*turns: str, **row) -> dict:
     said = [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]
     return {"conversations": said, **row}
+
+
+def chat(*contents, **row) -> dict:
+    said = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return {"messages": said, **row}
 
 
 GOOD = talk("<image>\nwhat", "one", image="0.png", id="good")
@@ -106,7 +113,7 @@ ROWS = {
     "an id with line breaks": (talk("what", 3, id="a\nb\x1b[31m"), "(id a b\\x1b[31m): turn 1 has no text"),
     "an endless id": (talk("what", 3, id="i" * 10**6), "turn 1 has no text 'value'"),
     "a number for an image": (talk("<image>", "one", image=3), "'image' must be a file name or a list of them"),
-    "an object for an image": (talk("<image>", "one", image={"path": "0.png"}), "'image' must be a file name"),
+    "an object for an image": (talk("<image>", "one", image={"file": "0.png"}), "'image' must be a file name"),
     "null among images": (talk("<image>", "one", image=["0.png", None]), "'image' must be a file name"),
     "a way up": (talk("<image>", "one", image="../x.png"), "image '../x.png' is outside of the image folder"),
     "a way down and up": (talk("<image>", "one", image="a/../../x.png"), "is outside of the image folder"),
@@ -120,8 +127,10 @@ ROWS = {
     "half a surrogate in a name": (talk("<image>", "one", image="\ud83d/a.png"), "cannot be the name of a file"),
     "an endless name": (talk("<image>", "one", image="a" * 10_000), "no image file aaa"),
     "a line break in a name": (talk("<image>", "one", image="a\nb.png"), "no image file a b.png"),
-    "a URL": (talk("<image>", "one", image="https://a.b/c.png"), "no image file https://a.b/c.png"),
-    "base64": (talk("<image>", "one", image="data:image/png;base64,AAAA"), "no image file data:image/png"),
+    "a URL": (
+        talk("<image>", "one", image="https://a.b/c.png"),
+        "no image file https://a.b/c.png (URLs are not fetched)",
+    ),
     "a folder": (talk("<image>", "one", image="sub"), "no image file sub"),
     "the folder itself": (talk("<image>", "one", image=["."]), "no image file ."),
     "no name": (talk("<image>", "one", image=[""]), "no image file"),
@@ -130,6 +139,43 @@ ROWS = {
     "two marks, one image": (talk("<image><image>", "one", image="0.png"), "2 <image> marks but 1 images"),
     "no mark": (talk("what", "one", image="0.png"), "0 <image> marks but 1 images"),
     "a mark without an image": (talk("<image>", "one"), "1 <image> marks but 0 images"),
+    "messages that are text": ({"messages": "what"}, "of 'messages', or of 'prompt' and 'completion'"),
+    "a prompt without its completion": ({"prompt": [{"role": "user", "content": "what"}]}, "'prompt' and 'completion'"),
+    "a message that is text": ({"messages": ["what"]}, "turn 0 has no 'content', a text or a list of parts"),
+    "a message without content": (chat("what", None), "turn 1 has no 'content', a text or a list of parts"),
+    "a part that is text": (chat(["what"], "one"), "part 0 of turn 0 is neither a 'text' nor an 'image'"),
+    "a part of no text": (chat([{"type": "text"}], "one"), "part 0 of turn 0 is neither a 'text' nor an 'image'"),
+    "a part of sound": (chat("what", [{"type": "audio"}]), "part 0 of turn 1 is neither a 'text' nor an 'image'"),
+    "a part that is a number": (chat([{"type": "image", "image": 3}], "one"), "the image of part 0 of turn 0 must be"),
+    "no URL in a part": (
+        chat([{"type": "image_url", "image_url": {}}], "one"),
+        "the image of part 0 of turn 0 must be",
+    ),
+    "a URL in a part": (
+        chat([{"type": "image_url", "image_url": {"url": "http://a.b/c.png"}}], "one"),
+        "no image file http://a.b/c.png (URLs are not fetched)",
+    ),
+    "a file URL": (
+        chat([{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}], "one"),
+        "image '/etc/passwd' is outside of the image folder",
+    ),
+    "a way up in a part": (chat([{"type": "image", "path": "../x.png"}], "one"), "image '../x.png' is outside of the"),
+    "a part without an image": (chat([{"type": "image"}], "one"), "1 <image> marks but 0 images"),
+    "an image without a part": (chat([{"type": "text", "text": "what"}], "one", images=["0.png"]), "0 <image> marks"),
+    "two questions": (
+        {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]},
+        "roles must alternate: turn 1 is from 'user', not 'assistant'",
+    ),
+    "a role of nobody": ({"messages": [{"role": "user", "content": "a"}, {"content": "b"}]}, "turn 1 is from NoneType"),
+    "endless text of parts": (chat("what", [{"type": "text", "text": "a" * 10**6}]), "1000004 characters of text are"),
+    "an endless system turn": (
+        {"messages": [{"role": "system", "content": "a" * 10**6}, {"role": "user", "content": "b"}]},
+        "1000001 characters of text are more than the limit",
+    ),
+    "half a surrogate pair in a system turn": (
+        {"conversations": [{"from": "system", "value": "\ud83d"}, {"from": "human", "value": "b"}]},
+        "turn 0 is no Unicode text",
+    ),
     "a mark in an answer": (talk("<image> what", "<image>", image="0.png"), "2 <image> marks but 1 images"),
 }
 
@@ -255,6 +301,10 @@ def test_bad_pictures(surroundings, processor, name):
     path.write_bytes(content)
     message = refused(surroundings, lambda: processor.image_pixels(path), str(path), words)
     assert message.startswith(("cannot read image", "cannot resize image"))
+    refused(surroundings, lambda: processor.image_pixels(content), "cannot re", words)
+    inline = talk("<image>", "one", image="data:image/png;base64," + base64.b64encode(content).decode())
+    there = dataset(surroundings, processor, [inline], on_error="raise")
+    refused(surroundings, lambda: there[0], f"{surroundings / 'data.json'}, row 0: cannot re", words)
     row = talk("<image>", "one", image="bad.jpg", id=name)
     strict = dataset(surroundings, processor, [GOOD, row], on_error="raise")
     refused(surroundings, lambda: strict[1], f"{surroundings / 'data.json'}, row 1 (id {name}): cannot re", words)
@@ -395,6 +445,10 @@ NAMES = st.sampled_from(["0.png", "../0.png", "none.png", "out/0.png", "sub", ""
 TEXTS = st.sampled_from(["<image>", "<image>\nwhat", "one </s> two", "", "<ima", "\x00", "\ud800", "é ﷺ 🦙"]) | st.text(
     st.sampled_from("<image>/s \n\u2028Ünî"), max_size=30
 )
+PARTS = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "image", "image_url"])},
+    optional={"text": TEXTS, "image": NAMES, "image_url": NAMES | st.fixed_dictionaries({"url": NAMES})},
+)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXTS | NAMES,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
@@ -403,10 +457,13 @@ VALUES = st.recursive(
 TURNS = st.fixed_dictionaries(
     {}, optional={"from": st.sampled_from(["human", "gpt", "system"]) | VALUES, "value": TEXTS | VALUES}
 )
+MESSAGES = st.lists(TEXTS | st.lists(PARTS, max_size=3) | VALUES, max_size=4).map(lambda c: chat(*c)["messages"])
 GOOD_TURNS = st.lists(TEXTS, max_size=5).map(lambda texts: talk(*texts)["conversations"])
 ROW = st.fixed_dictionaries(
     {}, optional={"id": VALUES, "image": NAMES | st.lists(NAMES, max_size=3) | VALUES,
-                  "conversations": GOOD_TURNS | st.lists(TURNS, max_size=4) | VALUES, "model": VALUES}
+                  "conversations": GOOD_TURNS | st.lists(TURNS, max_size=4) | VALUES, "model": VALUES,
+                  "images": NAMES | st.lists(NAMES, max_size=3) | VALUES, "messages": MESSAGES | VALUES,
+                  "prompt": MESSAGES, "completion": MESSAGES}
 )  # fmt: skip
 
 
@@ -452,7 +509,7 @@ def test_any_bytes_are_rows_or_one_line(tmp_path, raw):
 def test_any_conversation_has_a_prompt_or_one_line(turns, name):
     template = get_template(name)
     try:
-        pieces = template.pieces(template.prepare(turns))
+        pieces = template.pieces(turns)
     except ValueError as error:
         one_line_naming(error, name)
         return
