@@ -34,7 +34,7 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from llava_fast.backend import choose, register
+from llava_fast.backend import choose, differentiated, observed, register
 from llava_fast.ops._launch import Example, tile_table
 from llava_fast.ops._triton import takes
 from llava_fast.ops.attention import decode
@@ -281,9 +281,11 @@ _attention_op.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _attention_triton(q, k, v, ranges, scale, return_lse):
-    backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    backward = differentiated(q, k, v)
     if not backward and takes_decode(q, k):
         return decode_attention(q, k, v, ranges, scale)
+    if not observed(q, k, v):
+        return launch_forward(q, k, v, ranges.start, ranges.end, ranges.first_BT, scale)
     seen_by = ranges.seen_by(k.shape[1]) if backward else None
     return torch.ops.llava_fast.attention(q, k, v, ranges.start, ranges.end, ranges.first_BT, seen_by, scale)
 
