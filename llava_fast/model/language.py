@@ -267,14 +267,13 @@ def keys_of_rows(
 ) -> tuple[torch.Tensor | Int8, torch.Tensor | Int8, KeyRanges]:
     """Keys, values and ranges for the queries of the rows. Flat indices may be in any batch row, so for them the keys
     of all batch rows are laid end to end as one batch row, and int8 keys are dequantised to `dtype`."""
-    start, end = ranges
-    if not isinstance(rows, int):
-        k_BSGd, v_BSGd = (x.dequantised(dtype) if isinstance(x, Int8) else x for x in (k_BSGd, v_BSGd))
-        batch, keys = k_BSGd.shape[:2]
-        offset_B1 = keys * torch.arange(batch, device=start.device, dtype=start.dtype)[:, None]
-        start, end = start + offset_B1, end + offset_B1
-        k_BSGd, v_BSGd = k_BSGd.flatten(0, 1)[None], v_BSGd.flatten(0, 1)[None]
-    return k_BSGd, v_BSGd, KeyRanges(take_rows(start, rows), take_rows(end, rows))
+    if isinstance(rows, int):
+        return k_BSGd, v_BSGd, ranges.last(rows)
+    k_BSGd, v_BSGd = (x.dequantised(dtype) if isinstance(x, Int8) else x for x in (k_BSGd, v_BSGd))
+    batch, keys = k_BSGd.shape[:2]
+    offset_B1 = keys * torch.arange(batch, device=ranges.start.device, dtype=torch.int32)[:, None]
+    start, end = (take_rows(x + offset_B1, rows) for x in ranges)
+    return k_BSGd.flatten(0, 1)[None], v_BSGd.flatten(0, 1)[None], KeyRanges(start, end)
 
 
 # Backward recomputes two tensors instead of saving them: the normalised input of a layer, and the product of SwiGLU.
