@@ -185,7 +185,7 @@ def choose(op: str, *tensors: Any) -> Callable[..., Any]:
     """
     import torch
 
-    if torch.compiler.is_compiling():  # a table that fills during eager calls would be guarded, and recompile
+    if torch.compiler.is_dynamo_compiling():  # a guard on a table that fills during eager calls would recompile
         return _choose(op, tensors)[0].fn
     preferred = _preferred
     known = preferred.get(op)

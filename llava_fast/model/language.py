@@ -108,7 +108,7 @@ class Attention(nn.Module):
         rotate = _rotate if cache is None else partial(rotate_and_cache, cache, self.layer)
         with recomputed(x_BTD, again):
             q = self._heads(self.q_proj, x_BTD if rows is None else take_rows(x_BTD, rows))
-            new_k, new_v = (self._heads(proj, x_BTD) for proj in (self.k_proj, self.v_proj))
+            new_k, new_v = self._heads(self.k_proj, x_BTD), self._heads(self.v_proj, x_BTD)
         if rows is None:
             q, k, v = rotate(q, new_k, new_v, *angles)
         else:

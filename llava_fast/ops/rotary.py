@@ -55,7 +55,8 @@ def rotary_reference(
     sin_low, sin_high = sin_BTd.chunk(2, dim=-1)
     cos, sin = cos_BTd.unsqueeze(-2), torch.cat((-sin_low, sin_high), dim=-1).unsqueeze(-2)
     rotate = _RotaryReference.apply if differentiated(q_BTHd, k_BTGd) else _rotate_reference
-    return rotate(q_BTHd, cos, sin), rotate(k_BTGd, cos, sin) if k_BTGd.shape[2] else k_BTGd
+    q_BTHd = rotate(q_BTHd, cos, sin) if q_BTHd.shape[2] else q_BTHd
+    return q_BTHd, rotate(k_BTGd, cos, sin) if k_BTGd.shape[2] else k_BTGd
 
 
 def _rotate_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -177,11 +177,20 @@ def _masked_attention(
     ranges: KeyRanges,
     scale: float,
 ) -> torch.Tensor:
+    mask_B1TS, empty_BT11 = ranges.derived(_mask_of_sdpa, k_BSGd.shape[1])
+    out = _sdpa(q_BTHd, k_BSGd, v_BSGd, mask_B1TS, False, scale)
+    return out if empty_BT11 is None else out.masked_fill(empty_BT11, 0)
+
+
+def _mask_of_sdpa(ranges: KeyRanges, keys: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The mask [B, 1, T, S], and which queries see no keys, [B, T, 1, 1] (None if the host knows that there is none).
+
+    Without keys the softmax would be 0/0, so these queries see all keys, and are to be zeroed afterwards."""
     empty_BT = ranges.end <= ranges.start
-    # A row without keys would be 0/0 in the softmax, so it sees all of them and is zeroed afterwards.
-    mask = _mask(ranges, k_BSGd.shape[1]) | empty_BT[..., None]
-    out = _sdpa(q_BTHd, k_BSGd, v_BSGd, mask[:, None], False, scale)
-    return out.masked_fill(empty_BT[..., None, None], 0)
+    mask_BTS = _mask(ranges, keys)
+    if empty_BT.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(empty_BT.any()):
+        return mask_BTS[:, None], None
+    return (mask_BTS | empty_BT[..., None])[:, None], empty_BT[..., None, None]
 
 
 def _mask(ranges: KeyRanges, keys: int) -> torch.Tensor:

@@ -321,8 +321,11 @@ def key_ranges(
     if plain and tokens == 1 and isinstance(past, int):
         return KeyRanges.full(batch, 1, device, past + 1)
 
-    step = torch.arange(tokens, device=device)
-    index_BT = (step + past).expand(batch, tokens)
+    if isinstance(past, int):
+        index_T = torch.arange(past, past + tokens, device=device, dtype=torch.int32)
+    else:
+        index_T = torch.arange(tokens, device=device) + past
+    index_BT = index_T.expand(batch, tokens)
     end_BT = index_BT + 1
     if image_mask is not None:
         end_BT = _end_of_image(image_mask, image_tokens, past)
@@ -330,17 +333,18 @@ def key_ranges(
     if attention_mask is not None:
         real_BS = attention_mask != 0
         slot = torch.arange(real_BS.shape[1], device=device)
-        count_B = real_BS.sum(1, keepdim=True)
-        first_B = torch.where(real_BS, slot, real_BS.shape[1]).amin(1, keepdim=True)
-        last_B = torch.where(real_BS, slot, -1).amax(1, keepdim=True)
+        first_B1 = real_BS.byte().argmax(1, keepdim=True)
+        stop_B1 = first_B1 + real_BS.sum(1, keepdim=True)
         require(
-            ((last_B - first_B + 1 == count_B) | (count_B == 0)).all(),
+            (((slot >= first_B1) & (slot < stop_B1)) == real_BS).all(),
             "attention_mask has padding between real tokens; pad on one side only "
             "(batched generation: processor.tokenizer.padding_side = 'left')",
         )
-        real_BT = (index_BT >= first_B) & (index_BT <= last_B)
-        start_BT = torch.where(real_BT, first_B, index_BT)
-        end_BT = torch.where(real_BT, torch.minimum(end_BT, last_B + 1), index_BT)
+        real_BT = (index_BT >= first_B1) & (index_BT < stop_B1)
+        start_BT = torch.where(real_BT, first_B1, index_BT)
+        if image_mask is not None:
+            end_BT = torch.minimum(end_BT, stop_B1)
+        end_BT = torch.where(real_BT, end_BT, index_BT)
     elif position_ids is not None:
         follows = position_ids[:, 1:] == position_ids[:, :-1] + 1
         opens = torch.nn.functional.pad(~follows, (1, 0), value=True)
