@@ -31,6 +31,7 @@ from llava_fast.ops.rotary import rotary
 
 SUPPORTED = ("llama", "mistral")
 TextConfig = LlamaConfig | MistralConfig
+NOTHING = nullcontext()
 # Which rows of the last layer's output to compute: the last n tokens of each batch row, or flat indices b · T + t.
 Rows = int | torch.Tensor
 
@@ -293,12 +294,12 @@ def recomputed(tensor: torch.Tensor, make: Callable[[], torch.Tensor] | None) ->
     activation checkpointing and offloading use them to free tensors, which `make` would keep alive.
     """
     if make is None or not torch.is_grad_enabled() or torch.compiler.is_compiling() or not tensor.is_contiguous():
-        return nullcontext()
+        return NOTHING
     if type(tensor) is not torch.Tensor:  # a DTensor has no data pointer to compare
-        return nullcontext()
+        return NOTHING
     outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
     if outer is not None and not isinstance(getattr(outer[0], "__self__", None), _Remake):
-        return nullcontext()
+        return NOTHING
     remake = _Remake(tensor, make)
     return torch.autograd.graph.saved_tensors_hooks(remake.pack, remake.unpack)
 
