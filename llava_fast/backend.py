@@ -309,12 +309,12 @@ def differentiated(*tensors: Any) -> bool:
 
 
 def observed(*tensors: Any) -> bool:
-    """Whether an operation on these tensors (or None) must be called as a registered operator: for autograd,
-    torch.compile, a dispatch mode or a subclass of tensors. Otherwise its kernel is launched without one, which takes
-    40 to 60 µs less."""
+    """Whether an operation on these tensors (or None) must be called as a registered operator: for autograd, tracing,
+    a dispatch mode or a subclass of tensors. Otherwise its kernel is launched without one, which takes 40 to 60 µs
+    less."""
     import torch
 
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
         return True
     recording = torch.is_grad_enabled()
     for x in tensors:
