@@ -127,7 +127,7 @@ class Attention(nn.Module):
         return self.o_proj(out.flatten(2)), weights
 
     def _heads(self, projection: nn.Module, x_BTD: torch.Tensor) -> torch.Tensor:
-        return projection(x_BTD).view(*x_BTD.shape[:2], -1, self.head_dim)
+        return projection(x_BTD).unflatten(-1, (-1, self.head_dim))
 
 
 class MLP(nn.Module):
