@@ -16,14 +16,13 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig
 from transformers import LlavaForConditionalGeneration as Stock
 
-import llava_fast.demo
 from benchmarks.harness import Call, Case, Tensors, benchmark_of, report
+from benchmarks.records import ROOT
 from llava_fast.drop_in import LlavaForConditionalGeneration
 
 NEW_TOKENS = 32
@@ -60,7 +59,7 @@ def cases(gpu: bool) -> list[Case]:
 @cache
 def _config(name: str) -> LlavaConfig:
     if name == "demo":
-        weights = Path(llava_fast.demo.__file__).parent / "weights"
+        weights = ROOT / "llava_fast" / "demo" / "weights"
         text = LlamaConfig.from_pretrained(weights / "text")
         vision = CLIPVisionConfig.from_pretrained(weights / "tower")
     else:
