@@ -4,12 +4,24 @@ import logging
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from llava_fast import backend
-from llava_fast.backend import BackendUnavailable, choose, register, register_peer, use_backend
+from llava_fast.backend import (
+    BackendUnavailable,
+    choose,
+    differentiated,
+    observed,
+    register,
+    register_peer,
+    use_backend,
+)
 
 
 def plain(x: torch.Tensor) -> torch.Tensor:
@@ -32,6 +44,7 @@ def only_float32(x: torch.Tensor) -> bool | str:
 def op(monkeypatch: pytest.MonkeyPatch) -> str:
     """An operation with a reference and a Triton implementation, on a machine where Triton can run."""
     monkeypatch.setattr(backend, "_registry", {})
+    monkeypatch.setattr(backend, "_preferred", {})
     monkeypatch.setattr(backend, "_logged", set())
     monkeypatch.setattr(backend, "_HAS_TRITON", True)
     monkeypatch.setattr(backend, "_INTERPRETED", False)
@@ -56,6 +69,52 @@ def test_auto_logs_a_fallback_once(op: str, caplog: pytest.LogCaptureFixture):
     assert [record.getMessage() for record in caplog.records] == [
         "add runs on reference (triton: needs float32, got torch.float64)"
     ]
+
+
+def test_tensors_are_checked_at_each_choice(op: str):
+    dtypes = (torch.float32, torch.float64, torch.float32, torch.float64)
+    assert [choose(op, torch.ones(1, dtype=dtype)) for dtype in dtypes] == [fast, plain, fast, plain]
+    with use_backend("triton"):
+        for _ in range(2):
+            assert choose(op, torch.ones(1)) is fast
+            with pytest.raises(BackendUnavailable, match="needs float32"):
+                choose(op, torch.ones(1, dtype=torch.float16))
+
+
+def test_what_is_registered_later_is_chosen(op: str):
+    register("mul", "reference", plain)
+    assert choose("mul", torch.ones(1)) is plain
+    register("mul", "triton", fast)
+    assert choose("mul", torch.ones(1)) is fast
+
+
+@pytest.mark.parametrize("request_", ["auto", "reference", "triton"])
+def test_a_choice_takes_less_than_two_microseconds(op: str, request_: str):
+    x = torch.ones(1)
+    with use_backend(request_):
+        expected = choose(op, x)
+        seconds = []
+        for _ in range(300):  # the shortest of many short runs: between two interruptions of a busy machine
+            start = time.perf_counter()
+            for _ in range(50):
+                choose(op, x)
+            seconds.append((time.perf_counter() - start) / 50)
+        assert choose(op, x) is expected
+    assert min(seconds) <= 2e-6
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_choice_outside_of_compiled_code_does_not_compile_it_again(op: str):
+    counter = CompileCounter()
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def compiled(x: torch.Tensor) -> torch.Tensor:
+        return choose(op, x)(x) * 10
+
+    for _ in range(2):
+        assert compiled(torch.zeros(1)).item() == 20
+        assert choose(op, torch.zeros(1)) is fast
+    assert counter.frame_count == 1
 
 
 def test_a_request_by_name_is_met_or_refused(op: str):
@@ -282,3 +341,17 @@ def test_extension_and_its_status_agree():
         with pytest.raises(BackendUnavailable) as refusal:
             backend.extension()
         assert str(refusal.value) == status["reason"]
+
+
+def test_who_must_see_an_operation():
+    x, leaf = torch.ones(1), torch.ones(1, requires_grad=True)
+    assert [differentiated(x, None), differentiated(x, leaf)] == [False, True]
+    assert [observed(x, None), observed(x, leaf)] == [False, True]
+    assert observed(TwoTensor(x, x))
+    with torch.no_grad():
+        assert not differentiated(leaf)
+        assert not observed(leaf)
+        assert not observed(torch.nn.Parameter(x))
+    with FlopCounterMode(display=False):
+        assert observed(x)
+    assert torch.compile(lambda x: x + observed(x), fullgraph=True, backend="eager")(x).item() == 2

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, StaticLayer
 
+from llava_fast.backend import differentiated
 from llava_fast.ops.attention import KeyRanges
 from llava_fast.ops.attention.int8 import int8_attention
 from llava_fast.ops.cache_write import dequantise, quantise_reference, write_cache
@@ -127,7 +128,7 @@ def rotate_and_cache(
     values before quantisation."""
     own = cache.layers[layer] if layer < len(cache.layers) else None
     is_static = type(own) in (StaticLayer, Int8Layer)  # exact types: no sliding window, no subclass
-    if not is_static or not isinstance(own, StaticLayer) or cache.offloading or _wanted(q_BTHd, k_BTGd, v_BTGd):
+    if not is_static or not isinstance(own, StaticLayer) or cache.offloading or differentiated(q_BTHd, k_BTGd, v_BTGd):
         q, k = rotary(q_BTHd, k_BTGd, cos_BTd, sin_BTd)
         keys, values = cache.update(k.transpose(1, 2), v_BTGd.transpose(1, 2), layer)
         return q, keys.transpose(1, 2), values.transpose(1, 2)
@@ -150,7 +151,3 @@ def rotate_and_cache(
 
 def attend_int8(q_BTHd: torch.Tensor, k: Int8, v: Int8, ranges: KeyRanges) -> torch.Tensor:
     return int8_attention(q_BTHd, k.data_BSGd, v.data_BSGd, k.scale_BGS, v.scale_BGS, ranges)
-
-
-def _wanted(*tensors: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

@@ -31,6 +31,7 @@ from llava_fast.ops.rotary import rotary
 
 SUPPORTED = ("llama", "mistral")
 TextConfig = LlamaConfig | MistralConfig
+NOTHING = nullcontext()
 # Which rows of the last layer's output to compute: the last n tokens of each batch row, or flat indices b · T + t.
 Rows = int | torch.Tensor
 
@@ -108,7 +109,7 @@ class Attention(nn.Module):
         rotate = _rotate if cache is None else partial(rotate_and_cache, cache, self.layer)
         with recomputed(x_BTD, again):
             q = self._heads(self.q_proj, x_BTD if rows is None else take_rows(x_BTD, rows))
-            new_k, new_v = (self._heads(proj, x_BTD) for proj in (self.k_proj, self.v_proj))
+            new_k, new_v = self._heads(self.k_proj, x_BTD), self._heads(self.v_proj, x_BTD)
         if rows is None:
             q, k, v = rotate(q, new_k, new_v, *angles)
         else:
@@ -267,14 +268,13 @@ def keys_of_rows(
 ) -> tuple[torch.Tensor | Int8, torch.Tensor | Int8, KeyRanges]:
     """Keys, values and ranges for the queries of the rows. Flat indices may be in any batch row, so for them the keys
     of all batch rows are laid end to end as one batch row, and int8 keys are dequantised to `dtype`."""
-    start, end = ranges
-    if not isinstance(rows, int):
-        k_BSGd, v_BSGd = (x.dequantised(dtype) if isinstance(x, Int8) else x for x in (k_BSGd, v_BSGd))
-        batch, keys = k_BSGd.shape[:2]
-        offset_B1 = keys * torch.arange(batch, device=start.device, dtype=start.dtype)[:, None]
-        start, end = start + offset_B1, end + offset_B1
-        k_BSGd, v_BSGd = k_BSGd.flatten(0, 1)[None], v_BSGd.flatten(0, 1)[None]
-    return k_BSGd, v_BSGd, KeyRanges(take_rows(start, rows), take_rows(end, rows))
+    if isinstance(rows, int):
+        return k_BSGd, v_BSGd, ranges.last(rows)
+    k_BSGd, v_BSGd = (x.dequantised(dtype) if isinstance(x, Int8) else x for x in (k_BSGd, v_BSGd))
+    batch, keys = k_BSGd.shape[:2]
+    offset_B1 = keys * torch.arange(batch, device=ranges.start.device, dtype=torch.int32)[:, None]
+    start, end = (take_rows(x + offset_B1, rows) for x in ranges)
+    return k_BSGd.flatten(0, 1)[None], v_BSGd.flatten(0, 1)[None], KeyRanges(start, end)
 
 
 # Backward recomputes two tensors instead of saving them: the normalised input of a layer, and the product of SwiGLU.
@@ -294,12 +294,12 @@ def recomputed(tensor: torch.Tensor, make: Callable[[], torch.Tensor] | None) ->
     activation checkpointing and offloading use them to free tensors, which `make` would keep alive.
     """
     if make is None or not torch.is_grad_enabled() or torch.compiler.is_compiling() or not tensor.is_contiguous():
-        return nullcontext()
+        return NOTHING
     if type(tensor) is not torch.Tensor:  # a DTensor has no data pointer to compare
-        return nullcontext()
+        return NOTHING
     outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
     if outer is not None and not isinstance(getattr(outer[0], "__self__", None), _Remake):
-        return nullcontext()
+        return NOTHING
     remake = _Remake(tensor, make)
     return torch.autograd.graph.saved_tensors_hooks(remake.pack, remake.unpack)
 

@@ -28,6 +28,7 @@ from llava_fast.model.pretrained import LlavaPreTrainedModel
 from llava_fast.model.vision import Projector, VisionTower, feature_layers, pixel_normalisation, tower_config
 from llava_fast.ops.attention import KeyRanges
 from llava_fast.ops.merge import embed_merge, merge
+from llava_fast.ops.patch_embed import Normalisation
 from llava_fast.sequence import key_ranges
 
 Encoded = Mapping[str, BaseModelOutputWithPooling]
@@ -152,6 +153,7 @@ class LlavaModel(LlavaPreTrainedModel):
         layer: int | list[int] | None,
         strategy: str | None,
         interpolate: bool,
+        normalisation: Normalisation | None = None,
         *,
         every_state: bool = False,
         weights: bool = False,
@@ -161,7 +163,7 @@ class LlavaModel(LlavaPreTrainedModel):
         if strategy not in ("default", "full"):
             raise ValueError(f"vision_feature_select_strategy is {strategy!r}; expected 'default' or 'full'")
         layers = [self.vision_tower.resolve(i) for i in feature_layers(self.config, layer)]
-        mean, std = pixel_normalisation(self.config, pixels)
+        mean, std = normalisation or pixel_normalisation(self.config, pixels)
         states, attentions = self.vision_tower(
             pixels,
             len(self.vision_tower.encoder.layers) if every_state or weights else max(layers),
@@ -193,8 +195,10 @@ class LlavaModel(LlavaPreTrainedModel):
         if encoded is not None:
             raise ValueError("pass at most one of pixel_values and mm_encoder_outputs")
 
+        normalisation = pixel_normalisation(self.config, pixels)
+
         def rows(pixels: torch.Tensor) -> torch.Tensor:
-            return self._encode(pixels, layer, strategy, interpolate)[0]
+            return self._encode(pixels, layer, strategy, interpolate, normalisation)[0]
 
         if torch.is_grad_enabled():  # a graph would have no gradients
             features_NMD = rows(pixels)
@@ -203,7 +207,7 @@ class LlavaModel(LlavaPreTrainedModel):
                 tuple(feature_layers(self.config, layer)),
                 strategy or self.config.vision_feature_select_strategy,
                 interpolate,
-                pixel_normalisation(self.config, pixels),
+                normalisation,
             )
             modules = (self.vision_tower, self.multi_modal_projector)
             features_NMD = self._vision_graphs(rows, pixels, modules, *settings)

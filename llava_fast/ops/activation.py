@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from llava_fast.backend import choose, register
+from llava_fast.backend import choose, differentiated, observed, register
 from llava_fast.ops._launch import Example, as_rows, launch, tile
 from llava_fast.ops._math import gelu_slope, normal_below
 from llava_fast.ops._triton import jit, takes, tl
@@ -73,7 +73,9 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return F.silu(gate) * up
+    if differentiated(gate, up):
+        return F.silu(gate) * up
+    return F.silu(gate).mul_(up)
 
 
 def quick_gelu_reference(x: torch.Tensor) -> torch.Tensor:
@@ -210,15 +212,21 @@ _activation_op.register_autograd(
 
 
 def _swiglu_triton(gate, up):
-    return torch.ops.llava_fast.swiglu(gate, up)
+    if observed(gate, up):
+        return torch.ops.llava_fast.swiglu(gate, up)
+    return activation_forward(gate, up, "swiglu")
+
+
+def _activation_triton(x, kind):
+    return torch.ops.llava_fast.activation(x, kind) if observed(x) else activation_forward(x, None, kind)
 
 
 def _quick_gelu_triton(x):
-    return torch.ops.llava_fast.activation(x, "quick_gelu")
+    return _activation_triton(x, "quick_gelu")
 
 
 def _gelu_triton(x):
-    return torch.ops.llava_fast.activation(x, "gelu")
+    return _activation_triton(x, "gelu")
 
 
 register("swiglu", "reference", swiglu_reference)

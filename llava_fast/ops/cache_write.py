@@ -23,7 +23,7 @@ from functools import partial
 
 import torch
 
-from llava_fast.backend import choose, register
+from llava_fast.backend import choose, differentiated, observed, register
 from llava_fast.ops._launch import Example, launch, tile, tile_table
 from llava_fast.ops._rotation import angles_per_token, head_dim_key, load_angles, load_halves, rotated, store_halves
 from llava_fast.ops._triton import inlined, jit, takes, tl
@@ -213,10 +213,14 @@ def _cache_write_fake(q, k, v, cos, sin, at, keys, values, key_scales, value_sca
     return q.new_empty(q.shape)
 
 
+def _cache_write_triton(*arguments):
+    return (_cache_write_op if observed(*arguments) else _cache_write)(*arguments)
+
+
 def _supports(q, k, v, cos, sin, at, keys, values, key_scales, value_scales) -> bool | str:
     if q.shape[-1] > MAX_HEAD_DIM:
         return f"head dimension {q.shape[-1]} is over {MAX_HEAD_DIM}"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    if differentiated(q, k, v):
         return "a cache is not differentiated through"
     if not at.is_cuda == keys.is_cuda == values.is_cuda == q.is_cuda:
         return "the cache is on another device"
@@ -228,7 +232,7 @@ def _supports(q, k, v, cos, sin, at, keys, values, key_scales, value_scales) -> 
 
 
 register("cache_write", "reference", write_cache_reference)
-register("cache_write", "triton", _cache_write_op, _supports)
+register("cache_write", "triton", _cache_write_triton, _supports)
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:

@@ -31,7 +31,7 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from llava_fast.backend import choose, register
+from llava_fast.backend import choose, differentiated, observed, register
 from llava_fast.ops._gemm import add_outer, rows_product
 from llava_fast.ops._launch import Example, as_rows, launch, tile
 from llava_fast.ops._triton import inlined, jit, takes, tl
@@ -390,7 +390,9 @@ _op.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _apply(hidden, weight, labels, scale, num_labelled, ignore_index, kernels: bool):
-    wanted = [torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight)]
+    wanted = [differentiated(hidden), differentiated(weight)]
+    if not observed(hidden, weight, labels):
+        return _run(hidden, weight, labels, None, num_labelled, ignore_index, wanted, kernels)[0].sum() * scale
     return torch.ops.llava_fast.linear_cross_entropy(
         hidden, weight, labels, scale, num_labelled, ignore_index, wanted, kernels
     )[0]

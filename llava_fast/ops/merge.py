@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from llava_fast.backend import choose, register
+from llava_fast.backend import choose, observed, register
 from llava_fast.ops._launch import Example, as_rows, launch, tile
 from llava_fast.ops._triton import jit, takes, tl
 
@@ -291,6 +291,8 @@ _merge_op.register_autograd(_autograd, setup_context=_setup_context)
 def _merge_triton(table, ids_BT, features_MD, slots_M, mask_BT, padding_id):
     rows = table.numel() // table.shape[-1] if ids_BT is None else ids_BT.numel()
     source_R = _sources(slots_M, mask_BT, rows, table.device)
+    if not observed(table, ids_BT, features_MD):
+        return _forward(table, ids_BT, features_MD, source_R)
     return torch.ops.llava_fast.merge(table, ids_BT, features_MD, source_R, padding_id)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from llava_fast.backend import choose, extension, register
+from llava_fast.backend import choose, differentiated, extension, observed, register
 from llava_fast.ops._launch import Example, as_rows, launch, multiprocessors, tile, tile_table
 from llava_fast.ops._triton import jit, takes, tl
 
@@ -82,7 +82,22 @@ def rms_norm_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if residual is not None:
         x = residual + x
-    return _RMSNormReference.apply(x, weight, eps), x
+    normalise = _RMSNormReference.apply if differentiated(x, weight) else _normalised
+    return normalise(x, weight, eps), x
+
+
+def _normalised(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    if x.dtype == weight.dtype and x.dtype.itemsize >= 4:
+        return torch.rms_norm(x, weight.shape, weight, eps)
+    # PyTorch's own rounds only once in 16 bits.
+    return (x * _rstd(x, eps)).to(x.dtype).mul_(weight)
+
+
+def _rstd(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / sqrt(mean(x²) + eps), [..., 1], at least float32."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 class _RMSNormReference(torch.autograd.Function):
@@ -90,17 +105,16 @@ class _RMSNormReference(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, rstd)
-        return (wide * rstd).to(x.dtype).mul_(weight)
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return _normalised(x, weight, eps)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError("rms_norm has no second derivative")
-        x, weight, rstd = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
+        rstd = _rstd(x, ctx.eps)
         normed = x * rstd
         dx = dweight = None
         if ctx.needs_input_grad[0]:
@@ -389,12 +403,14 @@ def _supports(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | No
 
 
 def _rms_norm_triton(x, weight, eps, residual):
-    y, s, _, _ = torch.ops.llava_fast.norm(x, residual, weight, None, eps)
-    return y, x if residual is None else s
+    return _layer_norm_triton(x, weight, None, eps, residual)
 
 
 def _layer_norm_triton(x, weight, bias, eps, residual):
-    y, s, _, _ = torch.ops.llava_fast.norm(x, residual, weight, bias, eps)
+    if observed(x, weight, bias, residual):
+        y, s, _, _ = torch.ops.llava_fast.norm(x, residual, weight, bias, eps)
+    else:
+        y, s, _, _ = norm_forward(x, weight, bias, residual, eps)
     return y, x if residual is None else s
 
 
@@ -429,7 +445,7 @@ def _rms_norm_cuda(x, weight, eps, residual):
 
 
 def _supports_cuda(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None) -> bool | str:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, residual)):
+    if differentiated(x, weight, residual):
         return "the CUDA kernel has no backward"
     if not x.is_cuda:
         return f"the tensors are on {x.device.type}"

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from llava_fast.backend import choose, extension, register
+from llava_fast.backend import choose, differentiated, extension, observed, register
 from llava_fast.ops import norm
 from llava_fast.ops._launch import Example, launch, multiprocessors, tile
 from llava_fast.ops._patch_embed_kernels import _patch_embed_dweight_kernel, _patch_embed_fwd_kernel
@@ -353,8 +353,8 @@ def _supports(pixels: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor)
 
 def _patch_embed_triton(pixels, weight, cls, position, norm_weight, norm_bias, eps, mean, std):
     tensors = (pixels, weight, cls, position, norm_weight, norm_bias)
-    keep_z = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return torch.ops.llava_fast.patch_embed(*tensors, eps, mean, std, keep_z)[0]
+    run = torch.ops.llava_fast.patch_embed if observed(*tensors) else _forward
+    return run(*tensors, eps, mean, std, differentiated(*tensors))[0]
 
 
 def _patch_embed_cuda(pixels, weight, cls, position, norm_weight, norm_bias, eps, mean, std):
@@ -388,7 +388,7 @@ def _cuda_sizes(module: Any, pixels: torch.Tensor, weight_DCPP: torch.Tensor) ->
 
 
 def _supports_cuda(pixels: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor) -> bool | str:
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (pixels, weight, *others)):
+    if differentiated(pixels, weight, *others):
         return "the CUDA kernel has no backward"
     if not pixels.is_cuda:
         return f"the tensors are on {pixels.device.type}"

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from llava_fast.backend import choose, register
+from llava_fast.backend import choose, differentiated, observed, register
 from llava_fast.ops._gemm import tile_order
 from llava_fast.ops._launch import Example, as_rows, forced_tile, launch, multiprocessors, tile
 from llava_fast.ops._math import gelu_slope, normal_below
@@ -331,8 +331,10 @@ def _projector_triton(x, weights, biases):
     if not weights:
         return x
     present = [bias for bias in biases if bias is not None]
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights, *present))
+    if not observed(x, *weights, *present):
+        return _forward(x, weights, biases, False)[0].view(*x.shape[:-1], weights[-1].shape[0])
     has_bias = [bias is not None for bias in biases]
+    save = differentiated(x, *weights, *present)
     return torch.ops.llava_fast.projector(x, list(weights), present, has_bias, save)[0]
 
 

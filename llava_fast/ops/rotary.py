@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from llava_fast.backend import choose, register
+from llava_fast.backend import choose, differentiated, observed, register
 from llava_fast.ops._launch import Example, launch, tile, tile_table
 from llava_fast.ops._rotation import angles_per_token, head_dim_key, load_angles, load_halves, rotated, store_halves
 from llava_fast.ops._triton import jit, takes, tl
@@ -44,7 +44,7 @@ def rotary(
         raise ValueError(
             f"rotary: the head dimension {q_BTHd.shape[-1]} must be even and that of the angles ({cos_BTd.shape[-1]})"
         )
-    if torch.is_grad_enabled() and (cos_BTd.requires_grad or sin_BTd.requires_grad):
+    if differentiated(cos_BTd, sin_BTd):
         raise ValueError("rotary: the angles require a gradient, which there is not")
     return choose("rotary", q_BTHd, k_BTGd, cos_BTd, sin_BTd)(q_BTHd, k_BTGd, cos_BTd, sin_BTd)
 
@@ -52,8 +52,17 @@ def rotary(
 def rotary_reference(
     q_BTHd: torch.Tensor, k_BTGd: torch.Tensor, cos_BTd: torch.Tensor, sin_BTd: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    cos, sin = cos_BTd.unsqueeze(-2), sin_BTd.unsqueeze(-2)
-    return _RotaryReference.apply(q_BTHd, cos, sin), _RotaryReference.apply(k_BTGd, cos, sin)
+    sin_low, sin_high = sin_BTd.chunk(2, dim=-1)
+    cos, sin = cos_BTd.unsqueeze(-2), torch.cat((-sin_low, sin_high), dim=-1).unsqueeze(-2)
+    rotate = _RotaryReference.apply if differentiated(q_BTHd, k_BTGd) else _rotate_reference
+    q_BTHd = rotate(q_BTHd, cos, sin) if q_BTHd.shape[2] else q_BTHd
+    return q_BTHd, rotate(k_BTGd, cos, sin) if k_BTGd.shape[2] else k_BTGd
+
+
+def _rotate_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x · cos + swap(x) · sin, where `swap` exchanges the halves, and the lower half of `sin` is negated."""
+    # Each product is rounded before the sum, as in transformers.
+    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))
 
 
 class _RotaryReference(torch.autograd.Function):
@@ -62,19 +71,13 @@ class _RotaryReference(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        (low, high), (sin_low, sin_high) = x.chunk(2, dim=-1), sin.chunk(2, dim=-1)
-        out = x * cos
-        out_low, out_high = out.chunk(2, dim=-1)
-        # Each product is rounded before the sum, as in transformers.
-        out_low.sub_(high * sin_low)
-        out_high.add_(low * sin_high)
-        return out
+        return _rotate_reference(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        # The transposed rotation: opposite sign, and each half uses the sine of the other half.
+        # The transposed rotation: each half uses the sine of the other half.
         cos, sin = ctx.saved_tensors
-        return _RotaryReference.apply(dy, cos, -sin.roll(sin.shape[-1] // 2, dims=-1)), None, None
+        return _RotaryReference.apply(dy, cos, sin.roll(sin.shape[-1] // 2, dims=-1)), None, None
 
 
 @jit
@@ -156,7 +159,8 @@ def _supports(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Te
 
 
 def _rotary_triton(q, k, cos, sin):
-    return torch.ops.llava_fast.rotary(q, k, cos, sin, False)
+    rotate = torch.ops.llava_fast.rotary if observed(q, k, cos, sin) else _rotate
+    return rotate(q, k, cos, sin, False)
 
 
 register("rotary", "reference", rotary_reference)

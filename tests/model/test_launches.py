@@ -70,8 +70,10 @@ def test_training_works_out_once_which_queries_see_a_key(
     model: LlavaForConditionalGeneration, worked_out: list[str]
 ) -> None:
     ids = torch.ones(2, 9, dtype=torch.int64, device=DEVICE)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
     with use_backend("triton"), recorded(dry=True) as launched:
-        hidden = model.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state
+        hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         hidden.sum().backward()
     model.zero_grad()
     assert sorted(worked_out) == ["_first_of_sample", "_seen_by"]

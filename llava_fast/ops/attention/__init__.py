@@ -34,7 +34,7 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from llava_fast.backend import choose, register
+from llava_fast.backend import choose, differentiated, observed, register
 from llava_fast.ops._launch import Example, tile_table
 from llava_fast.ops._triton import takes
 from llava_fast.ops.attention import decode
@@ -177,11 +177,20 @@ def _masked_attention(
     ranges: KeyRanges,
     scale: float,
 ) -> torch.Tensor:
+    mask_B1TS, empty_BT11 = ranges.derived(_mask_of_sdpa, k_BSGd.shape[1])
+    out = _sdpa(q_BTHd, k_BSGd, v_BSGd, mask_B1TS, False, scale)
+    return out if empty_BT11 is None else out.masked_fill(empty_BT11, 0)
+
+
+def _mask_of_sdpa(ranges: KeyRanges, keys: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The mask [B, 1, T, S], and which queries see no keys, [B, T, 1, 1] (None if the host knows that there is none).
+
+    Without keys the softmax would be 0/0, so these queries see all keys, and are to be zeroed afterwards."""
     empty_BT = ranges.end <= ranges.start
-    # A row without keys would be 0/0 in the softmax, so it sees all of them and is zeroed afterwards.
-    mask = _mask(ranges, k_BSGd.shape[1]) | empty_BT[..., None]
-    out = _sdpa(q_BTHd, k_BSGd, v_BSGd, mask[:, None], False, scale)
-    return out.masked_fill(empty_BT[..., None, None], 0)
+    mask_BTS = _mask(ranges, keys)
+    if empty_BT.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(empty_BT.any()):
+        return mask_BTS[:, None], None
+    return (mask_BTS | empty_BT[..., None])[:, None], empty_BT[..., None, None]
 
 
 def _mask(ranges: KeyRanges, keys: int) -> torch.Tensor:
@@ -281,9 +290,11 @@ _attention_op.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _attention_triton(q, k, v, ranges, scale, return_lse):
-    backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    backward = differentiated(q, k, v)
     if not backward and takes_decode(q, k):
         return decode_attention(q, k, v, ranges, scale)
+    if not observed(q, k, v):
+        return launch_forward(q, k, v, ranges.start, ranges.end, ranges.first_BT, scale)
     seen_by = ranges.seen_by(k.shape[1]) if backward else None
     return torch.ops.llava_fast.attention(q, k, v, ranges.start, ranges.end, ranges.first_BT, seen_by, scale)
 

@@ -21,6 +21,7 @@ from functools import partial
 
 import torch
 
+from llava_fast.backend import observed
 from llava_fast.ops._launch import Example, launch, multiprocessors, tile_table
 from llava_fast.ops._math import LN_2, LOG2_E
 from llava_fast.ops._triton import inlined, jit, tl
@@ -179,6 +180,12 @@ def splits_of(q: torch.Tensor, k: torch.Tensor) -> int:
 def _decode_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor, end: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    return _decode(q, k, v, start, end, scale)
+
+
+def _decode(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor, end: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     return launch_decode(q, k, v, start, end, scale, splits_of(q, k))
 
 
@@ -196,7 +203,8 @@ def decode_attention(
     q_BTHd: torch.Tensor, k_BSGd: torch.Tensor, v_BSGd: torch.Tensor, ranges: KeyRanges, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [B, T, H, d] and LSE [B, H, T], for tensors that `attention` has checked and `takes_decode` accepts."""
-    return torch.ops.llava_fast.decode_attention(q_BTHd, k_BSGd, v_BSGd, ranges.start, ranges.end, scale)
+    run = torch.ops.llava_fast.decode_attention if observed(q_BTHd, k_BSGd, v_BSGd) else _decode
+    return run(q_BTHd, k_BSGd, v_BSGd, ranges.start, ranges.end, scale)
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from llava_fast.backend import choose, register
+from llava_fast.backend import choose, differentiated, observed, register
 from llava_fast.ops._triton import takes
 from llava_fast.ops.attention import KeyRanges, attention_reference, range_attention
 from llava_fast.ops.attention.decode import launch_decode, splits_of, takes_decode
@@ -35,8 +35,7 @@ def int8_attention_reference(
     return attention_reference(q, k, v, ranges, scale)
 
 
-@torch.library.custom_op("llava_fast::int8_attention", mutates_args=())
-def _int8_attention_op(
+def _int8_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -49,17 +48,21 @@ def _int8_attention_op(
     return launch_decode(q, k, v, start, end, scale, splits_of(q, k), k_scale, v_scale)[0]
 
 
+_int8_attention_op = torch.library.custom_op("llava_fast::int8_attention", _int8_attention, mutates_args=())
+
+
 @_int8_attention_op.register_fake
 def _int8_attention_fake(q, k, v, k_scale, v_scale, start, end, scale):
     return q.new_empty(q.shape)
 
 
 def _int8_attention_triton(q, k, v, k_scale, v_scale, ranges, scale):
-    return torch.ops.llava_fast.int8_attention(q, k, v, k_scale, v_scale, ranges.start, ranges.end, scale)
+    run = torch.ops.llava_fast.int8_attention if observed(q, k, v) else _int8_attention
+    return run(q, k, v, k_scale, v_scale, ranges.start, ranges.end, scale)
 
 
 def _supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_scale, v_scale) -> bool | str:
-    if torch.is_grad_enabled() and q.requires_grad:
+    if differentiated(q):
         return "the kernel has no backward"
     if q.shape[-1] > MAX_HEAD_DIM:
         return f"head dimension {q.shape[-1]} is over {MAX_HEAD_DIM}"

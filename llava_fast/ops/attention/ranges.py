@@ -33,17 +33,19 @@ class KeyRanges:
 
     Attributes:
         start, end: int32 [B, T], contiguous. Along T neither decreases; an empty range has start = end.
-        kind: "causal" or "full" if the host knows that every batch row is one sample of that kind, of T queries and its
-            first T keys; else None.
+        kind: what the host knows of every batch row: "causal", its T queries and first T keys are one sample; "full",
+            all queries see the first `keys` keys; or None.
+        keys: number of keys of that kind.
 
     Raises:
         ValueError: for vectors that are not two matrices of one shape.
     """
 
-    def __init__(self, start_BT: torch.Tensor, end_BT: torch.Tensor, kind: Kind | None = None):
+    def __init__(self, start_BT: torch.Tensor, end_BT: torch.Tensor, kind: Kind | None = None, keys: int | None = None):
         if start_BT.dim() != 2 or start_BT.shape != end_BT.shape:
             raise ValueError(f"key ranges {tuple(start_BT.shape)} and {tuple(end_BT.shape)}; expected [B, T] twice")
-        self.start, self.end, self.kind = start_BT.contiguous(), end_BT.contiguous(), kind
+        self.start, self.end = start_BT.contiguous(), end_BT.contiguous()
+        self.kind, self.keys = kind, start_BT.shape[1] if keys is None else keys
         self._derived: dict[Hashable, Any] = {}
         self._made_in_capture = self._capturing()
 
@@ -52,7 +54,7 @@ class KeyRanges:
         """All T queries of a batch row see all its keys, T by default, as in a vision tower."""
         start_BT = torch.zeros(batch, tokens, dtype=torch.int32, device=device)
         end_BT = torch.full_like(start_BT, tokens if keys is None else keys)
-        return cls(start_BT, end_BT, "full" if keys in (None, tokens) else None)
+        return cls(start_BT, end_BT, "full", keys)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return iter((self.start, self.end))
@@ -69,12 +71,17 @@ class KeyRanges:
         there = self._derived.get(device)
         if there is None:
             start_BT, end_BT = (x.to(device, non_blocking=non_blocking) for x in (self.start, self.end))
-            there = self._derived[device] = KeyRanges(start_BT, end_BT, self.kind)
+            there = self._derived[device] = KeyRanges(start_BT, end_BT, self.kind, self.keys)
         return there
 
     def shifted(self, keys: int) -> KeyRanges:
         """The ranges for a cache that has dropped its first `keys` keys."""
         return KeyRanges((self.start - keys).clamp(min=0), (self.end - keys).clamp(min=0)) if keys else self
+
+    def last(self, rows: int) -> KeyRanges:
+        """The ranges of the last `rows` queries of each batch row."""
+        kind: Kind | None = "full" if self.kind == "full" or (self.kind and rows == 1) else None
+        return KeyRanges(self.start[:, -rows:], self.end[:, -rows:], kind, self.keys)
 
     def derived(self, make: Callable[[KeyRanges, int], T], keys: int) -> T:
         """`make(self, keys)`, cached per function and number of keys.
@@ -114,7 +121,7 @@ class KeyRanges:
 
     def groups(self, keys: int) -> Groups | None:
         """The samples of a self-attention on a CPU, in groups; None: use one SDPA call with a mask."""
-        if self.kind and keys == self.shape[1]:
+        if self.kind and keys == self.keys:
             return Groups(self.kind, ())
         if self.start.device.type != "cpu" or torch.compiler.is_compiling():
             return None
@@ -288,19 +295,13 @@ def key_ranges(
         sliding_window: each token sees at most this many of the latest keys, its own included.
 
     Returns:
-        canonical ranges [B, T]; their kind is "causal" if no optional argument is given and nothing is cached.
+        canonical ranges [B, T], of known kind if there is no window, image mask, padding or packed sample, and either
+        nothing is cached or T = 1. (On a CPU the mask is read to find padding; elsewhere a mask counts as padding.)
 
     Raises:
         ValueError: when an `attention_mask` has real tokens that are not contiguous (on a CPU; on other devices the
             same condition is asserted asynchronously), or has the wrong shape.
     """
-    step = torch.arange(tokens, device=device)
-    index_BT = (step + past).expand(batch, tokens)
-    end_BT = index_BT + 1
-    if image_mask is not None:
-        end_BT = _end_of_image(image_mask, image_tokens, past)
-    start_BT = torch.zeros_like(index_BT)
-
     if attention_mask is not None:
         if attention_mask.dim() != 2 or attention_mask.shape[0] != batch:
             raise ValueError(
@@ -311,29 +312,47 @@ def key_ranges(
             raise ValueError(
                 f"attention_mask covers {attention_mask.shape[1]} tokens, but {past} cached + {tokens} new were given"
             )
+        if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(attention_mask.all()):
+            attention_mask = position_ids = None
+    first = isinstance(past, int) and past == 0
+    if not (first and tokens > 1):
+        position_ids = None
+    plain = attention_mask is None and image_mask is None and position_ids is None and sliding_window is None
+    if plain and tokens == 1 and isinstance(past, int):
+        return KeyRanges.full(batch, 1, device, past + 1)
+
+    if isinstance(past, int):
+        index_T = torch.arange(past, past + tokens, device=device, dtype=torch.int32)
+    else:
+        index_T = torch.arange(tokens, device=device) + past
+    index_BT = index_T.expand(batch, tokens)
+    end_BT = index_BT + 1
+    if image_mask is not None:
+        end_BT = _end_of_image(image_mask, image_tokens, past)
+    start_BT = torch.zeros_like(index_BT)
+    if attention_mask is not None:
         real_BS = attention_mask != 0
         slot = torch.arange(real_BS.shape[1], device=device)
-        count_B = real_BS.sum(1, keepdim=True)
-        first_B = torch.where(real_BS, slot, real_BS.shape[1]).amin(1, keepdim=True)
-        last_B = torch.where(real_BS, slot, -1).amax(1, keepdim=True)
+        first_B1 = real_BS.byte().argmax(1, keepdim=True)
+        stop_B1 = first_B1 + real_BS.sum(1, keepdim=True)
         require(
-            ((last_B - first_B + 1 == count_B) | (count_B == 0)).all(),
+            (((slot >= first_B1) & (slot < stop_B1)) == real_BS).all(),
             "attention_mask has padding between real tokens; pad on one side only "
             "(batched generation: processor.tokenizer.padding_side = 'left')",
         )
-        real_BT = (index_BT >= first_B) & (index_BT <= last_B)
-        start_BT = torch.where(real_BT, first_B, index_BT)
-        end_BT = torch.where(real_BT, torch.minimum(end_BT, last_B + 1), index_BT)
-    elif position_ids is not None and tokens > 1 and isinstance(past, int) and past == 0:
+        real_BT = (index_BT >= first_B1) & (index_BT < stop_B1)
+        start_BT = torch.where(real_BT, first_B1, index_BT)
+        if image_mask is not None:
+            end_BT = torch.minimum(end_BT, stop_B1)
+        end_BT = torch.where(real_BT, end_BT, index_BT)
+    elif position_ids is not None:
         follows = position_ids[:, 1:] == position_ids[:, :-1] + 1
         opens = torch.nn.functional.pad(~follows, (1, 0), value=True)
         start_BT = torch.where(opens, index_BT, 0).cummax(1).values.expand(batch, tokens)
 
     if sliding_window is not None:
         start_BT = torch.maximum(start_BT, torch.minimum(index_BT + 1 - sliding_window, end_BT))
-    plain = attention_mask is None and image_mask is None and position_ids is None and sliding_window is None
-    kind: Kind | None = "causal" if plain and isinstance(past, int) and past == 0 else None
-    return KeyRanges(start_BT.to(torch.int32), end_BT.to(torch.int32), kind)
+    return KeyRanges(start_BT.to(torch.int32), end_BT.to(torch.int32), "causal" if plain and first else None)
 
 
 def _end_of_image(image_mask_BT: torch.Tensor, image_tokens: int, past: int | torch.Tensor) -> torch.Tensor:

@@ -37,10 +37,36 @@ def test_what_the_host_knows_is_what_the_vectors_say(known: KeyRanges) -> None:
     assert longer == (None, None)
 
 
+@pytest.mark.parametrize("mask", [None, torch.ones(2, 7)], ids=["no mask", "a mask without padding"])
+def test_a_step_of_decoding_is_known_to_see_all_keys(mask: torch.Tensor | None) -> None:
+    known = key_ranges(2, 1, CPU, past=6, attention_mask=mask, position_ids=torch.full((2, 1), 6))
+    told = KeyRanges(known.start, known.end)
+    assert (known.kind, known.keys, told.kind) == ("full", 7, None)
+    assert (known.start.tolist(), known.end.tolist()) == ([[0], [0]], [[7], [7]])
+    assert known.groups(7) == told.groups(7) == module.Groups("full", ())
+    assert known.groups(9) is told.groups(9) is None
+    assert torch.equal(known.first_BT, told.first_BT)
+
+
 def test_only_plain_ranges_are_known_to_be() -> None:
-    mask, position = torch.ones(1, 4), torch.arange(4)[None]
-    others = [{"past": 3}, {"attention_mask": mask}, {"position_ids": position}, {"sliding_window": 2}]
+    padded, position = torch.tensor([[0, 1, 1, 1]]), torch.arange(4)[None]
+    others = [{"past": 3}, {"attention_mask": padded}, {"position_ids": position}, {"sliding_window": 2}]
     assert [key_ranges(1, 4, CPU, **given).kind for given in others] == [None] * 4
+    assert key_ranges(1, 4, CPU, attention_mask=torch.ones(1, 4), position_ids=position).kind == "causal"
+    longer = torch.tensor([[0, 1, 1, 1, 1]])
+    others = [{"attention_mask": longer}, {"sliding_window": 2}, {"image_mask": torch.ones(1, 1, dtype=torch.bool)}]
+    assert [key_ranges(1, 1, CPU, past=4, **given).kind for given in others] == [None] * 3
+    assert key_ranges(1, 1, CPU, past=torch.tensor(4)).kind is None
+
+
+def test_the_last_queries_of_known_ranges() -> None:
+    for known in (key_ranges(2, 7, CPU), KeyRanges.full(2, 7, CPU), KeyRanges.full(2, 7, CPU, keys=9)):
+        for rows in (1, 3):
+            last = known.last(rows)
+            told = KeyRanges(known.start[:, -rows:], known.end[:, -rows:])
+            assert torch.equal(last.start, told.start) and torch.equal(last.end, told.end)
+            assert (last.kind is None) == (known.kind == "causal" and rows > 1)
+            assert last.groups(known.keys) == told.groups(known.keys)
 
 
 def test_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
