@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from llava_fast import LlavaForConditionalGeneration
-from llava_fast.train.data import LlavaDataset, PackedCollator
+from llava_fast.train.data import LlavaDataset
+from llava_fast.train.sampler import PackedCollator
 from llava_fast.train.trainer import load_processor, run
 
 UNREAD = ("encoder.layers.2.", "post_layernorm.")  # of a tower of three layers, hidden state -2 is read
