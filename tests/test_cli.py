@@ -165,6 +165,13 @@ def test_out_of_memory_is_one_line(tiny_checkpoint: Path, asked: list, capsys: p
     assert capsys.readouterr().err.endswith("\nllava-fast: error: CUDA out of memory. Tried to allocate 2 GiB\n")
 
 
+def test_debug_stops_chat_at_a_mistake(tiny_checkpoint: Path, asked: list, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("fail?\nnever?\n"))
+    with pytest.raises(ValueError, match="CUDA out of memory"):
+        cli.main(["--debug", "chat", str(tiny_checkpoint), "--device", "cpu"])
+    assert asked == [("fail?0",)]
+
+
 def test_ctrl_c_outside_of_a_terminal_ends_chat(
     tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
