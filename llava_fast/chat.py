@@ -1,8 +1,10 @@
-"""Chat with a model about images; answers are streamed."""
+"""Chat with a model about images: answers as they come, and a conversation that stays within the context."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -13,7 +15,9 @@ from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from llava_fast.checkpoint.layouts import dtype_of
 from llava_fast.drop_in import LlavaForConditionalGeneration
+from llava_fast.errors import blaming, one_line
 from llava_fast.hub import local_folder
+from llava_fast.model.language import text_config
 from llava_fast.processor.files import SETTINGS
 from llava_fast.processor.processor import LlavaProcessor
 
@@ -30,15 +34,10 @@ def load(
 
     Raises:
         OSError: if there is no such model here or on the hub, or the hub cannot be reached.
-        ValueError: if model and processor normalise pixels differently.
+        ValueError: for a device that is not there, or if model and processor normalise pixels differently.
     """
     checkpoint = local_folder(checkpoint)
-    try:
-        where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    except RuntimeError as error:
-        raise ValueError(f"device {device!r} is not one that PyTorch knows") from error
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for, but PyTorch sees no CUDA device")
+    where = _device(device)
     chosen = dtype_of(dtype) or (torch.float32 if where.type == "cpu" else "auto")
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=chosen)
     if hasattr(model.config, "mm_vision_tower") and not any((checkpoint / file).is_file() for file in SETTINGS):
@@ -49,47 +48,72 @@ def load(
     return model.to(where).eval(), processor
 
 
-def conversation(n_images: int, turns: Sequence[tuple[str, str]], prompt: str) -> list[dict[str, Any]]:
-    """The messages for a chat template: earlier (question, answer) turns, then the prompt.
+def _device(name: str) -> torch.device:
+    """The device of that name, after a number was put there and read back."""
+    try:
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError as error:
+        raise ValueError(f"device={name} is not a device that PyTorch knows, such as cpu, cuda or cuda:1") from error
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # a PyTorch built without it asserts
+        reason = one_line(str(error).partition(". ")[0].partition("\n")[0])
+        raise ValueError(f"device={name} is not on this machine, or not in its PyTorch: {reason}") from error
+    return device
 
-    All images come before the first question, as in LLaVA's training data.
-    """
+
+@dataclass(frozen=True)
+class Turn:
+    """A question, the images that come with it (files or PIL images), and its answer, None until there is one."""
+
+    question: str
+    images: tuple[str | Path | Image.Image, ...] = ()
+    answer: str | None = None
+
+
+def conversation(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """The turns as messages for a chat template. The images of a turn come before its question."""
     messages: list[dict[str, Any]] = []
-    for question, answer in [*turns, (prompt, None)]:
-        content = [{"type": "image"}] * (0 if messages else n_images)
-        messages.append({"role": "user", "content": [*content, {"type": "text", "text": question}]})
-        if answer is not None:
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    for turn in turns:
+        content = [{"type": "image"}] * len(turn.images)
+        messages.append({"role": "user", "content": [*content, {"type": "text", "text": turn.question}]})
+        if turn.answer is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
     return messages
+
+
+def prompt(processor: LlavaProcessor, turns: Sequence[Turn]) -> str:
+    """The text that the model is given for the turns, one `<image>` mark per image.
+
+    Raises:
+        ValueError: if the processor has no chat template, or it does not take these turns.
+    """
+    if not processor.chat_template:
+        raise ValueError("the processor has no chat template, so there is no telling how to put a question")
+    with blaming("chat template"):
+        return processor.apply_chat_template(conversation(turns), add_generation_prompt=True, tokenize=False)
 
 
 def stream(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
-    images: Sequence[str | Path | Image.Image],
-    prompt: str,
-    *,
-    turns: Sequence[tuple[str, str]] = (),
+    turns: Sequence[Turn],
     **generate_arguments: Any,
-) -> Iterator[str]:
-    """Yield the answer to `prompt` about `images` in pieces of text, as the tokens are generated.
+) -> Generator[str, None, None]:
+    """Yield the answer to the last of the turns in pieces of text, whole words, as the tokens are generated.
 
     Args:
-        images: files or PIL images, placed before the first question; may be empty.
-        turns: earlier (question, answer) pairs.
+        turns: those before the last have answers.
         generate_arguments: passed to `model.generate` (max_new_tokens, do_sample, temperature …).
 
-    An error inside `generate` is raised here. Leaving the iterator early stops the generation.
+    The space that a chat template leaves to the answer's first token is left out. An error inside `generate` is raised
+    here. Leaving the iterator early, by `close` or Ctrl-C, stops the generation at its next token.
     """
-    if not processor.chat_template:
-        raise ValueError("the processor has no chat template, so there is no telling how to put a question")
-    text = processor.apply_chat_template(
-        conversation(len(images), turns, prompt), add_generation_prompt=True, tokenize=False
-    )
-    inputs = processor(images=list(images) or None, text=text, return_tensors="pt").to(model.device)
+    images = [image for turn in turns for image in turn.images]
+    inputs = processor(images=images or None, text=prompt(processor, turns), return_tensors="pt").to(model.device)
 
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    left = Event()
+    left, done = Event(), Event()
     failure: list[BaseException] = []
 
     def stop(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -107,13 +131,131 @@ def stream(
             failure.append(error)
         finally:
             streamer.end()
+            done.set()
 
     worker = Thread(target=work, name="llava-fast-generate", daemon=True)
     worker.start()
+    started = False
     try:
-        yield from (piece for piece in streamer if piece)
+        for piece in streamer:
+            piece = piece if started else piece.lstrip()
+            if piece:
+                started = True
+                yield piece
     finally:
         left.set()
+        while not done.is_set():
+            with suppress(KeyboardInterrupt):  # a second Ctrl-C must not leave it working beside the next answer
+                done.wait()  # not join: Python 3.11 takes a thread for stopped when its join is interrupted
         worker.join()
     if failure:
-        raise failure[0]
+        raise failure.pop()  # in the list it would be kept, and with it the tensors of its traceback
+
+
+class Chat:
+    """A conversation with a model, kept within its context.
+
+    When it no longer fits, the oldest turns are left out; their images stay, in front of the oldest turn that is kept,
+    as long as there is room for them. A quarter of the context, or `max_new_tokens` if that is less, is kept for the
+    answer.
+
+    turns: what was asked and answered; a turn that failed is not among them.
+    images: what the next question brings with it.
+    context: tokens, the smaller of the model's positions and the tokenizer's `model_max_length`.
+
+    Args:
+        say: is called with one line when something is left out.
+        max_new_tokens: of an answer.
+        generate_arguments: passed to `model.generate`.
+
+    Raises:
+        ValueError: if the processor has no chat template.
+    """
+
+    def __init__(
+        self,
+        model: LlavaForConditionalGeneration,
+        processor: LlavaProcessor,
+        *,
+        say: Callable[[str], None],
+        max_new_tokens: int = 512,
+        **generate_arguments: Any,
+    ) -> None:
+        prompt(processor, [Turn("")])
+        model.generation_config.max_length = None  # old files set it; with max_new_tokens a warning each turn
+        self.model, self.processor, self.say = model, processor, say
+        self.max_new_tokens, self.generate_arguments = max_new_tokens, generate_arguments
+        self.context: int = min(text_config(model.config).max_position_embeddings, processor.tokenizer.model_max_length)
+        self.turns: list[Turn] = []
+        self.images: list[Image.Image] = []
+
+    def ask(self, question: str) -> Generator[str, None, None]:
+        """Yield the answer as `stream` does.
+
+        If the iterator is left early, what was yielded stays in the conversation as the answer; if that is nothing, or
+        after an error, the turn is not part of it, and `images` stay for the next question.
+
+        Raises:
+            ValueError: if the question is no text, or with its images too long for the context.
+        """
+        mark = self.processor.image_token
+        if mark in question:
+            raise ValueError(f"a question cannot contain {mark}, the mark of an image")
+        try:
+            question.encode()
+        except UnicodeEncodeError as error:  # bytes from a pipe or an argument that are no UTF-8
+            raise ValueError("a question is UTF-8 text") from error
+        turns, used = self._fitting(Turn(question, tuple(self.images)))
+        room = min(self.max_new_tokens, self.context - used)
+        said = ""
+        try:
+            with closing(
+                stream(self.model, self.processor, turns, max_new_tokens=room, **self.generate_arguments)
+            ) as pieces:
+                for piece in pieces:
+                    said += piece
+                    yield piece
+        except (KeyboardInterrupt, GeneratorExit):
+            if said:
+                self._remember(turns, said)
+            raise
+        self._remember(turns, said)
+
+    def reset(self) -> None:
+        """Forget all turns and images."""
+        self.turns, self.images = [], []
+
+    def _remember(self, turns: list[Turn], said: str) -> None:
+        answer = said.replace(self.processor.image_token, "").strip()
+        self.turns, self.images = [*turns[:-1], replace(turns[-1], answer=answer)], []
+
+    def _fitting(self, asked: Turn) -> tuple[list[Turn], int]:
+        """The turns to give to the model, `asked` last, and how many tokens they are."""
+        most = self.context - min(self.max_new_tokens, self.context // 4)
+        turns = [*self.turns, asked]
+        while (used := self._tokens(turns)) > most:
+            first = turns[0]
+            if len(turns) > 1:
+                turns = [replace(turns[1], images=first.images + turns[1].images), *turns[2:]]
+            elif len(first.images) > len(asked.images):
+                turns = [replace(first, images=first.images[1:])]
+            else:
+                what = f"with {_count(len(asked.images), 'image')} " if asked.images else ""
+                raise ValueError(
+                    f"the question {what}is too long: {used} tokens, and a context of {self.context} leaves {most}"
+                )
+        dropped = len(self.turns) + 1 - len(turns)
+        if dropped:
+            images = sum(len(turn.images) for turn in (*self.turns, asked)) - sum(len(turn.images) for turn in turns)
+            what = _count(dropped, "turn") + (f" and {_count(images, 'image')}" if images else "")
+            self.say(f"the context of {self.context} tokens is full; the oldest part is left out: {what}")
+        return turns, used
+
+    def _tokens(self, turns: list[Turn]) -> int:
+        """Tokens of the prompt, without reading its images."""
+        marked = self.processor.tokenizer(prompt(self.processor, turns), verbose=False)["input_ids"]
+        return len(marked) + sum(len(turn.images) for turn in turns) * (self.processor.num_image_tokens() - 1)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,15 +1,17 @@
-"""The command line: llava-fast demo · chat · train · convert · inspect · doctor."""
+"""The command line: llava-fast demo · chat · train · recipes · convert · inspect · doctor."""
 
 from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
 
+import llava_fast
 from llava_fast.backend import BackendUnavailable
 from llava_fast.errors import missing_extra
 
@@ -23,14 +25,31 @@ app = typer.Typer(
 )
 
 _debug = False
+# The flags of the command that runs, by the names of the Python arguments they set: a command's function has the names
+# of the functions it calls. For a switch also `name=False`.
+_flags: dict[str, str] = {}
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"llava-fast {llava_fast.__version__}")
+        raise typer.Exit
 
 
 @app.callback()
 def _options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and stop.")
+    ] = False,
 ) -> None:
-    global _debug
+    global _debug, _flags
     _debug = debug
+    command = cast(Any, context.command).commands[context.invoked_subcommand]
+    options = [option for option in command.params if option.opts[0].startswith("--")]
+    _flags = {f"{option.name}=False": option.secondary_opts[0] for option in options if option.secondary_opts}
+    _flags |= {option.name: option.opts[0] for option in options}
 
 
 @app.command()
@@ -51,7 +70,9 @@ def demo(
 @app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="Directory of the checkpoint, or its id on the Hugging Face hub.")],
-    image: Annotated[list[Path] | None, typer.Option(help="Image file; give it again for more images.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option(help="Image file, shown with the first question; again for more images.")
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Ask this and stop; without it, questions are read line by line.")
     ] = None,
@@ -60,41 +81,23 @@ def chat(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
-    """Talk to a model about images; the answer is printed as it comes."""
-    from llava_fast.chat import load, stream
-    from llava_fast.processor.processor import read_rgb
+    """Talk to a model about images; the answer is printed as it comes. /help lists the commands of the prompt."""
+    from llava_fast.chat import Chat, load
+    from llava_fast.terminal import answer, converse, open_image, say
 
-    images = [read_rgb(path) for path in image or ()]
-    loaded, processor = load(model, device=device, dtype=dtype)
-    sampling: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
-    if temperature > 0:
-        sampling["temperature"] = temperature
-
-    turns: list[tuple[str, str]] = []
-    while True:
-        question = prompt if prompt is not None else _ask()
-        if question is None:
-            return
-        answer = ""
-        for piece in stream(loaded, processor, images, question, turns=turns, **sampling):
-            typer.echo(piece, nl=False)
-            sys.stdout.flush()
-            answer += piece
-        typer.echo()
+    images = [open_image(name) for name in image or ()]
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    try:
+        loaded, processor = load(model, device=device, dtype=dtype)
+        talk = Chat(loaded, processor, say=say, max_new_tokens=max_new_tokens, **sampling)
+        talk.images += images
         if prompt is not None:
+            answer(talk, prompt)
             return
-        turns.append((question, answer.strip()))
-
-
-def _ask() -> str | None:
-    """The next question from the terminal or a pipe; None when there are no more."""
-    if sys.stdin.isatty():
-        typer.echo("> ", nl=False)
-        sys.stdout.flush()
-    for line in sys.stdin:
-        if line.strip():
-            return line.strip()
-    return None
+        status = converse(talk, debug=_debug)
+    except RuntimeError as error:  # out of memory
+        raise ValueError(str(error)) from error
+    raise typer.Exit(status)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -108,6 +111,34 @@ def train(
     raise typer.Exit(train_main([recipe, *context.args]) or 0)
 
 
+recipes = typer.Typer(help="List the recipes and accelerate configs that come with llava-fast, or copy them.")
+app.add_typer(recipes, name="recipes", invoke_without_command=True)
+
+
+@recipes.callback()
+def _recipes(context: typer.Context) -> None:
+    from llava_fast.train.shipped import shipped
+
+    if context.invoked_subcommand is None:
+        known = shipped()
+        width = max(map(len, known))
+        for name, line in known.items():
+            typer.echo(f"{name:<{width}}  {line}")
+        typer.echo("\nllava-fast recipes copy NAME …  puts them into train/; their paths are relative to that folder")
+
+
+@recipes.command()
+def copy(
+    names: Annotated[list[str], typer.Argument(help="Names from `llava-fast recipes`.", metavar="NAME")],
+    to: Annotated[Path, typer.Option(help="Folder; it is made if it is not there.")] = Path("train"),
+) -> None:
+    """Copy recipes, to be changed there; a file that exists is not written over."""
+    from llava_fast.train.shipped import copy as copy_shipped
+
+    for file in copy_shipped(names, to):
+        typer.echo(file)
+
+
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="Directory or hub id, in any layout; an adapter is merged.")],
@@ -118,7 +149,9 @@ def convert(
         str | None, typer.Option(help="Projector of stage 1: .bin or .safetensors, or a hub id.")
     ] = None,
     base_model: Annotated[str | None, typer.Option(help="Base model of an adapter, if not where it says.")] = None,
-    tower: Annotated[bool, typer.Option(help="original: put the tower among the weights, or leave it out.")] = True,
+    with_tower: Annotated[
+        bool, typer.Option("--tower/--no-tower", help="original: put the tower among the weights, or leave it out.")
+    ] = True,
     mm_vision_tower: Annotated[str | None, typer.Option(help="original: CLIP that its code shall name.")] = None,
     dtype: Annotated[
         str, typer.Option(help="auto leaves each tensor as it is; or float32, bfloat16, float16.")
@@ -135,7 +168,7 @@ def convert(
         vision_tower=vision_tower,
         mm_projector=mm_projector,
         base_model=base_model,
-        with_tower=tower,
+        with_tower=with_tower,
         mm_vision_tower=mm_vision_tower,
         dtype=dtype,
         max_shard_size=max_shard_size,
@@ -163,8 +196,6 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
     else:
-        if isinstance(sys.stdout, io.TextIOWrapper):  # the terminal's encoding may lack characters of the data
-            sys.stdout.reconfigure(errors="backslashreplace")
         show(found, Console(), problems)
     raise typer.Exit(0 if found.fine else 1)
 
@@ -188,6 +219,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit; for a user error (a wrong path, key, value) print one line, exit status 2."""
     global _debug
     _debug = False
+    _flags.clear()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # the terminal's encoding may lack characters of the data
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(args=arguments, prog_name="llava-fast")
     except ModuleNotFoundError as error:
@@ -202,9 +237,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(message: str) -> NoReturn:
+    """Print the message and exit. `name=value` of a Python argument, or its name as the first word, becomes a flag."""
+    for name, flag in _flags.items():
+        message = re.sub(rf"^{name}(?=:| '| is | goes )", flag, message)
+        message = re.sub(rf"(?<![\w.\-/]){name}=", f"{flag} ", message)
     typer.echo(f"llava-fast: error: {message}", err=True)
     raise SystemExit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# The extra of llava-fast that installs a package.
-_EXTRA_FOR = {"accelerate": "train", "pyarrow": "train", "peft": "train", "pydantic": "train", "yaml": "train"}
+# Packages of the extras of llava-fast, as they are imported.
+EXTRAS = dict.fromkeys(("accelerate", "google", "peft", "pyarrow", "pydantic", "sentencepiece", "yaml"), "train")
 
 
 def missing_extra(error: ModuleNotFoundError) -> str:
     """How to install a package that could not be imported; an empty string if no extra of llava-fast installs it."""
     package = (error.name or "").partition(".")[0]
-    extra = _EXTRA_FOR.get(package)
+    extra = EXTRAS.get(package)
     return f"{package} is not installed; pip install 'llava-fast[{extra}]' brings it" if extra else ""
 
 

@@ -76,7 +76,7 @@ def test_the_command(tiny: SimpleNamespace, tmp_path: Path, capsys: pytest.Captu
     assert run(source, tmp_path / "hf", "--layout", "hf", "--vision-tower", clip) == 2
     assert capsys.readouterr().err == f"llava-fast: error: {tmp_path / 'hf'} exists; it is not written over\n"
     assert run(source, tmp_path / "hf2", "--layout", "hf") == 2
-    assert "pass vision_tower=DIRECTORY" in capsys.readouterr().err
+    assert "pass --vision-tower DIRECTORY" in capsys.readouterr().err
 
 
 def test_processor_files(tiny_checkpoint: Path, tiny: SimpleNamespace, tmp_path: Path) -> None:

@@ -266,7 +266,7 @@ def original_config(
         tower = next(same, None)
     if tower is None:
         raise ValueError(
-            "the original layout names its CLIP directory, and this model does not say which: pass mm_vision_tower"
+            "the original layout names its CLIP directory, and this model does not say which: pass mm_vision_tower=NAME"
         )
     kind = "llava_mistral" if text.model_type == "mistral" else "llava_llama"
     left_out = ("_name_or_path", "head_dim", "transformers_version")
@@ -343,7 +343,8 @@ def check_layout(layout: str, with_tower: bool, mm_vision_tower: str | None) -> 
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; expected {' or '.join(map(repr, LAYOUTS))}")
     if layout == "hf" and not (with_tower and mm_vision_tower is None):
-        raise ValueError("with_tower and mm_vision_tower are for layout='original'; the HF layout has its tower")
+        given = "with_tower=False" if not with_tower else f"mm_vision_tower={mm_vision_tower}"
+        raise ValueError(f"{given} is for layout=original; the HF layout has its tower")
 
 
 def dtype_of(name: str | torch.dtype | None) -> torch.dtype | None:

@@ -18,17 +18,19 @@ from rich.console import Console
 from rich.progress import track
 
 from llava_fast import LlavaForConditionalGeneration, LlavaProcessor
-from llava_fast.chat import conversation, load, stream
+from llava_fast.chat import Chat as Conversation
+from llava_fast.chat import Turn, load, prompt
 from llava_fast.demo import world
 from llava_fast.demo.report import Chat, Exam, write_report
 from llava_fast.demo.world import Question, Scene
+from llava_fast.processor.processor import read_rgb
+from llava_fast.train import shipped
 from llava_fast.train.recipe import load_recipe
 from llava_fast.train.trainer import TrainResult
 from llava_fast.train.trainer import run as train
 
 WEIGHTS = Path(__file__).parent / "weights"
-# The recipes of train/, linked here so that they are installed with the package.
-RECIPES = {"stage 1": Path(__file__).parent / "stage1.yaml", "stage 2": Path(__file__).parent / "stage2-lora.yaml"}
+RECIPES = {"stage 1": shipped.RECIPES / "demo-stage1.yaml", "stage 2": shipped.RECIPES / "demo-stage2-lora.yaml"}
 
 
 @dataclass(frozen=True)
@@ -188,11 +190,9 @@ def answer(
     answers: list[str] = []
     for first in track(range(0, len(questions), batch_size), title):
         batch = questions[first : first + batch_size]
-        prompts = [
-            processor.apply_chat_template(conversation(1, (), q), add_generation_prompt=True, tokenize=False)
-            for q in batch
-        ]
-        images = [Image.open(path) for path in pictures[first : first + batch_size]]
+        seen = pictures[first : first + batch_size]
+        prompts = [prompt(processor, [Turn(question, (picture,))]) for question, picture in zip(batch, seen)]
+        images = [Image.open(picture) for picture in seen]
         inputs = processor(images=images, text=prompts, return_tensors="pt").to(model.device)
         tokens = model.generate(**inputs, do_sample=False, max_new_tokens=8)
         told = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -214,18 +214,15 @@ def chat(
     for i, scene in list(enumerate(scenes))[: size.chats]:
         picture = out / "images" / f"exam-{i:05d}.png"
         console.print(f"\n{picture}", style="dim", highlight=False)
+        talk = Conversation(model, processor, say=console.print, do_sample=False, max_new_tokens=16)
+        talk.images = [read_rgb(picture)]
         turns: list[tuple[str, str, str]] = []
         for question in world.one_of_each_kind(scene, rng)[:4]:
             console.print(f"> {question.text}", highlight=False)
-            said = ""
-            before = [(asked, told) for asked, told, _ in turns]
-            for piece in stream(
-                model, processor, [picture], question.text, turns=before, do_sample=False, max_new_tokens=16
-            ):
-                console.print(piece if said else piece.lstrip(), end="", highlight=False, style="bold")
-                said += piece
+            for piece in talk.ask(question.text):
+                console.print(piece, end="", highlight=False, style="bold")
             console.print()
-            turns.append((question.text, said.strip(), question.answer))
+            turns.append((question.text, talk.turns[-1].answer or "", question.answer))
         chats.append((picture, turns))
     return chats
 

@@ -201,11 +201,11 @@ def test_parts_whose_config_is_damaged_are_named(copied: Path, part: str) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--no-tower"], "with_tower and mm_vision_tower are for layout='original'"),
-        (["--mm-vision-tower", "clip"], "with_tower and mm_vision_tower are for layout='original'"),
-        (["--dtype", "float8_e4m3fn"], "dtype 'float8_e4m3fn' is not a floating dtype"),
-        (["--dtype", "Tensor"], "dtype 'Tensor' is not a floating dtype"),
-        (["--max-shard-size", "9" * 400], "expected a size such as 5GB"),
+        (["--no-tower"], "error: --no-tower is for --layout original"),
+        (["--mm-vision-tower", "clip"], "error: --mm-vision-tower clip is for --layout original"),
+        (["--dtype", "float8_e4m3fn"], "error: --dtype 'float8_e4m3fn' is not a floating dtype"),
+        (["--dtype", "Tensor"], "error: --dtype 'Tensor' is not a floating dtype"),
+        (["--max-shard-size", "9" * 400], f"error: --max-shard-size is '{'9' * 400}'; expected a size such as 5GB"),
     ],
 )
 def test_options_that_cannot_be_met(
@@ -223,5 +223,5 @@ def test_chat_takes_no_other_dtype(released: Path, capsys: pytest.CaptureFixture
         cli.main(["chat", str(released / "hf"), "--prompt", "?", "--dtype", "Tensor"])
     assert caught.value.code == 2
     assert capsys.readouterr().err == (
-        "llava-fast: error: dtype 'Tensor' is not a floating dtype such as float32, bfloat16 or float16\n"
+        "llava-fast: error: --dtype 'Tensor' is not a floating dtype such as float32, bfloat16 or float16\n"
     )

@@ -249,7 +249,7 @@ def test_wrong_arguments_of_loading_and_saving(tiny: SimpleNamespace, tmp_path: 
             LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf", **arguments)
     for arguments, message in (
         ({"layout": "torch"}, "layout is 'torch'; expected 'hf' or 'original'"),
-        ({"with_tower": False}, "with_tower and mm_vision_tower are for layout='original'"),
+        ({"with_tower": False}, "with_tower=False is for layout=original"),
         ({"layout": "original", "push_to_hub": True}, "push_to_hub goes with layout='hf'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -9,7 +9,7 @@ import torch
 import transformers
 from PIL import Image
 
-from llava_fast.chat import conversation
+from llava_fast.chat import Turn, conversation
 from llava_fast.demo import run as demo
 from llava_fast.demo import world
 from llava_fast.demo.report import write_report
@@ -84,7 +84,9 @@ def test_stock_transformers_gives_the_same_answers(result):
     model = transformers.LlavaForConditionalGeneration.from_pretrained(out / "model", dtype=torch.float32).eval()
     processor = transformers.LlavaProcessor.from_pretrained(out / "model")
     for picture, (_, question), answer in zip(pictures, questions, answers, strict=True):
-        prompt = processor.apply_chat_template(conversation(1, (), question.text), add_generation_prompt=True)
+        prompt = processor.apply_chat_template(
+            conversation([Turn(question.text, (picture,))]), add_generation_prompt=True
+        )
         inputs = processor(images=Image.open(picture), text=prompt, return_tensors="pt")
         tokens = model.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
         assert processor.decode(tokens, skip_special_tokens=True).strip() == answer
