@@ -81,7 +81,7 @@ def share(ours: float, theirs: float) -> str:
 
 PANELS = (
     Panel("ms_median", "Time", duration, faster, 95),
-    Panel("peak_mib", "Peak memory", size, share, 150),
+    Panel("peak_mib", "Peak memory", size, share, 165),
     Panel("pct_of_floor", "% of floor", lambda value: f"{value:.0f} %"),
 )
 

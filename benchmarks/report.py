@@ -117,8 +117,7 @@ def front(results: Mapping[str, Results], plots: Mapping[str, str]) -> Iterator[
             said.append(f"{names.operation(key[0])}: {time}, {memory}")
         yield f"![llava-fast against transformers. {'. '.join(said)}.]({path})"
         yield f"*Measured on {machine(found.runs[-1])}.*"
-    measured = [device for device in GPUS if results[device].cases]
-    if measured:
+    if measured := [device for device in GPUS if results[device].cases]:
         yield summary(results, measured)
     if missing := absent(results):
         yield missing
@@ -161,7 +160,6 @@ def summary_cell(records: list[Record]) -> str:
 
 
 COLUMNS = {
-    "case": lambda r: names.case(r["op"], r["shape"], r["dtype"]),
     "library": lambda r: names.provider(r["provider"]),
     "median": lambda r: duration(r["ms_median"]),
     "p20 – p80": lambda r: f"{duration(r['ms_p20'])} – {duration(r['ms_p80'])}",
@@ -183,10 +181,11 @@ def details(results: Mapping[str, Results], plots: Mapping[tuple[str, str, str],
         for (op, direction), keys in groupby(found.cases, key=lambda key: key[:2]):
             yield f"### {heading(op, direction)}"
             yield f"![{heading(op, direction)}]({plots[device, op, direction]})"
-            records = [record for key in keys for record in found.cases[key]]
-            cells = {name: [cell(record) for record in records] for name, cell in COLUMNS.items()}
-            cells = {name: column for name, column in cells.items() if any(column)}
-            yield table(cells, zip(*cells.values()))
+            for key in keys:
+                yield f"**{names.case(op, *key[2:])}**"
+                cells = {name: [cell(record) for record in found.cases[key]] for name, cell in COLUMNS.items()}
+                cells = {name: column for name, column in cells.items() if any(column)}
+                yield table(cells, zip(*cells.values()))
     if missing := absent(results):
         yield missing
 

@@ -139,8 +139,8 @@ def recipe_of(name: str) -> Path:
 
 @with_blocks("sh")
 def test_commands_are_taken_by_their_programs(page: Path):
-    lines = [line for language, text in blocks(page) if language == "sh" for line in text.splitlines()]
-    for line in lines:
+    commands = "".join(text for language, text in blocks(page) if language == "sh").replace("\\\n", " ")
+    for line in commands.splitlines():
         check(shlex.split(line, comments=True))
 
 
