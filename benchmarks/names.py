@@ -31,6 +31,17 @@ OPERATIONS = {
     "train_step_projector": "Training step, stage 1: projector",
 }
 
+THREADS = {"one_thread": "one thread", "two_threads": "two threads"}
+GENERATION = {
+    "decoding": "One decoding step",
+    "generate": "Answers of 32 tokens to text",
+    "generate_image": "Answers of 32 tokens about an image",
+    "prefill": "Prefill of a prompt with an image",
+}
+OPERATIONS |= {
+    f"{op}_{key}": f"{title}, {threads}" for op, title in GENERATION.items() for key, threads in THREADS.items()
+}
+
 PROVIDERS = {
     "reference": "llava-fast",
     "triton": "llava-fast (Triton)",
@@ -89,6 +100,10 @@ def _train_step(samples: int, tokens: int, hidden: int, mlp: int, layers: int, v
     return (f"{samples} × ({sample})" if samples > 1 else sample) + f"; {layers} layers, width {hidden}, MLP {mlp}"
 
 
+def _generation(batch: int, tokens: int, hidden: int, mlp: int, layers: int, vocabulary: int) -> str:
+    return f"batch of {batch}, {count(tokens, 'token')}; {layers} layers, width {hidden}, MLP {mlp}"
+
+
 # The arguments are the dimensions of a record's shape.
 SHAPES: dict[str, Callable[..., str]] = {
     "attention": _pack,
@@ -123,6 +138,7 @@ SHAPES: dict[str, Callable[..., str]] = {
     "tower": lambda images, tokens, width: f"{count(images, 'image')} of {tokens} tokens, width {width}",
     "train_step_full": _train_step,
     "train_step_projector": _train_step,
+    **{f"{op}_{threads}": _generation for op in GENERATION for threads in THREADS},
 }
 
 

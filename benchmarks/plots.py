@@ -21,7 +21,7 @@ Record = dict[str, Any]
 
 INK, SOFT, LINE, CARD, BLUE, LIGHT_BLUE, GREY = "#1d2430 #667085 #e4e7ec #ffffff #2f5bd8 #84a5ff #c3cad6".split()
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
-MANY = 4  # sizes of an operation from which on they are an axis, not groups of bars
+MANY = 4  # sizes along one dimension from which on they are an axis, not groups of bars
 COLOURS = {"text.color": INK, "xtick.color": SOFT, "ytick.color": SOFT, "xtick.labelcolor": SOFT}
 COLOUR_OF = {"reference": BLUE, "triton": BLUE, "cuda": LIGHT_BLUE}  # the others' bars are grey
 PEERS = ["#667085", "#d9822b", "#12805c", "#b0487f", "#8a6fd1", "#1d2430"]  # their lines
@@ -197,5 +197,7 @@ def lines(path: Path, title: str, subtitle: str, groups: Sequence[Group]) -> Non
 
 
 def chart(path: Path, title: str, subtitle: str, groups: Sequence[Group]) -> None:
-    """Bars, or lines where there are many sizes."""
-    (lines if len(groups) >= MANY else bars)(path, title, subtitle, groups)
+    """Bars, or lines where there are many sizes along one dimension."""
+    dimensions = zip(*(group.records[0]["shape"].split("x") for group in groups))
+    one_varies = sum(len(set(sizes)) > 1 for sizes in dimensions) == 1
+    (lines if len(groups) >= MANY and one_varies else bars)(path, title, subtitle, groups)

@@ -121,15 +121,17 @@ def test_the_front_compares_a_training_step_with_transformers(root: Path):
     assert "576 image + 128 text tokens; 2 layers" in drawn and "+ 64 text tokens" not in drawn
 
 
-def test_many_sizes_are_lines_and_few_are_bars(tmp_path: Path):
-    def drawn(count: int) -> str:
-        found = run_of("cpu", 1, {"reference": 1.0, "hf": 2.0})["records"]
-        groups = [plots.Group(f"size {i}", found[:2]) for i in range(count)]
+def test_many_sizes_along_one_dimension_are_lines_and_others_bars(tmp_path: Path):
+    def drawn(*shapes: str) -> str:
+        found = run_of("cpu", 1, {"reference": 1.0, "hf": 2.0})["records"][:2]
+        groups = [plots.Group(f"size {i}", [{**r, "shape": shape} for r in found]) for i, shape in enumerate(shapes)]
         plots.chart(tmp_path / "chart.svg", "title", "subtitle", groups)
         return (tmp_path / "chart.svg").read_text()
 
-    assert "2.0× faster" in drawn(3) and "2.0× faster" not in drawn(4)
-    assert ">4   size 3<" in drawn(4)
+    assert "2.0× faster" in drawn("1x8", "2x8", "4x8")
+    assert "2.0× faster" in drawn("1x8", "2x8", "1x16", "2x16")
+    many = drawn("1x8", "2x8", "4x8", "8x8")
+    assert "2.0× faster" not in many and ">4   size 3<" in many
 
 
 @pytest.mark.parametrize(
