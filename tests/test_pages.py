@@ -21,7 +21,8 @@ import typer
 from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 from torch.distributed.run import get_args_parser
-from transformers.models.auto import auto_factory, configuration_auto
+from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForPreTraining
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, PROCESSOR_MAPPING_NAMES
 
 from llava_fast import cli
 from llava_fast.demo import world
@@ -36,6 +37,7 @@ RUN_ELSEWHERE = {
 }
 PAGES = [README, *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in RUN_ELSEWHERE)]
 NOT_RUN: dict[str, int] = {}  # blocks of text by page
+AUTO_MODELS = (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForPreTraining)
 HUB_ID = "llava-hf/llava-1.5-7b-hf"
 
 
@@ -72,14 +74,18 @@ def workplace(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.fixture
-def _registered_here_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `llava_fast.register()` tells transformers' auto classes is forgotten after the test."""
-    mappings = [value for value in vars(auto_factory).values() if isinstance(value, auto_factory._LazyAutoMapping)]
-    for mapping in mappings:
-        monkeypatch.setattr(mapping, "_extra_content", dict(mapping._extra_content))
-    monkeypatch.setattr(configuration_auto.CONFIG_MAPPING, "_extra_content", {})
+def _auto_classes_are_restored() -> Iterator[None]:
+    """What `llava_fast.register()` changes in transformers is undone after the test."""
+    tables = [auto._model_mapping._extra_content for auto in AUTO_MODELS]
+    tables += [PROCESSOR_MAPPING._extra_content, PROCESSOR_MAPPING_NAMES]
+    before = [table.copy() for table in tables]
+    yield
+    for table, entries in zip(tables, before):
+        table.clear()
+        table.update(entries)
 
 
+@pytest.mark.usefixtures("_auto_classes_are_restored")
 @with_blocks("python")
 def test_python_runs_as_pasted(page: Path, workplace: Path):
     namespace: dict[str, Any] = {}
