@@ -114,9 +114,7 @@ def check(words: list[str]) -> None:
     if Path(program).name == "llava-fast":
         overrides = parsed(typer.main.get_command(cli.app), rest)
         if rest[0] in ("train", "inspect"):
-            load_recipe(recipe_of(rest[1]), [word for word in overrides if "=" in word])
-        if rest[:2] == ["recipes", "copy"]:
-            assert all(recipe_of(name).is_file() for name in rest[2 : rest.index("--to")])
+            load_recipe(ROOT / rest[1], [word for word in overrides if "=" in word])
     elif words[:3] == ["python", "-m", "llava_fast.train"]:
         check(["llava-fast", "train", *words[3:]])
     elif program == "accelerate":
@@ -136,11 +134,6 @@ def check(words: list[str]) -> None:
         assert rest == ["benchmarks", "--benchmark"] and "--benchmark" in (ROOT / "conftest.py").read_text()
     else:
         raise AssertionError(f"no test knows the program of: {shlex.join(words)}")
-
-
-def recipe_of(name: str) -> Path:
-    """A recipe by its path in the repository, or by the name under which it is installed."""
-    return ROOT / name if name.endswith(".yaml") else ROOT / "train" / f"{name}.yaml"
 
 
 @with_blocks("sh")
