@@ -4,7 +4,9 @@ A model id such as `llava-hf/llava-1.5-7b-hf` is a tiny model in the hub's cache
 have tests of their own that run their commands; what no test can run is fenced as `text` and listed in NOT_RUN.
 """
 
+import argparse
 import importlib.util
+import itertools
 import random
 import re
 import shlex
@@ -36,6 +38,7 @@ RUN_ELSEWHERE = {
     "training.md": "tests/train/test_training_page.py",
 }
 PAGES = [README, *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in RUN_ELSEWHERE)]
+SHELL = ("sh", "bash", "")  # a block without a language has commands, too
 NOT_RUN: dict[str, int] = {}  # blocks of text by page
 AUTO_MODELS = (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForPreTraining)
 HUB_ID = "llava-hf/llava-1.5-7b-hf"
@@ -54,7 +57,7 @@ def with_blocks(*languages: str) -> Any:
 def test_every_block_is_run_or_listed():
     for page in PAGES:
         languages = [language for language, _ in blocks(page)]
-        assert {*languages} <= {"python", "sh", "text"}, page
+        assert {*languages} <= {"python", *SHELL, "text"}, page
         assert languages.count("text") == NOT_RUN.get(page.name, 0), page
     for name, test in RUN_ELSEWHERE.items():
         assert f"docs/{name}" in (ROOT / test).read_text(encoding="utf-8")
@@ -110,7 +113,7 @@ def parsed(command: Any, words: list[str]) -> list[str]:
 
 def check(words: list[str]) -> None:
     """Check one command line."""
-    program, *rest = words
+    program, *rest = itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), words)
     if Path(program).name == "llava-fast":
         overrides = parsed(typer.main.get_command(cli.app), rest)
         if rest[0] in ("train", "inspect"):
@@ -131,14 +134,18 @@ def check(words: list[str]) -> None:
             name, equals, _ = word.partition("=")
             assert f"$({name})" in makefile if equals else re.search(rf"^{name}:", makefile, re.MULTILINE), word
     elif program == "pytest":
-        assert rest == ["benchmarks", "--benchmark"] and "--benchmark" in (ROOT / "conftest.py").read_text()
+        parser = argparse.ArgumentParser(exit_on_error=False)
+        parser.add_argument("path", type=lambda name: next(ROOT.glob(name)))
+        for option in re.findall(r'addoption\("(--\w+)", (action|metavar)', (ROOT / "conftest.py").read_text()):
+            parser.add_argument(option[0], **({"action": "store_true"} if option[1] == "action" else {}))
+        parser.parse_args(rest)
     else:
         raise AssertionError(f"no test knows the program of: {shlex.join(words)}")
 
 
-@with_blocks("sh")
+@with_blocks(*SHELL)
 def test_commands_are_taken_by_their_programs(page: Path):
-    commands = "".join(text for language, text in blocks(page) if language == "sh").replace("\\\n", " ")
+    commands = "".join(text for language, text in blocks(page) if language in SHELL).replace("\\\n", " ")
     for line in commands.splitlines():
         check(shlex.split(line, comments=True))
 
