@@ -40,6 +40,7 @@ format: $(READY) ## put the style right
 	$(BIN)/ruff format .
 
 docs: $(READY) ## the documentation, into build/site; a broken link or name is an error
+	$(BIN)/python docs/recipe_keys.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 hooks: $(READY) ## have git run ruff and mypy before each commit

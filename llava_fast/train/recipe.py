@@ -19,6 +19,7 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict
 
 from llava_fast.hub import local_folder
+from llava_fast.train.shipped import shipped
 from llava_fast.train.values import (
     AT_LEAST_ONE,
     BELOW_ONE,
@@ -64,9 +65,9 @@ class Lora:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    r: Annotated[Whole, AT_LEAST_ONE] = 128
-    alpha: Annotated[Whole, AT_LEAST_ONE] = 256
-    dropout: Annotated[Number, BELOW_ONE] = 0.05
+    r: Annotated[Whole, AT_LEAST_ONE] = 128  # rank of the update
+    alpha: Annotated[Whole, AT_LEAST_ONE] = 256  # the update is scaled by alpha / r
+    dropout: Annotated[Number, BELOW_ONE] = 0.05  # of the adapter's input
 
     def __post_init__(self) -> None:
         convert_fields(self, "lora.")
@@ -81,7 +82,7 @@ class DataSource:
     path: PathLike  # a JSON, JSONL, Parquet or Arrow file, or a folder of them
     image_folder: PathLike | None = None  # default: the recipe's image_folder, or else the folder of the file
     split: Text | None = None  # of a folder; default: train
-    sampling: Literal["first", "last", "random", "repeat"] = "first"
+    sampling: Literal["first", "last", "random", "repeat"] = "first"  # which rows make up `count`
     count: Annotated[Whole, _ROWS] | Text | None = None  # rows, or such as 10% of the file; default: all
     weight: Annotated[Number, _WEIGHT] | None = None  # instead of count: this source's proportion in the mixture
 
@@ -122,27 +123,28 @@ class Recipe:
     )
     validation: _ShareOrFile | None = None  # a share of `data`, drawn by `seed`, or a file
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"  # of the computation; trained weights stay fp32
-    gradient_checkpointing: Flag = False
+    gradient_checkpointing: Flag = False  # recompute each layer in backward: less memory, more time
     global_batch_size: PositiveWhole = 128  # samples per optimiser step, over all devices
     per_device_batch_size: PositiveWhole = 16  # samples per forward pass; accumulation follows from the two
-    epochs: PositiveNumber = 1.0
+    epochs: PositiveNumber = 1.0  # passes over the data
     max_steps: PositiveWhole | None = None  # optimiser steps, instead of epochs
-    learning_rate: PositiveNumber = 2e-5
+    learning_rate: PositiveNumber = 2e-5  # at the end of the warm-up
     projector_learning_rate: PositiveNumber | None = None  # default: learning_rate
     vision_learning_rate: PositiveNumber | None = None  # trains the vision tower, too; default: it is frozen
     vision_layers: PositiveWhole | None = None  # train only the last so many layers of the tower that LLaVA reads
-    scheduler: Text = "cosine"
+    scheduler: Text = "cosine"  # or linear, constant, constant_with_warmup
     warmup_ratio: Annotated[Number, BELOW_ONE] = 0.03  # share of all steps
     weight_decay: Annotated[Number, NOT_NEGATIVE] = 0.0  # not on biases and norms
-    max_grad_norm: PositiveNumber = 1.0
+    max_grad_norm: PositiveNumber = 1.0  # gradients are clipped to this norm
     lora: Lora | None = None  # default with stage lora: r 128, alpha 256, dropout 0.05
     group_by: Literal["none", "length", "modality"] = (
         "none"  # modality: by length, samples with images apart from text-only ones
     )
+    # of the order of samples, new weights and dropout
     seed: Annotated[Whole, NOT_NEGATIVE, rule("must be below 2**32", lambda value: value < 2**32)] = 42
     workers: Annotated[Whole, NOT_NEGATIVE] = 4  # processes that load images; 0: in the training process
     cache: Flag = False  # keep finished samples in memory, for small data
-    logging_steps: PositiveWhole = 1
+    logging_steps: PositiveWhole = 1  # a line of loss and rates every so many steps
     save_steps: PositiveWhole | None = None  # a checkpoint every so many steps
     save_total_limit: PositiveWhole | None = None  # keep only the newest checkpoints
     eval_steps: PositiveWhole | None = None  # default with validation: at the end only
@@ -311,4 +313,9 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: one line that names the file and the key.
     """
+    name = Path(path).name.removesuffix(".yaml")
+    if not Path(path).exists() and name in shipped():
+        raise RecipeError(
+            f"{path}: No such file; `llava-fast recipes copy {name}` writes this recipe to train/{name}.yaml"
+        )
     return load(Recipe, Path(path), overrides)

@@ -1,5 +1,6 @@
 """The report: from stored records to tables and plots, the same bytes each time, nothing where nothing was measured."""
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import records, report
+from benchmarks import names, plots, records, report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,43 +58,97 @@ def test_the_committed_pages_are_what_the_stored_results_give(root: Path):
     assert plots == {path.name for path in (ROOT / "docs/plots").glob("*.svg")}
 
 
-@pytest.mark.slow
-def test_nothing_stored_is_nothing_measured(root: Path):
+def test_nothing_stored_is_one_sentence(root: Path):
     report.write(root / "no such folder", root)
-    rows = between(root / "README.md").strip().splitlines()[2:]
-    assert {"rms_norm", "layer_norm", "attention"} <= {row.split(" | ")[0].removeprefix("| ") for row in rows}
-    assert all(row.endswith("| not measured | not measured | not measured |") for row in rows)
-    assert between(root / "docs/benchmarks.md").count("Not measured.") == 3
-    assert not (root / "docs/plots").exists()
+    for name in ("README.md", "docs/benchmarks.md"):
+        assert between(root / name).strip() == "No GPU has been measured."
+    assert not list((root / "docs/plots").iterdir())
 
 
 def test_tables_and_plots_of_stored_results(root: Path):
     results = root / "results"
     old = run_of("nvidia-h100", 1, {"triton": 0.5, "torch": 0.6})
     new = run_of("nvidia-h100", 2, {"torch": 0.04, "triton": 0.0125, "liger": 0.015})
-    cpu = run_of("cpu", 3, {"reference": 3.0, "torch": 4.0}, op="attention")
+    cpu = run_of("cpu", 3, {"reference": 3.0, "torch": 4.0}, op="made_today")
     for results_of_run in (new, old, cpu):
         records.save(results_of_run, results)
     (root / "docs/plots").mkdir()
     (root / "docs/plots/stale.svg").write_text("<svg/>")
     report.write(results, root)
 
-    rows = [row for row in between(root / "README.md").splitlines() if "rms_norm | forward |" in row]
-    ours = "triton 25 µs, 80 % of the floor, 1.20 × liger"  # the largest shape, the fastest peer, the newest run
-    assert rows == [f"| rms_norm | forward | 4096×4096 | bf16 | not measured | {ours} | not measured |"]
+    # The largest shape, the fastest peer, the newest run; only what was measured.
+    ours = "llava-fast (Triton) 25.0 µs, 80 % of the floor, 1.2× faster than Liger"
+    header, _, row, _, sentence = between(root / "README.md").strip().splitlines()
+    assert header == "| operation | case | H100 |"
+    assert row == f"| RMSNorm with residual, forward | 4096 tokens, width 4096; bf16 | {ours} |"
+    assert sentence == "Not measured: A100, H200."
     page = between(root / "docs/benchmarks.md")
-    assert "- 2030-01-02, commit abc1234: NVIDIA Test GPU, driver 580.1, 700.0 W, SM 1 MHz; torch 2.13.0" in page
+    assert "- NVIDIA Test GPU, driver 580.1, 700.0 W, SM 1 MHz, PyTorch 2.13.0" in page
+    assert "2030-01-02, commit abc1234" in page
     assert "2030-01-01" not in page  # every case was measured again
-    assert "| 832×4096 | bf16 | liger | 15 µs | 13.5 µs – 16.5 µs | 67 | 312 | 2050 | 1.0e-03 | cuda graph |" in page
-    assert "| 4096×4096 | bf16 | reference | 6 ms | 5.4 ms – 6.6 ms |  | 312 | 4100 |" in page
-    assert "rms_norm forward+backward 832x4096 bf16: not measured." in page
-    plots = sorted(path.name for path in (root / "docs/plots").iterdir())
-    assert plots == ["cpu-attention-forward.svg", "nvidia-h100-rms_norm-forward.svg"]
-    assert all(f"(plots/{name})" in page for name in plots)
-    drawn = (root / "docs/plots" / plots[1]).read_text()
-    for text in ("time (ms)", "% of floor", "peak memory (MiB)", "liger", "4096×4096"):
-        assert text in drawn
-    assert "% of floor" not in (root / "docs/plots" / plots[0]).read_text()
+    small = "832 tokens, width 4096; bf16"
+    assert f"**{small}**\n" in page
+    assert "| Liger | 15.0 µs | 13.5 µs – 16.5 µs | 67 | 312 | 2.00 GiB | 1.0e-03 | cuda graph |" in page
+    # An operation that nothing here knows.
+    assert "### Made today, forward" in page
+    assert "**4096 × 4096; bf16**\n" in page
+    assert "| llava-fast | 6.00 ms | 5.40 ms – 6.60 ms | 312 | 4.00 GiB |" in page
+    found = sorted(path.name for path in (root / "docs/plots").iterdir())
+    assert found == ["cpu-made_today-forward.svg", "nvidia-h100-rms_norm-forward.svg"]
+    assert all(f"(plots/{name})" in page for name in found)
+    drawn = (root / "docs/plots" / found[1]).read_text()
+    for text in ("Time", "% of floor", "Peak memory", "Liger", small, "llava-fast (Triton)", "80 %"):
+        assert f">{text}<" in drawn
+    assert "% of floor" not in (root / "docs/plots" / found[0]).read_text()
+
+
+def test_the_front_compares_a_training_step_with_transformers(root: Path):
+    shapes = {"832x4096": "1x640x64x128x2x99", "4096x4096": "1x704x64x128x2x99"}
+    for device, ours in (("cpu", "reference"), ("nvidia-a100", "triton")):
+        run = run_of(device, 1, {"hf": 30.0, ours: 16.0}, op="train_step_full")
+        for record in run["records"]:
+            record["shape"] = shapes[record["shape"]]
+            record["peak_mib"] /= 3 if record["provider"] == ours else 1
+        records.save(run, root / "results")
+    report.write(root / "results", root)
+    block = between(root / "README.md")
+    assert "32.0 ms against 60.0 ms, 1.33 GiB against 4.00 GiB.](docs/plots/cpu-front.svg)" in block  # the largest case
+    assert "*Measured on Test CPU, 2 threads, PyTorch 2.13.0" in block and "2030-01-01" in block
+    assert "(docs/plots/nvidia-a100-front.svg)" in block and "Not measured: H100, H200." in block
+    drawn = (root / "docs/plots/cpu-front.svg").read_text()
+    for text in ("32.0 ms", "1.9× faster", "33 % of the memory", "transformers", "llava-fast"):
+        assert f">{text}<" in drawn
+    assert "576 image + 128 text tokens; 2 layers" in drawn and "+ 64 text tokens" not in drawn
+
+
+def test_many_sizes_along_one_dimension_are_lines_and_others_bars(tmp_path: Path):
+    def drawn(*shapes: str) -> str:
+        found = run_of("cpu", 1, {"reference": 1.0, "hf": 2.0})["records"][:2]
+        groups = [plots.Group(f"size {i}", [{**r, "shape": shape} for r in found]) for i, shape in enumerate(shapes)]
+        plots.chart(tmp_path / "chart.svg", "title", "subtitle", groups)
+        return (tmp_path / "chart.svg").read_text()
+
+    assert "2.0× faster" in drawn("1x8", "2x8", "4x8")
+    assert "2.0× faster" in drawn("1x8", "2x8", "1x16", "2x16")
+    many = drawn("1x8", "2x8", "4x8", "8x8")
+    assert "2.0× faster" not in many and ">4   size 3<" in many
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "said"),
+    [(1.0, 1.94, "1.9× faster"), (1.5, 1.0, "1.5× slower"), (1.0, 1.04, "as fast"), (1.04, 1.0, "as fast")],
+)
+def test_ratios_are_said_in_words(ours: float, theirs: float, said: str):
+    assert plots.faster(ours, theirs) == said
+
+
+def test_every_benchmark_has_names_that_people_know():
+    for path in (ROOT / "benchmarks").glob("test_*.py"):
+        for case in importlib.import_module(f"benchmarks.{path.stem}").cases(gpu=False):
+            op, shape, dtype = (case.identity[name] for name in ("op", "shape", "dtype"))
+            assert op in names.OPERATIONS and op in names.SHAPES
+            assert names.case(op, shape, dtype).endswith(f"; {dtype}")
+            assert case.providers.keys() <= names.PROVIDERS.keys()
 
 
 def test_the_same_results_give_the_same_bytes(root: Path):
@@ -119,7 +174,7 @@ def test_results_of_a_gpu_are_added(root: Path, capsys: pytest.CaptureFixture[st
     assert report.main(arguments) == 0
     stored = json.loads((root / "results/nvidia-h200/2030-01-01-abc1234.json").read_text())
     assert stored.keys() == {"run", "records"}
-    assert "triton 200 µs" in between(root / "README.md")
+    assert "200 µs" in between(root / "README.md")
 
     file.write_text(json.dumps({**run_of("cpu", 1, {"reference": 0.1}), "dry_run": True, "steps": []}))
     with pytest.raises(SystemExit):
@@ -130,7 +185,7 @@ def test_results_of_a_gpu_are_added(root: Path, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize(
     ("ms", "text"),
-    [(0.0123456, "12.3 µs"), (0.9996, "1000 µs"), (1.0, "1 ms"), (1234.5, "1230 ms"), (0.00051, "0.51 µs")],
+    [(0.0123456, "12.3 µs"), (0.9996, "1000 µs"), (1.0, "1.00 ms"), (1234.5, "1.23 s"), (0.00051, "0.510 µs")],
 )
 def test_durations_have_three_digits_and_no_exponent(ms: float, text: str):
-    assert report.duration(ms) == text
+    assert plots.duration(ms) == text

@@ -188,6 +188,9 @@ def test_bad_files_are_named(tmp_path, text, message):
 def test_a_missing_recipe_is_named(tmp_path):
     with pytest.raises(RecipeError, match=r"none\.yaml: No such file"):
         load_recipe(tmp_path / "none.yaml")
+    for name in ("llava-1.5-7b-stage1", tmp_path / "llava-1.5-7b-stage1.yaml"):
+        with pytest.raises(RecipeError, match=r"`llava-fast recipes copy llava-1\.5-7b-stage1` writes"):
+            load_recipe(name)
 
 
 def test_an_output_folder_in_use_is_refused(recipe_file):
