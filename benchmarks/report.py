@@ -43,24 +43,28 @@ def _order(key: CaseKey) -> tuple:
 class Results:
     """The newest run of every case on one device; all its providers come from that run.
 
-    cases: records by case. runs: the runs they come from, oldest first.
+    cases: records by case.
     """
 
     def __init__(self, folder: Path):
         self.cases: dict[CaseKey, list[Record]] = {}
         files = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-        used: dict[CaseKey, dict[str, Any]] = {}
+        self._run: dict[CaseKey, dict[str, Any]] = {}
         for file in sorted(files, key=lambda file: file["run"]["date"]):
             for key, records in groupby(sorted(file["records"], key=lambda r: _order(case_key(r))), key=case_key):
                 self.cases[key] = sorted(records, key=lambda r: r["ms_median"])
-                used[key] = file["run"]
+                self._run[key] = file["run"]
         self.cases = {key: self.cases[key] for key in sorted(self.cases, key=_order)}
-        self.runs = sorted({json.dumps(run, sort_keys=True): run for run in used.values()}.values(), key=_date)
 
-    @property
-    def processor(self) -> str:
-        """What the newest run was measured on, by its name."""
-        return self.runs[-1]["gpu"] or self.runs[-1]["cpu"]
+    def runs(self, cases: Iterable[CaseKey]) -> list[dict[str, Any]]:
+        """The runs that these cases come from, oldest first."""
+        runs = {json.dumps(self._run[case], sort_keys=True): self._run[case] for case in cases}
+        return sorted(runs.values(), key=_date)
+
+    def processor(self, cases: Iterable[CaseKey]) -> str:
+        """What the newest of these cases was measured on, by its name."""
+        run = self.runs(cases)[-1]
+        return run["gpu"] or run["cpu"]
 
 
 def _date(run: dict[str, Any]) -> str:
@@ -88,12 +92,19 @@ def machine(run: Mapping[str, Any]) -> str:
     if run["gpu"]:
         parts = [run["gpu"], f"driver {run['driver']}", f"{run['power_limit_w']} W", run["clocks"]]
     else:
-        parts = [run["cpu"], names.count(run["threads"], "thread")]
+        parts = [run["cpu"], *([names.count(run["threads"], "thread")] if run["threads"] else [])]
     packages = {"torch": "PyTorch", "triton": "Triton", "liger-kernel": "Liger"}
     for package in ("torch", "triton", "transformers", "liger-kernel", *PEERS):
         if run.get(package):
             parts.append(f"{packages.get(package, package)} {run[package]}")
     return ", ".join([*parts, run["date"][:10], f"commit {run['commit']}"])
+
+
+def measured_on(found: Results, cases: list[CaseKey]) -> str:
+    """Machine and versions of these cases; without the run's number of threads where the operation sets its own."""
+    own_threads = any(case[0].endswith(("_thread", "_threads")) for case in cases)
+    runs = [{**run, "threads": None} if own_threads else run for run in found.runs(cases)]
+    return f"*Measured on {'; '.join(map(machine, runs))}.*"
 
 
 def absent(results: Mapping[str, Results]) -> str:
@@ -116,7 +127,7 @@ def front(results: Mapping[str, Results], plots: Mapping[str, str]) -> Iterator[
             memory = f"{size(ours['peak_mib'])} against {size(theirs['peak_mib'])}"
             said.append(f"{names.operation(key[0])}: {time}, {memory}")
         yield f"![llava-fast against transformers. {'. '.join(said)}.]({path})"
-        yield f"*Measured on {machine(found.runs[-1])}.*"
+        yield measured_on(found, front_cases(found))
     if measured := [device for device in GPUS if results[device].cases]:
         yield summary(results, measured)
     if missing := absent(results):
@@ -177,9 +188,10 @@ def details(results: Mapping[str, Results], plots: Mapping[tuple[str, str, str],
         if not found.cases:
             continue
         yield f"## {device_name(device)}"
-        yield "\n".join(f"- {machine(run)}" for run in found.runs)
-        for (op, direction), keys in groupby(found.cases, key=lambda key: key[:2]):
+        for (op, direction), group in groupby(found.cases, key=lambda key: key[:2]):
+            keys = list(group)
             yield f"### {heading(op, direction)}"
+            yield measured_on(found, keys)
             yield f"![{heading(op, direction)}]({plots[device, op, direction]})"
             for key in keys:
                 yield f"**{names.case(op, *key[2:])}**"
@@ -210,17 +222,18 @@ def write(results_folder: Path, root: Path) -> None:
         old.unlink()
     plots, fronts = {}, {}
     for device, found in results.items():
-        for (op, direction), keys in groupby(found.cases, key=lambda key: key[:2]):
+        for (op, direction), group in groupby(found.cases, key=lambda key: key[:2]):
+            keys = list(group)
             name = f"{device}-{op}-{direction}.svg".replace("+", "-and-")
             groups = [Group(names.case(op, *key[2:]), found.cases[key]) for key in keys]
-            chart(directory / name, heading(op, direction), found.processor, groups)
+            chart(directory / name, heading(op, direction), found.processor(keys), groups)
             plots[device, op, direction] = f"plots/{name}"
         if cases := front_cases(found):
             name = f"{device}-front.svg"
             groups = [Group(names.operation(key[0]), found.cases[key]) for key in cases]
             shapes = dict.fromkeys(names.case(op, shape, dtype) for op, _, shape, dtype in cases)
             title = f"llava-fast against transformers, {device_name(device)}"
-            chart(directory / name, title, "; ".join([*shapes, found.processor]), groups)
+            chart(directory / name, title, "; ".join([*shapes, found.processor(cases)]), groups)
             fronts[device] = f"docs/plots/{name}"
     between_markers(root / "README.md", "\n\n".join(front(results, fronts)))
     between_markers(root / "docs" / "benchmarks.md", "\n\n".join(details(results, plots)))

@@ -134,9 +134,9 @@ def stream(
             done.set()
 
     worker = Thread(target=work, name="llava-fast-generate", daemon=True)
-    worker.start()
     started = False
     try:
+        worker.start()  # inside: Ctrl-C must stop it from its first moment on
         for piece in streamer:
             piece = piece if started else piece.lstrip()
             if piece:
@@ -144,10 +144,11 @@ def stream(
                 yield piece
     finally:
         left.set()
-        while not done.is_set():
-            with suppress(KeyboardInterrupt):  # a second Ctrl-C must not leave it working beside the next answer
-                done.wait()  # not join: Python 3.11 takes a thread for stopped when its join is interrupted
-        worker.join()
+        if worker.ident is not None:
+            while not done.is_set():
+                with suppress(KeyboardInterrupt):  # a second Ctrl-C must not leave it working beside the next answer
+                    done.wait()  # not join: Python 3.11 takes a thread for stopped when its join is interrupted
+            worker.join()
     if failure:
         raise failure.pop()  # in the list it would be kept, and with it the tensors of its traceback
 

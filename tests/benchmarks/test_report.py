@@ -83,7 +83,7 @@ def test_tables_and_plots_of_stored_results(root: Path):
     assert row == f"| RMSNorm with residual, forward | 4096 tokens, width 4096; bf16 | {ours} |"
     assert sentence == "Not measured: A100, H200."
     page = between(root / "docs/benchmarks.md")
-    assert "- NVIDIA Test GPU, driver 580.1, 700.0 W, SM 1 MHz, PyTorch 2.13.0" in page
+    assert "*Measured on NVIDIA Test GPU, driver 580.1, 700.0 W, SM 1 MHz, PyTorch 2.13.0" in page
     assert "2030-01-02, commit abc1234" in page
     assert "2030-01-01" not in page  # every case was measured again
     small = "832 tokens, width 4096; bf16"
