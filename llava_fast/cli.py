@@ -25,8 +25,8 @@ app = typer.Typer(
 )
 
 _debug = False
-# The flags of the command that runs, by the names of the Python arguments they set: a command's function has the names
-# of the functions it calls. For a switch also `name=False`.
+# The flags of the command that runs, by Python argument. A command's function and the functions it calls have the same
+# names of arguments; errors use these, and `_fail` puts flags in their place. A switch is here as `name=False`, too.
 _flags: dict[str, str] = {}
 
 
@@ -71,7 +71,7 @@ def demo(
 def chat(
     model: Annotated[str, typer.Argument(help="Directory of the checkpoint, or its id on the Hugging Face hub.")],
     image: Annotated[
-        list[str] | None, typer.Option(help="Image file, shown with the first question; again for more images.")
+        list[str] | None, typer.Option(help="Image file, shown with the first question; repeat it for more images.")
     ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Ask this and stop; without it, questions are read line by line.")
@@ -130,9 +130,9 @@ def _recipes(context: typer.Context) -> None:
 @recipes.command()
 def copy(
     names: Annotated[list[str], typer.Argument(help="Names from `llava-fast recipes`.", metavar="NAME")],
-    to: Annotated[Path, typer.Option(help="Folder; it is made if it is not there.")] = Path("train"),
+    to: Annotated[Path, typer.Option(help="Folder; it is created if it does not exist.")] = Path("train"),
 ) -> None:
-    """Copy recipes, to be changed there; a file that exists is not written over."""
+    """Copy recipes to a folder, where you can change them; an existing file is not overwritten."""
     from llava_fast.train.shipped import copy as copy_shipped
 
     for file in copy_shipped(names, to):
@@ -148,11 +148,11 @@ def convert(
     mm_projector: Annotated[
         str | None, typer.Option(help="Projector of stage 1: .bin or .safetensors, or a hub id.")
     ] = None,
-    base_model: Annotated[str | None, typer.Option(help="Base model of an adapter, if not where it says.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Base model of an adapter, if it names another.")] = None,
     with_tower: Annotated[
         bool, typer.Option("--tower/--no-tower", help="original: put the tower among the weights, or leave it out.")
     ] = True,
-    mm_vision_tower: Annotated[str | None, typer.Option(help="original: CLIP that its code shall name.")] = None,
+    mm_vision_tower: Annotated[str | None, typer.Option(help="original: CLIP model to name in the config.")] = None,
     dtype: Annotated[
         str, typer.Option(help="auto leaves each tensor as it is; or float32, bfloat16, float16.")
     ] = "auto",
