@@ -56,7 +56,7 @@ def _options(
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for the pictures, the model and the report.")] = Path("demo-out"),
 ) -> None:
-    """Train a tiny LLaVA on a built-in picture world and ask it about scenes it has never seen."""
+    """Train a tiny LLaVA in minutes, and ask it about new pictures."""
     from llava_fast.demo.run import run
 
     summary = run(out)
@@ -81,7 +81,7 @@ def chat(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
-    """Talk to a model about images; the answer is printed as it comes. /help lists the commands of the prompt."""
+    """Ask a model about images. Answers are printed as they come; /help lists the commands of the prompt."""
     from llava_fast.chat import Chat, load
     from llava_fast.terminal import answer, converse, open_image, say
 
@@ -105,13 +105,13 @@ def train(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="YAML recipe; key=value after it overrides a key.")],
 ) -> None:
-    """Train by a recipe: the same as `python -m llava_fast.train RECIPE [key=value …]`."""
+    """Train by a recipe. The same as `python -m llava_fast.train RECIPE [key=value …]`."""
     from llava_fast.train.__main__ import main as train_main
 
     raise typer.Exit(train_main([recipe, *context.args]) or 0)
 
 
-recipes = typer.Typer(help="List the recipes and accelerate configs that come with llava-fast, or copy them.")
+recipes = typer.Typer(help="List recipes and accelerate configs of the package, or copy them.")
 app.add_typer(recipes, name="recipes", invoke_without_command=True)
 
 
@@ -158,7 +158,7 @@ def convert(
     ] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 512MB.")] = "5GB",
 ) -> None:
-    """Convert a checkpoint to another layout, in bounded memory; the result is verified before the target appears."""
+    """Convert a checkpoint to another layout. Needs little memory; the result is verified before the target appears."""
     from llava_fast import convert as converter
 
     done = converter.convert(
@@ -185,7 +185,7 @@ def inspect(
     problems: Annotated[int, typer.Option(min=0, help="Problems to list; 0 lists all.")] = 50,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Show what a model will see of a recipe's data, and check every row and image; exit status 1 if any is broken."""
+    """Show what training will see, and check its data. Every row and image is read; exit status 1 if any is broken."""
     from rich.console import Console
 
     from llava_fast.train.inspect import inspect as inspect_recipe
@@ -204,7 +204,7 @@ def inspect(
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Report versions, devices and the backend of every operation; exit status 1 if something is broken."""
+    """Report versions, devices and the backend of every operation. Exit status 1 if something is broken."""
     from llava_fast.doctor import diagnose, show
 
     report = diagnose()

@@ -54,6 +54,14 @@ def test_the_version(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out == f"llava-fast {llava_fast.__version__}\n"
 
 
+def test_the_help_has_a_whole_line_per_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run("--help") == 0
+    commands = capsys.readouterr().out.partition("Commands:\n")[2].strip().splitlines()
+    assert len(commands) == 7
+    assert all(line.endswith(".") and not line.endswith("...") for line in commands)
+
+
 def test_the_package_is_the_command():
     done = subprocess.run([sys.executable, "-m", "llava_fast", "sing"], capture_output=True, text=True)
     assert done.returncode == 2
