@@ -84,11 +84,11 @@ def _pack(batch: int, tokens: int, heads: int, dim: int) -> str:
 
 
 def _decode(batch: int, filled: int, heads: int, dim: int) -> str:
-    return f"batch of {batch}, {count(filled, 'token')} before, {heads} heads of {dim}"
+    return f"batch of {batch}, {count(filled, 'token')} in the cache, {heads} heads of {dim}"
 
 
 def _decode_gqa(batch: int, filled: int, heads: int, key_heads: int, dim: int) -> str:
-    return f"batch of {batch}, {count(filled, 'token')} before, {heads} heads of {dim}, {key_heads} of keys"
+    return f"{_decode(batch, filled, heads, dim)}, {count(key_heads, 'key head')}"
 
 
 def _loss(rows: int, labelled: int, vocabulary: int, width: int) -> str:
@@ -109,7 +109,7 @@ SHAPES: dict[str, Callable[..., str]] = {
     "attention": _pack,
     "attention_build": _pack,
     "attention_gqa": lambda batch, tokens, heads, key_heads, dim: (
-        f"{_pack(batch, tokens, heads, dim)}, {key_heads} of keys"
+        f"{_pack(batch, tokens, heads, dim)}, {count(key_heads, 'key head')}"
     ),
     "attention_images": _pack,
     "attention_images_build": _pack,

@@ -21,7 +21,7 @@ A recipe is a YAML file with these keys. On the command line `key=value` after t
 unknown key, a wrong type or a contradiction is an error of one line, before anything is loaded.
 
 The page on [training](training.md) has an example. `python -m llava_fast.train RECIPE --print-config` prints the values
-of all keys. Without a default, a key is off, or its description says what holds."""
+of all keys. A key without a default is off, unless its description says otherwise."""
 
 # The classes that are documented, and the beginnings of their tables.
 TABLES = {

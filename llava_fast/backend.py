@@ -185,7 +185,7 @@ def choose(op: str, *tensors: Any) -> Callable[..., Any]:
     """
     import torch
 
-    if torch.compiler.is_dynamo_compiling():  # a guard on a table that fills during eager calls would recompile
+    if torch.compiler.is_dynamo_compiling():  # it would guard on the table, and recompile when eager calls fill it
         return _choose(op, tensors)[0].fn
     preferred = _preferred
     known = preferred.get(op)
@@ -198,7 +198,7 @@ def choose(op: str, *tensors: Any) -> Callable[..., Any]:
 
 
 def _runnable(op: str) -> Implementation | None:
-    """What the request prefers of all that runs on this machine; None for a peer, which may come and go."""
+    """What the request prefers of all that this machine can run; None if it is a peer: these can become unavailable."""
     name, implementations = requested(op), _registry[op]
     for candidate in _PREFERENCE if name == "auto" else (name,):
         found = implementations.get(candidate)
@@ -310,8 +310,7 @@ def differentiated(*tensors: Any) -> bool:
 
 def observed(*tensors: Any) -> bool:
     """Whether an operation on these tensors (or None) must be called as a registered operator: for autograd, tracing,
-    a dispatch mode or a subclass of tensors. Otherwise its kernel is launched without one, which takes 40 to 60 µs
-    less."""
+    a dispatch mode or a subclass of tensors. Otherwise its kernel is launched directly: 40 to 60 µs less."""
     import torch
 
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():

@@ -49,7 +49,7 @@ def load(
 
 
 def _device(name: str) -> torch.device:
-    """The device of that name, after a number was put there and read back."""
+    """The device of that name, tested by copying a number there and back."""
     try:
         device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     except RuntimeError as error:
@@ -89,7 +89,7 @@ def prompt(processor: LlavaProcessor, turns: Sequence[Turn]) -> str:
         ValueError: if the processor has no chat template, or it does not take these turns.
     """
     if not processor.chat_template:
-        raise ValueError("the processor has no chat template, so there is no telling how to put a question")
+        raise ValueError("the processor has no chat template, so it is not known how this model is asked a question")
     with blaming("chat template"):
         return processor.apply_chat_template(conversation(turns), add_generation_prompt=True, tokenize=False)
 
@@ -106,8 +106,8 @@ def stream(
         turns: those before the last have answers.
         generate_arguments: passed to `model.generate` (max_new_tokens, do_sample, temperature …).
 
-    The space that a chat template leaves to the answer's first token is left out. An error inside `generate` is raised
-    here. Leaving the iterator early, by `close` or Ctrl-C, stops the generation at its next token.
+    White space before the answer is removed: chat templates leave it to the first token. An error inside `generate` is
+    raised here. Leaving the iterator early, by `close` or Ctrl-C, stops the generation at its next token.
     """
     images = [image for turn in turns for image in turn.images]
     inputs = processor(images=images or None, text=prompt(processor, turns), return_tensors="pt").to(model.device)
@@ -146,11 +146,11 @@ def stream(
         left.set()
         if worker.ident is not None:
             while not done.is_set():
-                with suppress(KeyboardInterrupt):  # a second Ctrl-C must not leave it working beside the next answer
-                    done.wait()  # not join: Python 3.11 takes a thread for stopped when its join is interrupted
+                with suppress(KeyboardInterrupt):  # after a second Ctrl-C it must not go on beside the next answer, too
+                    done.wait()  # not join: Python 3.11 regards a thread as stopped if its join is interrupted
             worker.join()
     if failure:
-        raise failure.pop()  # in the list it would be kept, and with it the tensors of its traceback
+        raise failure.pop()  # an error that stays in the list keeps the tensors of its traceback
 
 
 class Chat:
@@ -160,9 +160,10 @@ class Chat:
     as long as there is room for them. A quarter of the context, or `max_new_tokens` if that is less, is kept for the
     answer.
 
-    turns: what was asked and answered; a turn that failed is not among them.
-    images: what the next question brings with it.
-    context: tokens, the smaller of the model's positions and the tokenizer's `model_max_length`.
+    Attributes:
+        turns: what was asked and answered; a turn that failed is not among them.
+        images: those that come with the next question.
+        context: tokens, the smaller of the model's positions and the tokenizer's `model_max_length`.
 
     Args:
         say: is called with one line when something is left out.
@@ -183,7 +184,7 @@ class Chat:
         **generate_arguments: Any,
     ) -> None:
         prompt(processor, [Turn("")])
-        model.generation_config.max_length = None  # old files set it; with max_new_tokens a warning each turn
+        model.generation_config.max_length = None  # old files set it; with max_new_tokens that is a warning each turn
         self.model, self.processor, self.say = model, processor, say
         self.max_new_tokens, self.generate_arguments = max_new_tokens, generate_arguments
         self.context: int = min(text_config(model.config).max_position_embeddings, processor.tokenizer.model_max_length)

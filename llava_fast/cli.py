@@ -25,8 +25,8 @@ app = typer.Typer(
 )
 
 _debug = False
-# The flags of the command that runs, by the names of the Python arguments they set: a command's function has the names
-# of the functions it calls. For a switch also `name=False`.
+# The flags of the command that runs, by Python argument. A command's function and the functions it calls have the same
+# names of arguments; errors use these, and `_fail` puts flags in their place. A switch is here as `name=False`, too.
 _flags: dict[str, str] = {}
 
 
@@ -56,7 +56,7 @@ def _options(
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for the pictures, the model and the report.")] = Path("demo-out"),
 ) -> None:
-    """Train a tiny LLaVA on a built-in picture world and ask it about scenes it has never seen."""
+    """Train a tiny LLaVA in minutes, and ask it about new pictures."""
     from llava_fast.demo.run import run
 
     summary = run(out)
@@ -71,7 +71,7 @@ def demo(
 def chat(
     model: Annotated[str, typer.Argument(help="Directory of the checkpoint, or its id on the Hugging Face hub.")],
     image: Annotated[
-        list[str] | None, typer.Option(help="Image file, shown with the first question; again for more images.")
+        list[str] | None, typer.Option(help="Image file, shown with the first question; repeat it for more images.")
     ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Ask this and stop; without it, questions are read line by line.")
@@ -81,7 +81,7 @@ def chat(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
-    """Talk to a model about images; the answer is printed as it comes. /help lists the commands of the prompt."""
+    """Ask a model about images. Answers are printed as they come; /help lists the commands of the prompt."""
     from llava_fast.chat import Chat, load
     from llava_fast.terminal import answer, converse, open_image, say
 
@@ -105,13 +105,13 @@ def train(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="YAML recipe; key=value after it overrides a key.")],
 ) -> None:
-    """Train by a recipe: the same as `python -m llava_fast.train RECIPE [key=value …]`."""
+    """Train by a recipe. The same as `python -m llava_fast.train RECIPE [key=value …]`."""
     from llava_fast.train.__main__ import main as train_main
 
     raise typer.Exit(train_main([recipe, *context.args]) or 0)
 
 
-recipes = typer.Typer(help="List the recipes and accelerate configs that come with llava-fast, or copy them.")
+recipes = typer.Typer(help="List recipes and accelerate configs of the package, or copy them.")
 app.add_typer(recipes, name="recipes", invoke_without_command=True)
 
 
@@ -130,9 +130,9 @@ def _recipes(context: typer.Context) -> None:
 @recipes.command()
 def copy(
     names: Annotated[list[str], typer.Argument(help="Names from `llava-fast recipes`.", metavar="NAME")],
-    to: Annotated[Path, typer.Option(help="Folder; it is made if it is not there.")] = Path("train"),
+    to: Annotated[Path, typer.Option(help="Folder; it is created if it does not exist.")] = Path("train"),
 ) -> None:
-    """Copy recipes, to be changed there; a file that exists is not written over."""
+    """Copy recipes to a folder, where you can change them; an existing file is not overwritten."""
     from llava_fast.train.shipped import copy as copy_shipped
 
     for file in copy_shipped(names, to):
@@ -148,17 +148,17 @@ def convert(
     mm_projector: Annotated[
         str | None, typer.Option(help="Projector of stage 1: .bin or .safetensors, or a hub id.")
     ] = None,
-    base_model: Annotated[str | None, typer.Option(help="Base model of an adapter, if not where it says.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Base model of an adapter, if it names another.")] = None,
     with_tower: Annotated[
         bool, typer.Option("--tower/--no-tower", help="original: put the tower among the weights, or leave it out.")
     ] = True,
-    mm_vision_tower: Annotated[str | None, typer.Option(help="original: CLIP that its code shall name.")] = None,
+    mm_vision_tower: Annotated[str | None, typer.Option(help="original: CLIP model to name in the config.")] = None,
     dtype: Annotated[
         str, typer.Option(help="auto leaves each tensor as it is; or float32, bfloat16, float16.")
     ] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 512MB.")] = "5GB",
 ) -> None:
-    """Convert a checkpoint to another layout, in bounded memory; the result is verified before the target appears."""
+    """Convert a checkpoint to another layout. Needs little memory; the result is verified before the target appears."""
     from llava_fast import convert as converter
 
     done = converter.convert(
@@ -185,7 +185,7 @@ def inspect(
     problems: Annotated[int, typer.Option(min=0, help="Problems to list; 0 lists all.")] = 50,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Show what a model will see of a recipe's data, and check every row and image; exit status 1 if any is broken."""
+    """Show what training will see, and check its data. Every row and image is read; exit status 1 if any is broken."""
     from rich.console import Console
 
     from llava_fast.train.inspect import inspect as inspect_recipe
@@ -204,7 +204,7 @@ def inspect(
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Report versions, devices and the backend of every operation; exit status 1 if something is broken."""
+    """Report versions, devices and the backend of every operation. Exit status 1 if something is broken."""
     from llava_fast.doctor import diagnose, show
 
     report = diagnose()

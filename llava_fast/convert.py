@@ -95,7 +95,7 @@ def convert(
     check_layout(layout, with_tower, mm_vision_tower)
     shard_bytes, dtype = parse_size(max_shard_size), dtype_of(dtype)
     if os.path.lexists(target):
-        raise FileExistsError(f"{target} exists; it is not written over")
+        raise FileExistsError(f"{target} exists; it is not overwritten")
     if not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"no directory {target.absolute().parent} to put {target.name} in")
     opened = _open(local_folder(source), base_model, {"vision_tower": vision_tower, "mm_projector": mm_projector})

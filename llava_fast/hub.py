@@ -29,7 +29,7 @@ from llava_fast.errors import one_line
 
 logger = logging.getLogger(__name__)
 
-# Beginnings of the names of weight files; a family is downloaded in the first of its formats that is there.
+# Beginnings of the names of weight files. Of each, one format is downloaded: safetensors if it is there, else `.bin`.
 MODEL = ("model", "adapter_model", "non_lora_trainables")
 PROJECTOR = ("mm_projector",)
 
@@ -99,7 +99,7 @@ def _weight_files(files: list[str], families: Iterable[str]) -> list[str]:
 
 
 def _cached(name: str, weights: Iterable[str], subfolder: str, reason: str, hub: dict[str, Any]) -> Path:
-    """The copy in the hub's cache of a model that cannot be downloaded, for a reason that an error then states."""
+    """The copy in the hub's cache of a model that cannot be downloaded. Without one the error gives the `reason`."""
     try:
         cached = Path(snapshot_download(name, allow_patterns=[], **{**hub, "local_files_only": True}))
     except LocalEntryNotFoundError:
@@ -123,5 +123,5 @@ def _reason(name: str, error: Exception, hub: dict[str, Any]) -> str:
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         flag = "HF_HUB_OFFLINE" if isinstance(error, OfflineModeIsEnabled) else "local_files_only"
         cache = hub.get("cache_dir") or constants.HF_HUB_CACHE
-        return f"the cache {cache} does not have it; {flag} forbids to download it"
+        return f"the cache {cache} does not have it; {flag} forbids downloading it"
     return f"{where} cannot be reached: {one_line(error) or type(error).__name__}"

@@ -88,7 +88,7 @@ def converse(chat: Chat, *, debug: bool = False) -> int:
             if not at_terminal:
                 raise
             say("stopped")
-        except BrokenPipeError:  # nobody reads the answers any more
+        except BrokenPipeError:  # the reader of the answers has gone
             raise
         except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: out of memory
             if debug:
@@ -99,7 +99,7 @@ def converse(chat: Chat, *, debug: bool = False) -> int:
 
 
 def _obey(chat: Chat, line: str) -> str:
-    """Carry out a command line; returns the name of the command."""
+    """Do what a line such as `/image a.png` says; returns the name of the command."""
     command, _, rest = line[1:].partition(" ")
     if command == "image":
         if not rest.strip():

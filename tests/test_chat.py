@@ -137,9 +137,12 @@ def test_an_answer_stopped_before_its_first_word_leaves_nothing(
 
 
 def test_a_second_ctrl_c_leaves_no_work_behind(chat: Chat, monkeypatch: pytest.MonkeyPatch):
+    heard = threading.Event()
+
     def generate(streamer: Any, stopping_criteria: Any, **_: Any) -> None:
         for ids in ([0], [300, 301]):
             streamer.put(torch.tensor(ids))
+        assert heard.wait(60)
         os.kill(os.getpid(), signal.SIGINT)
         while not stopping_criteria(torch.zeros(1, 1), None).all():
             time.sleep(0.01)
@@ -149,7 +152,8 @@ def test_a_second_ctrl_c_leaves_no_work_behind(chat: Chat, monkeypatch: pytest.M
 
     monkeypatch.setattr(chat.model, "generate", generate)
     with pytest.raises(KeyboardInterrupt):
-        list(chat.ask("Go on."))
+        for _ in chat.ask("Go on."):
+            heard.set()
     assert not workers()
     assert [turn.question for turn in chat.turns] == ["Go on."]
 

@@ -54,6 +54,14 @@ def test_the_version(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out == f"llava-fast {llava_fast.__version__}\n"
 
 
+def test_the_help_has_a_whole_line_per_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run("--help") == 0
+    commands = capsys.readouterr().out.partition("Commands:\n")[2].strip().splitlines()
+    assert len(commands) == 7
+    assert all(line.endswith(".") and not line.endswith("...") for line in commands)
+
+
 def test_the_package_is_the_command():
     done = subprocess.run([sys.executable, "-m", "llava_fast", "sing"], capture_output=True, text=True)
     assert done.returncode == 2
@@ -74,7 +82,8 @@ def test_chat_answers_a_question(tiny_checkpoint: Path, picture: Path, capsys: p
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-    """The questions that a model that answers `It is N.` is asked, after each the number of images in its turns."""
+    """Replaces the model by one that answers `It is 1.`, `It is 2.`, ...; the turns that it is given are recorded: each
+    as its question and the number of its images, `first?1`."""
     asked = []
 
     def answer(_: object, __: object, turns: list, **___: object) -> Iterator[str]:
@@ -229,7 +238,7 @@ def test_recipes_are_listed_and_copied(
     Path("train/llava-1.5-7b-stage1.yaml").write_text("mine")
     assert run("recipes", "copy", "accelerate/ddp-8gpu", "llava-1.5-7b-stage1") == 2
     assert capsys.readouterr().err == (
-        "llava-fast: error: train/llava-1.5-7b-stage1.yaml exists; it is not written over\n"
+        "llava-fast: error: train/llava-1.5-7b-stage1.yaml exists; it is not overwritten\n"
     )
     assert Path("train/llava-1.5-7b-stage1.yaml").read_text() == "mine"
     assert not Path("train/accelerate/ddp-8gpu.yaml").exists()

@@ -74,7 +74,7 @@ def test_the_command(tiny: SimpleNamespace, tmp_path: Path, capsys: pytest.Captu
     assert run(source, tmp_path / "hf", "--layout", "hf", "--vision-tower", clip) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'hf'}: hf layout, 80 tensors, 0.2 MiB in 1 file, verified\n"
     assert run(source, tmp_path / "hf", "--layout", "hf", "--vision-tower", clip) == 2
-    assert capsys.readouterr().err == f"llava-fast: error: {tmp_path / 'hf'} exists; it is not written over\n"
+    assert capsys.readouterr().err == f"llava-fast: error: {tmp_path / 'hf'} exists; it is not overwritten\n"
     assert run(source, tmp_path / "hf2", "--layout", "hf") == 2
     assert "pass --vision-tower DIRECTORY" in capsys.readouterr().err
 

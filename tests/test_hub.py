@@ -344,7 +344,8 @@ def test_chat_with_a_released_model(tiny: SimpleNamespace, hub: Hub) -> None:
     model, processor = chat.load("liuhaotian/llava", device="cpu")
     assert processor.tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_index == 101
     assert processor.pad_to_square  # the config says image_aspect_ratio: pad
-    assert "".join(chat.stream(model, processor, [Image.new("RGB", (30, 20), "red")], "w1", max_new_tokens=3))
+    turn = chat.Turn("w1", (Image.new("RGB", (30, 20), "red"),))
+    assert "".join(chat.stream(model, processor, [turn], min_new_tokens=3, max_new_tokens=3))
     with pytest.raises(FileNotFoundError, match="no model liuhaotian/typo is on"):
         chat.load("liuhaotian/typo")
 

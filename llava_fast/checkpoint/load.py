@@ -90,7 +90,7 @@ class BareCheckpointMixin(_FilesMixin):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """As transformers' `LlavaModel`, whose files have the tower's names of all versions."""
+        """As transformers' `LlavaModel`: in the files the tower has names that every version of transformers loads."""
         weights = self.state_dict() if state_dict is None else state_dict
         weights = {
             name.replace("vision_tower.", "vision_tower.vision_model.", 1): weight for name, weight in weights.items()
@@ -166,7 +166,7 @@ def _folder(name: str | os.PathLike, hub: dict[str, Any], kwargs: dict[str, Any]
 
 
 def _named(name: str | os.PathLike, model: Any) -> Any:
-    """The loaded model (or model and loading info) with the name that it was asked for by: adapters refer to it."""
+    """The loaded model (or model and loading info), named as the caller named it: adapters refer to it by this name."""
     loaded = model[0] if isinstance(model, tuple) else model
     loaded.name_or_path = loaded.config.name_or_path = os.fspath(name)
     return model
@@ -194,7 +194,7 @@ def _opened(cls: type[CheckpointMixin], folder: Path, pieces: Pieces, hub: dict[
 
 
 def _of_others(hub: dict[str, Any]) -> dict[str, Any]:
-    """The hub's arguments for the models that a checkpoint refers to: a revision is that of the checkpoint alone."""
+    """The hub's arguments for the models that a checkpoint refers to: `revision` is that of the checkpoint alone."""
     return {key: value for key, value in hub.items() if key != "revision"}
 
 

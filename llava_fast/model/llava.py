@@ -126,8 +126,8 @@ class LlavaModel(LlavaPreTrainedModel):
             interpolate_pos_encoding: accept images of another size than the tower's.
 
             kwargs: `output_hidden_states` and `output_attentions` (default: the vision config's): return those of the
-                whole tower. They are not named in the signature, because `generate` takes the arguments named here
-                away from the language model.
+                whole tower. They are not named in the signature, because `generate` does not pass arguments named
+                there on to the language model.
 
         Returns:
             `pooler_output`: one [tokens, D] tensor per image. `hidden_states`: the tower's, None for those that are

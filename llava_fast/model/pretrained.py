@@ -35,7 +35,7 @@ class _PreTrainedModel(PreTrainedModel):
         return True
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
-        """Flash attention is noted as "sdpa": it needs no library here, and has not its limits in `generate`."""
+        """Flash attention is noted as "sdpa": no library is needed here, and `generate` has none of its limits."""
         if attn_implementation is not None and "flash" in attn_implementation:
             return "sdpa"
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
@@ -52,7 +52,7 @@ class LlavaPart(_PreTrainedModel):
     """Vision tower or language model. As in transformers each is a PreTrainedModel, with its own config, plan for
     tensor parallelism and `_init_weights`; `LlavaModel` initialises the weights of both with its own."""
 
-    base_model_prefix = "replaced_by_liger"  # Liger patches the modules of the attribute of this name
+    base_model_prefix = "replaced_by_liger"  # Liger patches the modules of the attribute that this names
 
     @property
     def base_model(self) -> LlavaPart:

@@ -89,7 +89,7 @@ def rms_norm_reference(
 def _normalised(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     if x.dtype == weight.dtype and x.dtype.itemsize >= 4:
         return torch.rms_norm(x, weight.shape, weight, eps)
-    # PyTorch's own rounds only once in 16 bits.
+    # In 16 bits torch.rms_norm rounds once, transformers' norm twice.
     return (x * _rstd(x, eps)).to(x.dtype).mul_(weight)
 
 

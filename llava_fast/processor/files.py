@@ -146,7 +146,7 @@ class FilesMixin(transformers.LlavaProcessor):
 
         The tokenizer is set to pad on the left, as llava-hf's do: generation needs it.
         """
-        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # which is saved
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # init_kwargs are what is saved
         side = vision.image_size
         image_processor = LlavaImageProcessorPil(
             size={"shortest_edge": side},
@@ -166,7 +166,7 @@ class FilesMixin(transformers.LlavaProcessor):
     def _with_image_settings(self, settings: Mapping[str, Any]) -> Self:
         """A copy of this processor whose image processor differs in these settings of its constructor.
 
-        None is a flag (`do_…`) that is off, and otherwise a setting that stays as it is.
+        For a flag (`do_…`) None is off; for any other setting None is no change.
         """
         given = {
             key: bool(value) if key.startswith("do_") else value
@@ -175,7 +175,7 @@ class FilesMixin(transformers.LlavaProcessor):
         }
         changed = copy(self)
         changed.image_processor = type(self.image_processor).from_dict({**self.image_processor.to_dict(), **given})
-        changed.image_size  # type: ignore[attr-defined]  # noqa: B018  settings we cannot follow are an error
+        changed.image_size  # type: ignore[attr-defined]  # noqa: B018  an error for settings that we do not support
         return changed
 
     def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:

@@ -64,7 +64,7 @@ class _LeftOut(Exception):
 
 
 class Embedded(NamedTuple):
-    """An image that lies in a data file itself."""
+    """An image inside of a data file."""
 
     path: Path
     row: int  # in that file

@@ -83,7 +83,7 @@ class DataSource:
     image_folder: PathLike | None = None  # default: the recipe's image_folder, or else the folder of the file
     split: Text | None = None  # of a folder; default: train
     sampling: Literal["first", "last", "random", "repeat"] = "first"  # which rows make up `count`
-    count: Annotated[Whole, _ROWS] | Text | None = None  # rows, or such as 10% of the file; default: all
+    count: Annotated[Whole, _ROWS] | Text | None = None  # rows, or a share of the file as in 10%; default: all
     weight: Annotated[Number, _WEIGHT] | None = None  # instead of count: this source's proportion in the mixture
 
     def __post_init__(self) -> None:
@@ -131,7 +131,7 @@ class Recipe:
     learning_rate: PositiveNumber = 2e-5  # at the end of the warm-up
     projector_learning_rate: PositiveNumber | None = None  # default: learning_rate
     vision_learning_rate: PositiveNumber | None = None  # trains the vision tower, too; default: it is frozen
-    vision_layers: PositiveWhole | None = None  # train only the last so many layers of the tower that LLaVA reads
+    vision_layers: PositiveWhole | None = None  # train only this many layers: the last that LLaVA reads
     scheduler: Text = "cosine"  # or linear, constant, constant_with_warmup
     warmup_ratio: Annotated[Number, BELOW_ONE] = 0.03  # share of all steps
     weight_decay: Annotated[Number, NOT_NEGATIVE] = 0.0  # not on biases and norms
@@ -144,8 +144,8 @@ class Recipe:
     seed: Annotated[Whole, NOT_NEGATIVE, rule("must be below 2**32", lambda value: value < 2**32)] = 42
     workers: Annotated[Whole, NOT_NEGATIVE] = 4  # processes that load images; 0: in the training process
     cache: Flag = False  # keep finished samples in memory, for small data
-    logging_steps: PositiveWhole = 1  # a line of loss and rates every so many steps
-    save_steps: PositiveWhole | None = None  # a checkpoint every so many steps
+    logging_steps: PositiveWhole = 1  # steps from one line of loss and rates to the next
+    save_steps: PositiveWhole | None = None  # steps from one checkpoint to the next; default: none are written
     save_total_limit: PositiveWhole | None = None  # keep only the newest checkpoints
     eval_steps: PositiveWhole | None = None  # default with validation: at the end only
     resume: Flag | PathLike = False  # true: from the newest checkpoint in output_dir; or a checkpoint folder

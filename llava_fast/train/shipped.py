@@ -39,7 +39,7 @@ def copy(names: Iterable[str], folder: Path) -> list[Path]:
     targets = {name: folder / f"{name}.yaml" for name in names}
     for target in targets.values():
         if target.exists():
-            raise FileExistsError(f"{target} exists; it is not written over")
+            raise FileExistsError(f"{target} exists; it is not overwritten")
     for name, target in targets.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(RECIPES / f"{name}.yaml", target)

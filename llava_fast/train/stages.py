@@ -37,7 +37,7 @@ def prepare_model(recipe: Recipe, processor: LlavaProcessor, checkpoint: Path | 
         model = LlavaForConditionalGeneration.assemble(
             vision_tower=vision_tower, language_model=language_model, tokenizer=processor.tokenizer
         )
-    else:  # absolute, because an adapter refers to its base by this path, or hub id
+    else:  # absolute, because an adapter refers to its base by this path
         name = folder.absolute() if isinstance(folder, Path) else folder
         model = LlavaForConditionalGeneration.from_pretrained(name, dtype=torch.float32)
     processor.check(model.config)
@@ -56,7 +56,7 @@ def prepare_model(recipe: Recipe, processor: LlavaProcessor, checkpoint: Path | 
 
 
 def lora_config(recipe: Recipe, model: LlavaForConditionalGeneration) -> LoraConfig:
-    """LoRA on all linear layers of the language model; the projector is trained in full, and so is the tower, if it is.
+    """LoRA on all linear layers of the language model; the projector, and modules of a trained tower, in full.
 
     The regular expression matches full module paths, since the tower has layers named `q_proj`, too; it fits the names
     of all transformers versions.
@@ -75,7 +75,7 @@ def lora_config(recipe: Recipe, model: LlavaForConditionalGeneration) -> LoraCon
 
 
 def trained_tower(recipe: Recipe, model: LlavaForConditionalGeneration) -> dict[str, nn.Module]:
-    """The modules of the vision tower that the recipe trains, by their names in it; none without a rate for them.
+    """The modules of the vision tower that the recipe trains, by name; none without `vision_learning_rate`.
 
     Raises:
         RecipeError: if `vision_layers` is more than the layers that LLaVA reads.

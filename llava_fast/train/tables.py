@@ -46,7 +46,8 @@ def open_table(path: Path, split: str | None) -> ParquetFile | ArrowFile | Folde
     """Open a Parquet file, an Arrow file, or a folder of data files.
 
     Raises:
-        FileNotFoundError: for a missing file; ValueError for one that cannot be read, or a split that is not there.
+        FileNotFoundError: for a missing file.
+        ValueError: for a file that cannot be read, or a split that is not there.
     """
     if path.is_dir():
         return Folder(path, split)
@@ -267,7 +268,7 @@ class _Cursor:
         if group != self._group or number < self._start:
             metadata = self._file.metadata.row_group(group)
             self._group, self._start, self._batch = group, self._ends[group] - metadata.num_rows, None
-            # A text that a dictionary repeats can be as large as the whole column: few rows at a time, then.
+            # A dictionary may repeat a text that is as large as the whole column: of a large one, few rows at a time.
             columns = (metadata.column(i) for i in range(metadata.num_columns))
             n_bytes = sum(c.total_uncompressed_size for c in columns if c.path_in_schema in self._leaves)
             size = min(self._size, max(4, _BATCH_BYTES // max(1, n_bytes)))
@@ -282,7 +283,7 @@ class _Cursor:
 
 
 def _known(schema: pa.Schema) -> list[str]:
-    """The columns that are read; ValueError for types whose values only code from elsewhere could make."""
+    """The columns that are read; ValueError for extension types: other code makes their values."""
     names = [name for name in COLUMNS if name in schema.names]
     if len(set(schema.names)) < len(schema.names):
         raise ValueError("two columns of one name")

@@ -1,4 +1,4 @@
-"""The benchmark of inference: both models compute the same, and what they are not is not timed."""
+"""The benchmark of inference: both models compute the same, and a provider whose result is wrong is not timed."""
 
 from functools import partial
 

@@ -219,7 +219,7 @@ def test_mistakes_are_one_line(tiny: SimpleNamespace, tmp_path: Path, name: str)
         ({"mm_projector": "nowhere.bin"}, "mm_projector: no file nowhere.bin"),
         ({"base_model": "base"}, "base_model is for adapters, and .*/hf has no adapter_config.json"),
         ({"target": "missing/out"}, "no directory .*/missing to put out in"),
-        ({"target": "hf"}, "/hf exists; it is not written over"),
+        ({"target": "hf"}, "/hf exists; it is not overwritten"),
         ({"source": "nowhere"}, "no directory .*/nowhere"),
         ({"layout": "original"}, "this model does not say which: pass mm_vision_tower"),
     ],

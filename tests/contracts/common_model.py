@@ -11,8 +11,7 @@ import transformers
 from transformers import LlavaConfig
 from transformers_tests.tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
 
-from llava_fast import LlavaForConditionalGeneration
-from llava_fast.model.llava import LlavaModel
+from llava_fast import LlavaForConditionalGeneration, LlavaModel
 
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 37}
 TEXT = {**LAYERS, "model_type": "llama", "vocab_size": 99, "hidden_act": "gelu", "pad_token_id": 1}

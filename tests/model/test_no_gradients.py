@@ -1,5 +1,6 @@
-"""What a pass without gradients costs besides its products: no autograd function and no custom operator is entered, and
-a pass runs no more of PyTorch's operators than transformers'. Counts, so independent of the machine.
+"""What a pass without gradients costs besides matrix products: no autograd function and no custom operator is
+entered, and a pass runs no more of PyTorch's operators than transformers'. These are counts, so they do not depend on
+the machine.
 """
 
 from collections.abc import Iterator

@@ -101,7 +101,7 @@ def test_resuming_with_a_trained_tower(recipe_for, tmp_path):
 
 
 def test_text_only_batches_give_the_tower_zero_gradients(recipe_for, tiny):
-    """Not None, with which the optimiser's moments would depend on how samples are spread over devices."""
+    """Zero and not None: with None the optimiser's moments would depend on how samples are spread over devices."""
     model = LlavaForConditionalGeneration.from_pretrained(tiny.base).train()
     ids = torch.tensor([[1, 5, 6, 7, 8]])
     model(input_ids=ids, labels=ids).loss.backward()

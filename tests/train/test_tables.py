@@ -1,4 +1,4 @@
-"""Parquet and Arrow files that nobody vouches for, and what reading them costs; test_forms.py has the good ones."""
+"""Untrusted Parquet and Arrow files, and what reading them costs; good ones are in test_forms.py."""
 
 import json
 import os
@@ -122,7 +122,7 @@ def test_what_is_no_file(tmp_path, processor):
 @pytest.mark.parametrize("path", ["../0.png", "/etc/passwd", "out.png", "none.png", "https://a.b/c.png"])
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
 def test_paths_beside_embedded_images_stay_in_the_folder(folder, processor, path, suffix):
-    """Whether a cell of `bytes` and `path` has bytes is known when it is read: the scan cannot refuse it."""
+    """A path beside empty `bytes` is found only when the sample is loaded: the scan does not read `bytes`."""
     (folder / "images").mkdir()
     (folder / "images" / "out.png").symlink_to(folder / "0.png")
     table = pa.table({"image": [{"bytes": None, "path": path}], "messages": [SHOWN]})
