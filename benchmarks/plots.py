@@ -76,7 +76,8 @@ def faster(ours: float, theirs: float) -> str:
 
 
 def share(ours: float, theirs: float) -> str:
-    return f"{100 * ours / theirs:.0f} % of the memory"
+    percent = round(100 * ours / theirs)
+    return "as much" if percent == 100 else f"{percent} % of the memory"
 
 
 PANELS = (
