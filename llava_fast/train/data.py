@@ -276,6 +276,10 @@ class LlavaDataset(Dataset):
             raise _LeftOut("image_missing", f"no image file {one_line(missing[0])}{hint}")
         if not any(text for text, supervised in pieces if supervised):
             raise _LeftOut("fully_masked", "no answer")
+        if marks * self._n_image_tokens > self.max_length:  # before tokenising: its time grows with marks times turns
+            words = f"{marks} images of {self._n_image_tokens} tokens, and max_length {self.max_length}"
+            words += " cuts off image tokens"
+            raise _LeftOut("image_truncated", words)
         again = self._files[source].rereads
         return pieces, [
             image if isinstance(image, str) and not (again and is_inline(image)) else None for image in talk.images
