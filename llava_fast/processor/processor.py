@@ -13,6 +13,7 @@ Files are those of transformers, so either library loads what the other saved.
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import re
@@ -20,13 +21,13 @@ import stat
 from collections.abc import Sequence
 from functools import cache
 from os import PathLike
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeGuard, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature, LlavaConfig, LlavaImageProcessorPil
-from transformers.image_utils import load_image
+from transformers.image_utils import httpx  # which package this is depends on the version of huggingface-hub
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 
 from llava_fast.errors import one_line
@@ -273,7 +274,14 @@ class LlavaProcessor(FilesMixin):
 
     # Batches
 
-    def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: None = None,
+        audio: None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
         """Prompts and their images to `input_ids`, `attention_mask` and `pixel_values`.
 
         Args:
@@ -297,7 +305,7 @@ class LlavaProcessor(FilesMixin):
         pixels = kwargs.pop("pixels", self.pixels)
         if pixels not in ("uint8", "float"):
             raise ValueError(f"pixels is 'uint8' or 'float', not {pixels!r}")
-        if any(kwargs.pop(name, None) is not None for name in ("videos", "audio")):
+        if videos is not None or audio is not None:
             raise TypeError("LLaVA reads images and text, no videos or audio")
         if images is None and text is None:
             raise ValueError("nothing to process: give images, text or both")
@@ -407,8 +415,8 @@ def read_rgb(source: Image.Image | str | PathLike | bytes | np.ndarray | torch.T
     """Read and decode an image in any PIL mode, as RGB.
 
     Args:
-        source: a PIL image, a file or its contents, an http(s) URL, or a uint8 array or tensor ([H, W], [H, W, C] or
-            [C, H, W]).
+        source: a PIL image; a file; a file's contents as bytes, or as text in base64 or a data: URL; an http(s) URL,
+            which is fetched; or a uint8 array or tensor ([H, W], [H, W, C] or [C, H, W]).
     Raises:
         FileNotFoundError: for a missing file.
         ValueError: for a file that is not an image, is truncated, or has more pixels than PIL allows; one line, with
@@ -424,7 +432,7 @@ def read_rgb(source: Image.Image | str | PathLike | bytes | np.ndarray | torch.T
         name = getattr(source, "filename", "") or f"(a PIL image, {source.mode})"
     elif isinstance(source, (str, PathLike)):
         name = os.fspath(source)
-        if not _is_inline(name):
+        if not _is_inline(source):
             _check_file(name)
     elif isinstance(source, bytes):
         name = f"of {len(source)} bytes"
@@ -435,8 +443,8 @@ def read_rgb(source: Image.Image | str | PathLike | bytes | np.ndarray | torch.T
     try:
         if isinstance(source, Image.Image):
             return _to_rgb(source)
-        file = io.BytesIO(source) if isinstance(source, bytes) else name
-        with load_image(name) if _is_inline(name) else Image.open(file, formats=_formats()) as opened:
+        contents = _contents(source) if _is_inline(source) else source if isinstance(source, bytes) else None
+        with Image.open(name if contents is None else io.BytesIO(contents), formats=_formats()) as opened:
             return _to_rgb(opened)
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error ...
         reason = one_line(error, 300).partition(" <_io.BytesIO")[0] or type(error).__name__
@@ -490,9 +498,23 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _is_inline(name: str) -> bool:
-    """Whether a string is a URL, or a picture in base64 as chat templates allow, rather than a file."""
-    return name.startswith(("http://", "https://", "data:image/")) or len(name) > 4096
+def _is_inline(source: Any) -> TypeGuard[str]:
+    """Whether a source is a URL, or a picture in base64 as chat templates allow, rather than a file."""
+    return isinstance(source, str) and (source.startswith(("http://", "https://", "data:")) or len(source) > 4096)
+
+
+def _contents(source: str) -> bytes:
+    """What an http(s) URL refers to, or base64 contains; more than `MAX_FILE_BYTES` are not fetched."""
+    if not source.startswith(("http://", "https://")):
+        return base64.b64decode(source.partition(",")[2] if source.startswith("data:") else source)
+    contents = bytearray()
+    with httpx.stream("GET", source, follow_redirects=True, timeout=60) as response:
+        response.raise_for_status()
+        for piece in response.iter_bytes():
+            contents += piece
+            if len(contents) > MAX_FILE_BYTES:
+                raise ValueError(f"more than {MAX_FILE_BYTES} bytes")
+    return bytes(contents)
 
 
 def _from_array(source: np.ndarray | torch.Tensor) -> Image.Image:

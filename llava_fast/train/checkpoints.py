@@ -178,6 +178,16 @@ def made_from(recipe: Recipe, lengths: list[int], model: nn.Module) -> dict[str,
 
     Files are compared by hash, so they may be moved. A checkpoint with all weights does not record its base model.
     """
+    return {
+        "settings": settings_of(recipe),
+        "files": {key: _hash_data(source) for key, source in _data_sources(recipe).items()},
+        "samples": hashlib.sha256(json.dumps(lengths).encode()).hexdigest(),
+        "base": _hash_weights(model) if recipe.stage == "lora" else None,
+    }
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """The settings that decide a run's results, by their keys."""
     settings = {key: value for key, value in asdict(recipe).items() if key not in FREE and key != "lora"}
     settings |= {f"lora.{key}": value for key, value in (asdict(recipe.lora) if recipe.lora else {}).items()}
     if isinstance(recipe.validation, float):
@@ -185,26 +195,30 @@ def made_from(recipe: Recipe, lengths: list[int], model: nn.Module) -> dict[str,
     if isinstance(recipe.data, list):
         for i, source in enumerate(recipe.data):
             settings |= {f"data[{i}].{key}": getattr(source, key) for key in ("split", "sampling", "count", "weight")}
-    return {
-        "settings": settings,
-        "files": {key: _hash_data(source) for key, source in _data_sources(recipe).items()},
-        "samples": hashlib.sha256(json.dumps(lengths).encode()).hexdigest(),
-        "base": _hash_weights(model) if recipe.stage == "lora" else None,
-    }
+    return settings
 
 
-def check_same(recipe: Recipe, folder: Path, now: dict[str, Any], then: dict[str, Any]) -> None:
-    """Check that `then`, recorded in the checkpoint in `folder`, equals `now`, the run that resumes from it.
+def check_settings(recipe: Recipe, folder: Path, then: dict[str, Any]) -> None:
+    """Check that the settings `then`, recorded in the checkpoint in `folder`, are the recipe's. Nothing is loaded.
 
     Raises:
-        RecipeError: naming the key or the file that has changed.
+        RecipeError: naming the key that has changed.
     """
-    for key in sorted(now["settings"].keys() | then["settings"].keys()):
-        new, old = now["settings"].get(key), then["settings"].get(key)
+    now = settings_of(recipe)
+    for key in sorted(now.keys() | then.keys(), key=lambda key: (key != "stage", key)):
+        new, old = now.get(key), then.get(key)
         if new == old or (key in LENGTH and _extends(recipe, new, old)):
             continue
         advice = _instead_of_extending(recipe) if key in LENGTH else ""
         raise RecipeError(f"resume: {key} is {new}, but {folder} was made with {old}{advice}")
+
+
+def check_same(recipe: Recipe, folder: Path, now: dict[str, Any], then: dict[str, Any]) -> None:
+    """Check that data and weights of `then`, recorded in the checkpoint in `folder`, are those of `now`, the new run.
+
+    Raises:
+        RecipeError: naming the key or the file that has changed.
+    """
     sources = _data_sources(recipe)
     for key in sorted(now["files"].keys() | then["files"].keys()):
         if now["files"].get(key) != then["files"].get(key):
@@ -226,7 +240,7 @@ def _instead_of_extending(recipe: Recipe) -> str:
         f"; with scheduler {recipe.scheduler} the learning rate of every step depends on it: finish this run as it was "
         f"planned, then train its result in a new run, with model={recipe.output_dir} and another output_dir"
         if recipe.scheduler != "constant"
-        else "; a run can be made longer, not shorter"
+        else "; a run can be made longer, by the key that it was made with, not shorter"
     )
 
 
@@ -241,8 +255,10 @@ def check_unfinished(recipe: Recipe, now: dict[str, Any], then: dict[str, Any], 
         return
     with reading(out):
         done = TrainerState.load_from_json(str(out / "trainer_state.json"))
-    same_run = done.log_history[: len(state.log_history)] == state.log_history
-    same_length = all(now["settings"][key] == then["settings"][key] for key in LENGTH)
+    histories = (done.log_history[: len(state.log_history)], state.log_history)
+    same_run = len(set(map(json.dumps, histories))) == 1  # as text, in which a loss of NaN equals itself
+    length = "epochs" if recipe.max_steps is None else "max_steps"
+    same_length = now["settings"][length] == then["settings"][length]
     if same_run and same_length and done.global_step >= state.max_steps:
         raise AlreadyFinished(
             f"{out} holds the finished model of this run, nothing is left to do; to train further, start a new run "

@@ -39,7 +39,6 @@ from llava_fast.train.rows import (
     RowError,
     check_spaces,
     count_problems,
-    decode_inline,
     encode_name,
     expand,
     identity,
@@ -277,6 +276,10 @@ class LlavaDataset(Dataset):
             raise _LeftOut("image_missing", f"no image file {one_line(missing[0])}{hint}")
         if not any(text for text, supervised in pieces if supervised):
             raise _LeftOut("fully_masked", "no answer")
+        if marks * self._n_image_tokens > self.max_length:  # before tokenising: its time grows with marks times turns
+            words = f"{marks} images of {self._n_image_tokens} tokens, and max_length {self.max_length}"
+            words += " cuts off image tokens"
+            raise _LeftOut("image_truncated", words)
         again = self._files[source].rereads
         return pieces, [
             image if isinstance(image, str) and not (again and is_inline(image)) else None for image in talk.images
@@ -386,22 +389,20 @@ class LlavaDataset(Dataset):
         images = self._name(row).get("image", [])
         return images if isinstance(images, list) else [images]
 
-    def _image_files(self, row: int) -> list[str | bytes]:
-        """Real paths of a row's images, or their contents."""
+    def _image_files(self, row: int) -> list[Path | str | bytes]:
+        """Real paths of a row's images, or their contents, which may be data: URLs."""
         source, number = self._places[row].tolist()
         images: Sequence[str | bytes | None] = self._image_names(row)
         if None in images:
             images = parse_row(self._files[source].row(number)).images
         return [self._image_file(self._folders[source], image) for image in images if image is not None]
 
-    def _image_file(self, folder: ImageFolder | None, image: str | bytes) -> str | bytes:
-        if isinstance(image, bytes):
+    def _image_file(self, folder: ImageFolder | None, image: str | bytes) -> Path | str | bytes:
+        if isinstance(image, bytes) or is_inline(image):
             return image
-        if is_inline(image):
-            return decode_inline(image)
         if folder is None:
             raise ValueError(f"image '{one_line(image)}' needs an image_folder")
-        return folder.resolve(image)
+        return Path(folder.resolve(image))  # and no URL or base64, however long its name
 
     def split(self, fraction: float, seed: int = 0) -> tuple[LlavaDataset, LlavaDataset]:
         """Two datasets, of about 1 − `fraction` and `fraction` of the samples, in the order of the file.
@@ -415,9 +416,7 @@ class LlavaDataset(Dataset):
             raise ValueError(f"a validation fraction lies between 0 and 1, not {fraction}")
         groups: dict[Any, list[int]] = {}
         for i, row in enumerate(self._rows.tolist()):
-            first = self._image_files(row)[0] if self.n_images[i] else row
-            first = hashlib.sha256(first).digest() if isinstance(first, bytes) else first
-            groups.setdefault(first, []).append(i)
+            groups.setdefault(self._first_image(row) if self.n_images[i] else row, []).append(i)
         keys = list(groups)
         wanted = max(1, round(fraction * len(self)))
         held_out: list[int] = []
@@ -430,6 +429,15 @@ class LlavaDataset(Dataset):
         if mask.all() or not mask.any():
             raise ValueError(f"a fraction of {fraction} of {len(self)} samples leaves one part empty")
         return self._subset(~mask), self._subset(mask)
+
+    def _first_image(self, row: int) -> Any:
+        """A value that rows with the same first image share; the row, if its images cannot be read."""
+        try:
+            image = self._image_files(row)[0]
+        except (OSError, ValueError):  # counted, or raised, when the sample is loaded
+            return row
+        contents = image.encode() if isinstance(image, str) else image
+        return hashlib.sha256(contents).digest() if isinstance(contents, bytes) else contents
 
     def _subset(self, mask: np.ndarray) -> LlavaDataset:
         subset = copy(self)

@@ -121,7 +121,7 @@ class Recipe:
     max_errors: Annotated[Whole, NOT_NEGATIVE] | None = (
         None  # broken rows that a process skips; the next one stops the run
     )
-    validation: _ShareOrFile | None = None  # a share of `data`, drawn by `seed`, or a file
+    validation: _ShareOrFile | None = None  # a share of `data`, drawn by `seed`, or a file or folder
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"  # of the computation; trained weights stay fp32
     gradient_checkpointing: Flag = False  # recompute each layer in backward: less memory, more time
     global_batch_size: PositiveWhole = 128  # samples per optimiser step, over all devices

@@ -22,7 +22,6 @@ supervised if any of its characters is, by the tokenizer's character offsets.
 
 from __future__ import annotations
 
-import base64
 import json
 import logging
 import math
@@ -289,13 +288,14 @@ def _checked(roles: list[Any], texts: list[str], images: list[str | bytes], name
         except UnicodeEncodeError:
             raise ValueError(f"turn {i} is no Unicode text: half of a surrogate pair") from None
     system = texts[0] if roles and roles[0] == "system" else None
+    first = 0
     if roles and roles[0] not in ("human", "user"):  # a system prompt, or an answer to a question that was cut off
-        roles, texts = roles[1:], texts[1:]
-    for i, role in enumerate(roles):
+        first = 1
+    for i, role in enumerate(roles[first:]):
         if not isinstance(role, str) or _ROLES.get(role) != i % 2:
             shown = f"'{one_line(role, 40)}'" if isinstance(role, str) else type(role).__name__
-            raise ValueError(f"roles must alternate: turn {i} is from {shown}, not {names[i % 2]!r}")
-    return Conversation(texts, images, system)
+            raise ValueError(f"roles must alternate: turn {first + i} is from {shown}, not {names[i % 2]!r}")
+    return Conversation(texts[first:], images, system)
 
 
 def _from_messages(messages: list[Any], given: list[str | bytes]) -> Conversation:
@@ -379,17 +379,6 @@ def _image(image: Any, what: str) -> str | bytes:
 def is_inline(image: str | bytes | None) -> bool:
     """Whether an image lies in the row itself, not in a file of its own."""
     return not isinstance(image, str) or image.startswith("data:")
-
-
-def decode_inline(url: str) -> bytes:
-    """The contents of a `data:...;base64,` URL."""
-    head, _, body = url.partition(",")
-    try:
-        if not head.endswith(";base64"):
-            raise ValueError("no ;base64, in it")
-        return base64.b64decode(body, validate=True)
-    except ValueError as error:
-        raise ValueError(f"image '{one_line(head, 40)}' is no base64: {one_line(error)}") from None
 
 
 class ImageFolder:

@@ -11,6 +11,7 @@ Files are not trusted: nothing in them is executed or unpickled, no URL is opene
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from abc import ABC, abstractmethod
@@ -30,6 +31,7 @@ from llava_fast.train.rows import BadRow, JsonFile
 
 COLUMNS = ("id", "image", "images", "conversations", "messages", "prompt", "completion")
 SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
+MAX_ROWS = 2**27  # of a file; rows of nulls take no space in it
 MAX_ITEMS = 1_000_000  # of a row's lists; lists of nulls or empty objects take no space in a file
 
 _BATCH_BYTES = 2**28  # of a Parquet file, at a time
@@ -114,7 +116,7 @@ def data_files(path: Path, split: str | None) -> list[Path]:
 def splits(path: Path) -> dict[str, list[Path]]:
     """The data files of a folder by split; all are "train" if nothing names a split."""
     if (path / "state.json").is_file():  # written by Dataset.save_to_disk; `cache-*.arrow` beside it are no data
-        return {"train": [*path.glob("data-*-of-*.arrow"), *path.glob("dataset.arrow")]}
+        return {"train": _saved_files(path)}
     if (path / "dataset_dict.json").is_file():  # by DatasetDict.save_to_disk
         return {part.parent.name: splits(part.parent)["train"] for part in sorted(path.glob("*/state.json"))}
     files = {}
@@ -132,6 +134,18 @@ def splits(path: Path) -> dict[str, list[Path]]:
         if groups:
             return groups
     return {"train": list(files)} if files else {}
+
+
+def _saved_files(path: Path) -> list[Path]:
+    """The files that `Dataset.save_to_disk` lists; those of an earlier one may lie beside them."""
+    state = path / "state.json"
+    try:
+        names = [file["filename"] for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+        if any(Path(name).name != name or not name.endswith(".arrow") for name in names):
+            raise ValueError("a file that is no .arrow file in this folder")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{state}: no list of '_data_files' by the datasets library ({one_line(error)})") from None
+    return [path / name for name in names]
 
 
 def _shard_of(file: Path) -> str | None:
@@ -154,6 +168,8 @@ class _Table(ABC):
         self._lock = Lock()
         with self._blaming():
             self._open()
+            if len(self) > MAX_ROWS:
+                raise ValueError(f"{len(self)} rows are more than the limit of {MAX_ROWS}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path,)
@@ -308,4 +324,6 @@ def _plain(value: pa.Scalar, room: list[int]) -> Any:
         return [_plain(item, room) for item in value]
     if isinstance(value, pa.BinaryScalar) and not isinstance(value, pa.StringScalar):
         return b""
+    if isinstance(value, (pa.DictionaryScalar, pa.RunEndEncodedScalar, pa.UnionScalar, pa.ExtensionScalar)):
+        return _plain(value.value, room)
     return value.as_py()

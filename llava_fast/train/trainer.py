@@ -63,6 +63,8 @@ def run(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> TrainResul
     checkpoint = recipe.checkpoint()
     with _one_line_errors():
         manifest = checkpoints.read_manifest(checkpoint) if checkpoint else None
+        if checkpoint is not None and manifest is not None:
+            checkpoints.check_settings(recipe, checkpoint, manifest["made_from"]["settings"])
         arguments = training_arguments(recipe)
         set_seed(recipe.seed)
         processor = load_processor(recipe)

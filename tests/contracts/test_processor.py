@@ -191,6 +191,14 @@ def test_forms_of_images_and_text(both: Any, form: str, tensors: str | None) -> 
     assert_same(ours, theirs)
 
 
+def test_arguments_by_position(both: Any) -> None:
+    ours, theirs = (processor(IMAGES, TEXTS, None, None, **PT) for processor in both)
+    assert_same(ours, theirs)
+    for extra in ((IMAGES, None), (None, IMAGES)):
+        with pytest.raises(TypeError, match="no videos or audio"):
+            both[0](IMAGES, TEXTS, *extra)
+
+
 # Padding
 
 

@@ -2,7 +2,11 @@
 
 import base64
 import io
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -223,6 +227,49 @@ def test_arrays_tensors_and_base64_are_images_too():
     )
     batch = make()(images=torch.tensor(np.stack([array, array])), return_tensors="pt")
     assert batch["pixel_values"].shape == (2, 28, 28, 3)
+
+
+class Site(BaseHTTPRequestHandler):
+    pages: ClassVar[dict[str, bytes]] = {}
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path in self.pages else 404)
+        self.end_headers()
+        self.wfile.write(self.pages.get(self.path, b""))
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def site() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Site) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_urls_and_base64_are_checked_like_files(site, monkeypatch):
+    """The same pixels, formats and limits: what a client or a web server sends is trusted no more than a file."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    buffer, postscript = io.BytesIO(), io.BytesIO()
+    RGB.save(buffer, "PNG", exif=exif)
+    RGB.save(postscript, "EPS")
+    Site.pages = {"/x.png": buffer.getvalue(), "/x.eps": postscript.getvalue()}
+    for url in (f"{site}/x.png", "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()):
+        np.testing.assert_array_equal(np.asarray(read_rgb(url)), np.asarray(RGB))
+    body = base64.b64encode(postscript.getvalue()).decode()
+    for source in (f"{site}/x.eps", f"data:image/png;base64,{body}", body.ljust(5000, "=")):
+        with pytest.raises(ValueError, match=r"cannot read image .*: cannot identify image file"):
+            read_rgb(source)
+    with pytest.raises(ValueError, match=r"cannot read image http://.*/none\.png: .*404"):
+        read_rgb(f"{site}/none.png")
+    with pytest.raises(FileNotFoundError, match="no image file"):  # a path is a path, however long
+        read_rgb(Path("a" * 5000))
+    monkeypatch.setattr(images, "MAX_FILE_BYTES", 100)
+    with pytest.raises(ValueError, match="more than 100 bytes"):
+        read_rgb(f"{site}/x.png")
 
 
 def test_expand_to_square_keeps_a_square():

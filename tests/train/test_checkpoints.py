@@ -30,6 +30,10 @@ def test_a_finished_run_has_nothing_left_to_do(recipe_for, tmp_path, capsys):
     printed = capsys.readouterr()
     assert printed.out.count("\n") == 1 and "to train further, start a new run with model=" in printed.out
     assert snapshot(tmp_path / "out") == before
+    constant = {"scheduler": "constant", "output_dir": tmp_path / "constant", **settings}
+    run(recipe_for(**constant))
+    with pytest.raises(AlreadyFinished):  # `max_steps` is its length, so more epochs are nothing to do
+        run(recipe_for(resume=True, epochs=2, **constant))
     # From a checkpoint that is named, the same steps are done again.
     result = run(recipe_for(resume=tmp_path / "out" / "checkpoint-2", **settings))
     assert result["steps"] == 4
@@ -72,8 +76,10 @@ def test_a_run_whose_rates_depend_on_its_length_cannot(recipe_for, tmp_path):
     assert f"in a new run, with model={tmp_path / 'out'} and another output_dir" in str(error.value)
     shutil.rmtree(tmp_path / "out")
     run(recipe_for(max_steps=4, save_steps=2, scheduler="constant"))
-    with pytest.raises(RecipeError, match="a run can be made longer, not shorter"):
+    with pytest.raises(RecipeError, match="a run can be made longer, by the key that it was made with, not shorter"):
         run(recipe_for(max_steps=2, save_steps=2, scheduler="constant", resume=True))
+    with pytest.raises(RecipeError, match=r"resume: stage is lora, but .* was made with full"):
+        run(recipe_for(max_steps=4, save_steps=2, scheduler="constant", stage="lora", resume=True))
 
 
 def test_without_a_checkpoint_the_model_can_be_trained_further(recipe_for, tmp_path):

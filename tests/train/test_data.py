@@ -188,7 +188,7 @@ def test_pickles_for_spawned_workers(folder, processor):
         (
             {"conversations": [{"from": "tool", "value": "q"}, {"from": "assistant", "value": "a"}]},
             "v1",
-            "roles must alternate: turn 0 is from 'assistant', not 'human'",
+            "roles must alternate: turn 1 is from 'assistant', not 'human'",
         ),
         (row("<image>", "a", image=3), "v1", "'image' must be a file name or a list of them"),
         (row("<image>", "a", image=["0.png", None]), "v1", "'image' must be a file name or a list of them"),

@@ -227,6 +227,21 @@ def test_samples_of_one_embedded_image_stay_together(folder, processor):
     assert (len(train), len(validation)) == (20, 10) and not colours[0] & colours[1]
 
 
+def test_an_unreadable_image_does_not_stop_a_split(folder, processor):
+    """It is found, and counted, when its sample is loaded."""
+    talk = [{"role": "user", "content": "<image>\nwhat"}, {"role": "assistant", "content": "one"}]
+    cells = [{"bytes": None, "path": f"{i % 3}.png"} for i in range(10)]
+    cells[4]["path"] = "../elsewhere.png"
+    write(pa.table({"image": cells, "messages": [talk] * 10}), folder / "data.parquet")
+    rows = [{"images": [cell["path"]], "messages": talk} for cell in cells]
+    rows[4]["images"] = ["data:image/png;base64,no"]
+    (folder / "data.json").write_text(json.dumps(rows))
+    for name in ("data.parquet", "data.json"):
+        parts = LlavaDataset(folder / name, folder, processor, on_error="skip").split(0.3)
+        assert sum(map(len, parts)) == sum(len(list(part)) for part in parts) == 10
+        assert sum(part.report.unreadable for part in parts) == 1
+
+
 # Folders
 
 
@@ -293,6 +308,10 @@ def test_what_the_datasets_library_saves(folder, processor, expected):
     for path in ("saved", "both", "data.parquet"):
         same_samples(LlavaDataset(folder / path, None, processor, on_error="raise"), expected)
     assert len(LlavaDataset([DataSource(folder / "both", split="test")], None, processor)) == 1
+    table.save_to_disk(folder / "both" / "train", num_shards=3)  # the one shard of before stays there
+    assert len(list((folder / "both" / "train").glob("*.arrow"))) == 4
+    assert len(datasets.load_from_disk(folder / "both")["train"]) == 3
+    same_samples(LlavaDataset(folder / "both", None, processor, on_error="raise"), expected)
     found = LlavaDataset(folder / "saved", None, processor)
     assert found.images(2)[0] == Embedded(folder / "saved" / "data-00001-of-00002.arrow", 0, 0)
 

@@ -247,7 +247,9 @@ def test_images_are_read_in_parallel_and_once(recipe_for, tiny, monkeypatch):
 
     monkeypatch.setattr(LlavaProcessor, "image_pixels", pixels)
     problems, n_images = check_images([train], threads=2)
-    assert problems == [] and sorted(read) == sorted({image for i in range(len(train)) for image in train.images(i)})
+    assert problems == [] and sorted(map(str, read)) == sorted(
+        {image for i in range(len(train)) for image in train.images(i)}
+    )
     assert n_images == len(read) == 96
 
 

@@ -395,7 +395,7 @@ def test_a_damaged_checkpoint_is_one_line(damage, message, copied):
         ({"max_steps": 8}, "max_steps is 8, but"),
         ({"seed": 1}, "seed is 1, but"),
         ({"lora": {"r": 8, "dropout": 0.2}}, "lora.r is 8, but"),
-        ({"stage": "full", "lora": None}, "lora.alpha is None, but"),
+        ({"stage": "full", "lora": None}, "stage is full, but"),
         ({"validation": 0.2}, "validation is 0.2, but"),
         ({"group_by": "length"}, "group_by is length, but"),
     ],

@@ -84,6 +84,17 @@ FILES = {
         "row 0: cannot be read: more than 1000000 items in lists",
     ),
     "numbers for messages": (".parquet", parquet(pa.table({"messages": [[1, 2]]})), "row 0: turn 0 has no 'content'"),
+    "a dictionary of a list of many nulls": (
+        ".arrow",
+        arrow(pa.table({"messages": pa.DictionaryArray.from_arrays(
+            pa.array([0], pa.int8()), pa.ListArray.from_arrays(pa.array([0, 2**28], pa.int32()), pa.nulls(2**28)))})),
+        "row 0: cannot be read: more than 1000000 items in lists",
+    ),
+    "very many rows of null": (
+        ".arrow",
+        arrow(pa.table({"messages": pa.nulls(2**28)})),
+        f"{2**28} rows are more than the limit of {2**27}",
+    ),
     "a way up": (".parquet", parquet(pa.table({"image": ["../x.png"], "messages": [SHOWN]})), "outside of the image"),
 }  # fmt: skip
 
@@ -135,6 +146,20 @@ def test_paths_beside_embedded_images_stay_in_the_folder(folder, processor, path
         f"{file}, row 0",
         "needs an image_folder",
     )
+
+
+@pytest.mark.parametrize(
+    "state",
+    ["", "[]", '{"_data_files": 3}', '{"_data_files": [{"filename": "../data.arrow"}]}', '{"_data_files": [{}]}',
+     '{"_data_files": [{"filename": "state.json"}]}', "[" * 100_000],
+)  # fmt: skip
+def test_lists_of_saved_files_that_nobody_vouches_for(tmp_path, processor, state):
+    (tmp_path / "data.arrow").write_bytes(arrow(GOOD))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "state.json").write_text(state)
+    refused(tmp_path, lambda: LlavaDataset(tmp_path / "set", None, processor), "set/state.json: no list of '_data_f")
+    (tmp_path / "set" / "state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}')
+    refused(tmp_path, lambda: LlavaDataset(tmp_path / "set", None, processor), "no data file", "set/data.arrow")
 
 
 def test_compressed_arrow_is_limited(tmp_path, processor, monkeypatch):

@@ -166,6 +166,10 @@ ROWS = {
         {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]},
         "roles must alternate: turn 1 is from 'user', not 'assistant'",
     ),
+    "two questions after a system turn": (
+        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}] * 2},
+        "roles must alternate: turn 2 is from 'system', not 'assistant'",
+    ),
     "a role of nobody": ({"messages": [{"role": "user", "content": "a"}, {"content": "b"}]}, "turn 1 is from NoneType"),
     "endless text of parts": (chat("what", [{"type": "text", "text": "a" * 10**6}]), "1000004 characters of text are"),
     "an endless system turn": (
