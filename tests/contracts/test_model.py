@@ -109,6 +109,38 @@ def test_a_loss_that_needs_logits_gets_them(tiny: SimpleNamespace, need: str) ->
     assert_alike(*on_both(tiny, call))
 
 
+# Gradient checkpointing
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("asked", [{}, {"output_hidden_states": True, "output_attentions": True}, {"use_cache": True}])
+def test_gradient_checkpointing(tiny: SimpleNamespace, asked: dict, reentrant: bool) -> None:
+    inputs = {**tiny.batch(tiny.config(), EVEN), **asked}
+
+    def call(model: Any) -> Any:
+        model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        outputs = model(**inputs)
+        outputs.loss.backward()
+        kept = outputs.past_key_values, outputs.hidden_states, outputs.attentions
+        return outputs.loss, *kept, model.lm_head.weight.grad, model.get_input_embeddings().weight.grad
+
+    assert_alike(*on_both(tiny, call))
+
+
+def test_gradient_checkpointing_cannot_read_a_cache(tiny: SimpleNamespace) -> None:
+    ids = torch.arange(5, 15)[None]
+
+    def call(model: Any) -> None:
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+        model.train().gradient_checkpointing_enable()
+        with pytest.raises(ValueError if isinstance(model, LlavaForConditionalGeneration) else RuntimeError) as caught:
+            model(input_ids=ids[:, :4], past_key_values=cache)
+        assert "\n" not in str(caught.value)
+
+    on_both(tiny, call)
+
+
 # Hidden states and attentions
 
 
