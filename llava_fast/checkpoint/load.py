@@ -91,8 +91,8 @@ class BareCheckpointMixin(_FilesMixin):
         save_original_format: bool = True,
         **kwargs: Any,
     ) -> None:
-        """As transformers' `LlavaModel`: in the files the tower has names that every version of transformers loads; with
-        `save_original_format=False` those that transformers ≥ 5.6 has in memory."""
+        """As transformers' `LlavaModel`: in the files the tower has names that every version of transformers loads;
+        with `save_original_format=False` those that transformers ≥ 5.6 has in memory."""
         weights = self.state_dict() if state_dict is None else state_dict
         # Of a model with adapters (`add_adapter`), transformers writes these alone, in peft's format.
         if save_original_format and not getattr(self, "_hf_peft_config_loaded", False):
