@@ -125,14 +125,15 @@ class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, Gener
             kwargs: for the loss: its sum is divided by `num_items_in_batch` instead of the number of labelled tokens;
                 `shift_labels` [B, T] are already shifted; `ignore_index` instead of −100. The last two, a
                 `loss_function` of the user's own, and a head that is not an `nn.Linear` need all logits, which are then
-                computed and returned in training, too. As in transformers, other arguments are ignored.
+                computed and returned in any case. As in transformers, other arguments are ignored.
 
         Raises:
             ValueError: for inputs that contradict each other, such as a number of image tokens that is not the
                 number of image features.
         """
         if return_logits is None:
-            return_logits = labels is None or not self.training or not self._loss_can_be_fused(kwargs)
+            return_logits = labels is None or not self.training
+        return_logits = return_logits or not self._loss_can_be_fused(kwargs)
         rows: Rows | None = None
         targets = None
         if labels is not None and not return_logits:

@@ -88,13 +88,19 @@ class BareCheckpointMixin(_FilesMixin):
         is_main_process: bool = True,
         state_dict: dict[str, Any] | None = None,
         *args: Any,
+        save_original_format: bool = True,
         **kwargs: Any,
     ) -> None:
-        """As transformers' `LlavaModel`: in the files the tower has names that every version of transformers loads."""
+        """As transformers' `LlavaModel`: in the files the tower has names that every version of transformers loads;
+        with `save_original_format=False` those that transformers ≥ 5.6 has in memory."""
         weights = self.state_dict() if state_dict is None else state_dict
-        weights = {
-            name.replace("vision_tower.", "vision_tower.vision_model.", 1): weight for name, weight in weights.items()
-        }
+        # Of a model with adapters (`add_adapter`), transformers writes these alone, in peft's format.
+        if save_original_format and not getattr(self, "_hf_peft_config_loaded", False):
+            weights = {
+                name.replace("vision_tower.", "vision_tower.vision_model.", 1): weight
+                for name, weight in weights.items()
+            }
+        kwargs["save_original_format"] = save_original_format
         super().save_pretrained(save_directory, is_main_process, weights, *args, **kwargs)
 
 

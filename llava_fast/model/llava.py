@@ -282,7 +282,11 @@ class LlavaModel(LlavaPreTrainedModel):
     def _cache(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
         if use_cache is None:
             use_cache = self.language_model.config.use_cache and not self.training
-        return DynamicCache() if use_cache and given is None else given
+        # Layers whose activations are recomputed get no cache from transformers' base class.
+        recomputes = self.training and any(layer.gradient_checkpointing for layer in self.language_model.layers)
+        if recomputes and given is not None and given.get_seq_length():
+            raise ValueError("past_key_values cannot be used in training with gradient checkpointing")
+        return DynamicCache() if use_cache and given is None and not recomputes else given
 
     def _ranges(
         self,

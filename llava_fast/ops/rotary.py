@@ -61,8 +61,9 @@ def rotary_reference(
 
 def _rotate_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x · cos + swap(x) · sin, where `swap` exchanges the halves, and the lower half of `sin` is negated."""
-    # Each product is rounded before the sum, as in transformers.
-    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))
+    # Each product is rounded before the sum, as in transformers; under autocast to float32, the dtype of the angles.
+    out = x * cos
+    return out.add_(x.roll(x.shape[-1] // 2, -1).to(out.dtype).mul_(sin))
 
 
 class _RotaryReference(torch.autograd.Function):

@@ -91,6 +91,56 @@ def test_a_loss_function_of_the_users_own(tiny: SimpleNamespace) -> None:
     assert_alike(*on_both(tiny, call))
 
 
+@pytest.mark.parametrize("need", ["shift_labels", "a loss of the user's own", "a head with a hook"])
+def test_a_loss_that_needs_logits_gets_them(tiny: SimpleNamespace, need: str) -> None:
+    """Even if they are not to be returned."""
+    inputs = tiny.batch(tiny.config(), EVEN)
+    if need == "shift_labels":
+        inputs["shift_labels"] = inputs["labels"].flip(1)
+
+    def call(model: Any) -> Any:
+        if need == "a loss of the user's own":
+            model.loss_function = lambda logits, labels, **_: (logits.logsumexp(-1) * (labels >= 0)).sum()
+        elif need == "a head with a hook":
+            model.lm_head.register_forward_hook(lambda module, inputs, output: output / 2)
+        wanted = {"return_logits": False} if isinstance(model, LlavaForConditionalGeneration) else {}
+        return model.train()(**inputs, **wanted).loss
+
+    assert_alike(*on_both(tiny, call))
+
+
+# Gradient checkpointing
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("asked", [{}, {"output_hidden_states": True, "output_attentions": True}, {"use_cache": True}])
+def test_gradient_checkpointing(tiny: SimpleNamespace, asked: dict, reentrant: bool) -> None:
+    inputs = {**tiny.batch(tiny.config(), EVEN), **asked}
+
+    def call(model: Any) -> Any:
+        model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        outputs = model(**inputs)
+        outputs.loss.backward()
+        kept = outputs.past_key_values, outputs.hidden_states, outputs.attentions
+        return outputs.loss, *kept, model.lm_head.weight.grad, model.get_input_embeddings().weight.grad
+
+    assert_alike(*on_both(tiny, call))
+
+
+def test_gradient_checkpointing_cannot_read_a_cache(tiny: SimpleNamespace) -> None:
+    ids = torch.arange(5, 15)[None]
+
+    def call(model: Any) -> None:
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+        model.train().gradient_checkpointing_enable()
+        with pytest.raises(ValueError if isinstance(model, LlavaForConditionalGeneration) else RuntimeError) as caught:
+            model(input_ids=ids[:, :4], past_key_values=cache)
+        assert "\n" not in str(caught.value)
+
+    on_both(tiny, call)
+
+
 # Hidden states and attentions
 
 
@@ -293,6 +343,20 @@ def test_another_dtype(tiny: SimpleNamespace, dtype: torch.dtype) -> None:
     assert errors[0] <= 1.5 * errors[1] + 1e-12
 
 
+@pytest.mark.parametrize("recorded", [True, False], ids=["with gradients", "without"])
+def test_autocast(tiny: SimpleNamespace, recorded: bool) -> None:
+    """Both compute the same but for rounding, so their errors are alike: the mean over many tokens, to 1 %."""
+    config = tiny.config({"num_hidden_layers": 4})
+    inputs = tiny.prompt(tiny.batch(config, [[30, "image", 40], [35, "image", 35]]))
+    ours, theirs = tiny.pair(config)
+    with torch.set_grad_enabled(recorded):
+        exact = theirs(**inputs).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            found = [model(**inputs).logits for model in (ours, theirs)]
+    actual, expected = (float((logits - exact).detach().abs().mean()) for logits in found)
+    assert actual == pytest.approx(expected, rel=0.01)
+
+
 def test_inputs_that_require_gradients(tiny: SimpleNamespace) -> None:
     inputs = tiny.batch(tiny.config(), EVEN)
 
@@ -356,33 +420,37 @@ def test_names_in_the_file(tiny: SimpleNamespace, tmp_path: Path, save_original_
             assert torch.equal(again.state_dict()[name], weight), name
 
 
-def test_the_base_model_alone(tiny: SimpleNamespace, tmp_path: Path) -> None:
+@pytest.mark.parametrize("save_original_format", [True, False])
+def test_the_base_model_alone(tiny: SimpleNamespace, tmp_path: Path, save_original_format: bool) -> None:
     tiny.ours(tiny.config()).save_pretrained(tmp_path / "released")
     inputs = tiny.prompt(tiny.batch(tiny.config(), EVEN))
     found = []
     for kind in (LlavaModel, transformers.LlavaModel):
         model = kind.from_pretrained(tmp_path / "released")
         folder = tmp_path / kind.__module__
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, save_original_format=save_original_format)
         names = load_file(folder / "model.safetensors").keys()
         found.append([sorted(names), *(m(**inputs).last_hidden_state for m in (model, kind.from_pretrained(folder)))])
     assert_alike(*found)
 
 
-def test_adapters_that_transformers_adds(tiny: SimpleNamespace, tmp_path: Path) -> None:
+@pytest.mark.parametrize("of", ["model", "whole"])
+def test_adapters_that_transformers_adds(tiny: SimpleNamespace, tmp_path: Path, of: str) -> None:
+    """On the tower and the decoder."""
     inputs = tiny.prompt(tiny.batch(tiny.config(), EVEN))
 
-    def call(model: Any) -> Any:
-        folder = tmp_path / type(model).__module__
-        plain = model(**inputs).logits
+    def call(whole: Any) -> Any:
+        folder = tmp_path / type(whole).__module__
+        model = whole.model if of == "model" else whole
+        plain = model(**inputs)[0]
         torch.manual_seed(0)
         model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
-        adapted = model(**inputs).logits
+        adapted = model(**inputs)[0]
         assert not torch.equal(adapted, plain)
         model.save_pretrained(folder)
         model.delete_adapter("default")
         model.load_adapter(folder)
-        assert torch.equal(model(**inputs).logits, adapted)
+        assert torch.equal(model(**inputs)[0], adapted)
         return adapted, load_file(folder / "adapter_model.safetensors"), sorted(file.name for file in folder.iterdir())
 
     assert_alike(*on_both(tiny, call))
