@@ -25,7 +25,7 @@ HELP = """\
 /image PATH  show an image with the next question; several paths, or several times, for more images
 /reset       forget what was said and shown
 /help        this list
-/exit        leave; so do Ctrl-D, and Ctrl-C at an empty prompt
+/exit        leave; so does Ctrl-D
 Ctrl-C stops an answer; what was said until then stays in the conversation. Arrow up: earlier questions."""
 
 
@@ -149,9 +149,9 @@ def _reader() -> Callable[[], str | None]:
                 line = session.prompt("> ").strip()
             except EOFError:
                 return None
-            except KeyboardInterrupt:  # drops what was typed, or leaves
+            except KeyboardInterrupt:  # drops what was typed; it may also be late for the answer that it was to stop
                 if not session.default_buffer.text:
-                    return None
+                    say("Ctrl-D leaves")
                 continue
             if line:
                 return line
