@@ -23,7 +23,12 @@ from llava_fast.processor.processor import LlavaProcessor
 
 
 def load(
-    checkpoint: str | Path, *, device: str = "auto", dtype: str = "auto"
+    checkpoint: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    vision_tower: str | None = None,
+    base_model: str | None = None,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Load a model for inference, and its processor, in any layout.
 
@@ -31,6 +36,7 @@ def load(
         checkpoint: directory or hub id with the weights, the configuration and the processor's files.
         device: "auto", the GPU if there is one; or a name that `torch.device` accepts.
         dtype: a floating dtype by name; "auto" is the checkpoint's own on a GPU and float32 on a CPU.
+        vision_tower, base_model: as in `from_pretrained`.
 
     Raises:
         OSError: if there is no such model here or on the hub, or the hub cannot be reached.
@@ -39,7 +45,9 @@ def load(
     checkpoint = local_folder(checkpoint)
     where = _device(device)
     chosen = dtype_of(dtype) or (torch.float32 if where.type == "cpu" else "auto")
-    model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=chosen)
+    model = LlavaForConditionalGeneration.from_pretrained(
+        checkpoint, dtype=chosen, vision_tower=vision_tower, base_model=base_model
+    )
     if hasattr(model.config, "mm_vision_tower") and not any((checkpoint / file).is_file() for file in SETTINGS):
         processor = LlavaProcessor.for_original(checkpoint, model.config)
     else:

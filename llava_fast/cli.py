@@ -80,6 +80,8 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    vision_tower: Annotated[str | None, typer.Option(help="CLIP directory or hub id to take the tower from.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Base model of an adapter, if not where it says.")] = None,
 ) -> None:
     """Ask a model about images. Answers are printed as they come; /help lists the commands of the prompt."""
     from llava_fast.chat import Chat, load
@@ -88,7 +90,7 @@ def chat(
     images = [open_image(name) for name in image or ()]
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     try:
-        loaded, processor = load(model, device=device, dtype=dtype)
+        loaded, processor = load(model, device=device, dtype=dtype, vision_tower=vision_tower, base_model=base_model)
         talk = Chat(loaded, processor, say=say, max_new_tokens=max_new_tokens, **sampling)
         talk.images += images
         if prompt is not None:

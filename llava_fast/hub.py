@@ -19,11 +19,13 @@ from typing import Any
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from llava_fast.errors import one_line
 
@@ -42,7 +44,13 @@ _PATIENCE_S = 4.0
 
 def is_id(name: str) -> bool:
     """Whether a name has the form of a hub id: two words around one slash, without the suffix of a file."""
-    return _ID.fullmatch(name) is not None and ".." not in name and not name.endswith(_FILE_SUFFIXES)
+    if not _ID.fullmatch(name) or name.endswith(_FILE_SUFFIXES):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def local_folder(name: str | os.PathLike, weights: Iterable[str] = MODEL, *, subfolder: str = "", **hub: Any) -> Path:

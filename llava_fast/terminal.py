@@ -25,7 +25,7 @@ HELP = """\
 /image PATH  show an image with the next question; several paths, or several times, for more images
 /reset       forget what was said and shown
 /help        this list
-/exit        leave; so do Ctrl-D, and Ctrl-C at an empty prompt
+/exit        leave; so does Ctrl-D
 Ctrl-C stops an answer; what was said until then stays in the conversation. Arrow up: earlier questions."""
 
 
@@ -79,8 +79,8 @@ def converse(chat: Chat, *, debug: bool = False) -> int:
             say(_coming(chat))
     while (line := read()) is not None:
         try:
-            if re.fullmatch(r"/\w*(\s.*)?", line):
-                if _obey(chat, line) == "exit":
+            if command := re.fullmatch(r"/(\w*)(?:\s+(.*))?", line):
+                if _obey(chat, command[1], command[2] or "") == "exit":
                     break
             else:
                 answer(chat, line)
@@ -98,13 +98,12 @@ def converse(chat: Chat, *, debug: bool = False) -> int:
     return 2 if failed and not at_terminal else 0
 
 
-def _obey(chat: Chat, line: str) -> str:
-    """Do what a line such as `/image a.png` says; returns the name of the command."""
-    command, _, rest = line[1:].partition(" ")
+def _obey(chat: Chat, command: str, rest: str) -> str:
+    """Do what a line such as `/image a.png` says, `rest` being what follows the command; returns the command."""
     if command == "image":
-        if not rest.strip():
+        if not rest:
             raise ValueError("which image? /image PATH")
-        chat.images += [open_image(path) for path in _paths(rest.strip())]
+        chat.images += [open_image(path) for path in _paths(rest)]
         say(_coming(chat))
     elif command == "reset":
         chat.reset()
@@ -150,9 +149,9 @@ def _reader() -> Callable[[], str | None]:
                 line = session.prompt("> ").strip()
             except EOFError:
                 return None
-            except KeyboardInterrupt:  # drops what was typed, or leaves
+            except KeyboardInterrupt:  # drops what was typed; it may also be late for the answer that it was to stop
                 if not session.default_buffer.text:
-                    return None
+                    say("Ctrl-D leaves")
                 continue
             if line:
                 return line

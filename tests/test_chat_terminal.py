@@ -78,7 +78,9 @@ def test_mistakes_and_ctrl_c_leave_the_conversation_alive(tiny_checkpoint: Path,
     terminal.child.send("half a question")
     terminal.child.sendintr()  # drops it
     terminal.until_prompt()
-    terminal.child.sendintr()  # leaves: nothing is typed
+    terminal.child.sendintr()  # nothing is typed: as when it comes just after the end of an answer
+    assert terminal.until_prompt() == "Ctrl-D leaves"
+    terminal.child.sendeof()
     assert terminal.ended() == 0
 
 

@@ -66,6 +66,9 @@ def unreachable(monkeypatch: pytest.MonkeyPatch, url: str = "http://127.0.0.1:9"
         ("out\\llava", False),
         ("llava-hf/llava/", False),
         ("llava-hf/..", False),
+        ("llava--hf/llava", False),
+        ("llava-hf/llava-", False),
+        ("llava-hf/" + "x" * 97, False),
         ("llava", False),
         ("stage1/mm_projector.bin", False),
         ("out/model.safetensors", False),
@@ -78,7 +81,7 @@ def test_what_is_a_hub_id(name: str, expected: bool) -> None:
 
 
 def test_a_path_that_is_not_there_is_never_asked_of_the_hub(hub: Hub, tmp_path: Path) -> None:
-    for name in ("./org/model", "a/b/c", "nowhere", "org/model.bin", str(tmp_path / "model")):
+    for name in ("./org/model", "a/b/c", "a--b/c", "nowhere", "org/model.bin", str(tmp_path / "model")):
         with pytest.raises(FileNotFoundError, match=f"^no directory {name}$"):
             local_folder(name)
     (tmp_path / "file").touch()
