@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not hint:
             raise
         return _failed(hint, 2)
+    except KeyboardInterrupt:  # before there is a recipe, whose run would say how to resume
+        return INTERRUPTED
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -67,6 +67,15 @@ def test_what_to_do_after_ctrl_c_before_the_first_checkpoint(recipe_for, tmp_pat
     assert capsys.readouterr().err.strip() == f"{none}resume: start again"
 
 
+def test_ctrl_c_while_modules_are_imported(monkeypatch, capsys):
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llava_fast.train.__main__._train", interrupt)
+    assert main(["recipe.yaml"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("package", ["yaml", "pydantic"])
 def test_a_missing_extra_is_one_line(package, recipe_for, tmp_path, monkeypatch, capsys):
     path = tmp_path / "recipe.yaml"
