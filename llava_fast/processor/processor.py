@@ -275,12 +275,7 @@ class LlavaProcessor(FilesMixin):
     # Batches
 
     def __call__(
-        self,
-        images: Any = None,
-        text: str | Sequence[str] | None = None,
-        videos: None = None,
-        audio: None = None,
-        **kwargs: Any,
+        self, images: Any = None, text: str | Sequence[str] | None = None, *others: None, **kwargs: Any
     ) -> BatchFeature:
         """Prompts and their images to `input_ids`, `attention_mask` and `pixel_values`.
 
@@ -288,6 +283,7 @@ class LlavaProcessor(FilesMixin):
             images: one image; a flat list, assigned to the rows' `<image>` marks in order; or one list per row, empty
                 or None for a text-only row. Each may be anything that `read_rgb` takes.
             text: a prompt or a list of them.
+            others: transformers' `videos` and `audio`, by position: None.
             kwargs: transformers' options, flat or in `text_kwargs`, `images_kwargs` and `common_kwargs`:
                 pixels: "uint8" or "float", instead of the attribute.
                 padding: default: tensors of several rows are padded to the longest.
@@ -305,7 +301,7 @@ class LlavaProcessor(FilesMixin):
         pixels = kwargs.pop("pixels", self.pixels)
         if pixels not in ("uint8", "float"):
             raise ValueError(f"pixels is 'uint8' or 'float', not {pixels!r}")
-        if videos is not None or audio is not None:
+        if any(other is not None for other in (*others, kwargs.pop("videos", None), kwargs.pop("audio", None))):
             raise TypeError("LLaVA reads images and text, no videos or audio")
         if images is None and text is None:
             raise ValueError("nothing to process: give images, text or both")
