@@ -75,12 +75,13 @@ class Embedded(NamedTuple):
 
 def open_source(source: DataSource) -> Any:
     """The rows of a data file or folder: a `JsonFile`, or one of the classes of `tables.py`, which act alike."""
-    if source.path.suffix in (".parquet", ".arrow") or source.path.is_dir():
+    is_folder = source.path.is_dir()
+    if source.split is not None and not is_folder:
+        raise ValueError(f"{source.path}: a split is of a folder, and this is a file")
+    if source.path.suffix in (".parquet", ".arrow") or is_folder:
         from llava_fast.train import tables  # pyarrow is imported only where it is needed
 
         return tables.open_table(source.path, source.split)
-    if source.split is not None:
-        raise ValueError(f"{source.path}: a split is of a folder, and this is a file")
     return JsonFile(source.path)
 
 

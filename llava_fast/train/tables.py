@@ -53,8 +53,6 @@ def open_table(path: Path, split: str | None) -> ParquetFile | ArrowFile | Folde
     """
     if path.is_dir():
         return Folder(path, split)
-    if split is not None:
-        raise ValueError(f"{path}: a split is of a folder, and this is a file")
     if not path.is_file():
         raise FileNotFoundError(f"no data file {one_line(path)}")
     return ArrowFile(path) if path.suffix == ".arrow" else ParquetFile(path)
