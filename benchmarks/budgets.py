@@ -27,10 +27,10 @@ from llava_fast.ops._launch import recorded
 
 BUDGETS = {
     "tower and projector": 190,
-    "decoder layer, prefill": 16,
-    "decoder layer, decoding": 14,
-    "decoder layer, training forward": 13,
-    "decoder layer, training backward": 27,
+    "decoder layer, prefill": 12,
+    "decoder layer, decoding": 9,
+    "decoder layer, training forward": 12,
+    "decoder layer, training backward": 26,
 }
 # What PyTorch does without a kernel: views, and memory that is not initialised.
 FREE = set(

@@ -7,6 +7,7 @@ Shapes: B batch, T new tokens, S slots, G key heads, d head dimension. transform
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -68,14 +69,11 @@ class Int8Layer(StaticLayer):
             x, scale = quantise_reference(x)
             slots.index_copy_(2, slot_T, x)
             scales.index_copy_(2, slot_T, scale)
-        self.advance(key_states.shape[2])
+        self.cumulative_length.add_(key_states.shape[2])
+        self.empty = False
         return dequantise(self.keys, self.key_scales, self.dtype), dequantise(
             self.values, self.value_scales, self.dtype
         )
-
-    def advance(self, tokens: int) -> None:
-        self.cumulative_length.add_(tokens)
-        self.empty = False
 
     def reset(self) -> None:
         super().reset()
@@ -116,6 +114,7 @@ class Int8Cache(Cache):
 def rotate_and_cache(
     cache: Cache,
     layer: int,
+    written: list[StaticLayer],
     q_BTHd: torch.Tensor,
     k_BTGd: torch.Tensor,
     v_BTGd: torch.Tensor,
@@ -125,7 +124,7 @@ def rotate_and_cache(
     """Rotated queries, and all keys and values of the updated cache, [B, S, G, d].
 
     For a static cache keys and values are views of it; for the first tokens of an int8 cache they are the new keys and
-    values before quantisation."""
+    values before quantisation. A layer that is appended to `written` has its old length until `advance`."""
     own = cache.layers[layer] if layer < len(cache.layers) else None
     is_static = type(own) in (StaticLayer, Int8Layer)  # exact types: no sliding window, no subclass
     if not is_static or not isinstance(own, StaticLayer) or cache.offloading or differentiated(q_BTHd, k_BTGd, v_BTGd):
@@ -136,17 +135,22 @@ def rotate_and_cache(
         own.lazy_initialization(k_BTGd.transpose(1, 2), v_BTGd.transpose(1, 2))
     assert own.keys is not None and own.values is not None
     tensors = q_BTHd, k_BTGd, v_BTGd, cos_BTd, sin_BTd, own.cumulative_length, own.keys, own.values
-    tokens = k_BTGd.shape[1]
     if not isinstance(own, Int8Layer):
         q = write_cache(*tensors)
-        own.cumulative_length.add_(tokens)
+        written.append(own)
         return q, own.keys.transpose(1, 2), own.values.transpose(1, 2)
     q = write_cache(*tensors, key_scales_BGS=own.key_scales, value_scales_BGS=own.value_scales)
-    first = own.empty
-    own.advance(tokens)
+    written.append(own)
+    first, own.empty = own.empty, False
     if first:
         return q, rotary(k_BTGd[:, :, :0], k_BTGd, cos_BTd, sin_BTd)[1], v_BTGd
     return q, Int8(own.keys.transpose(1, 2), own.key_scales), Int8(own.values.transpose(1, 2), own.value_scales)
+
+
+def advance(written: Sequence[StaticLayer], tokens: int) -> None:
+    """Increase the lengths of the layers that `rotate_and_cache` has written to, in one launch for all of them."""
+    if written:
+        torch._foreach_add_([layer.cumulative_length for layer in written], tokens)
 
 
 def attend_int8(q_BTHd: torch.Tensor, k: Int8, v: Int8, ranges: KeyRanges) -> torch.Tensor:

@@ -9,20 +9,22 @@ Shapes: B batch, T tokens, S keys, D width, H query heads, G key heads, d head d
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import LlamaConfig, LlavaConfig, MistralConfig
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llava_fast.model.cache import Int8, attend_int8, rotate_and_cache
+from llava_fast.backend import is_plain
+from llava_fast.model.cache import Int8, advance, attend_int8, rotate_and_cache
+from llava_fast.model.joined import JoinedLinears, recomputed
 from llava_fast.model.pretrained import LlavaPart
 from llava_fast.ops.activation import swiglu
 from llava_fast.ops.attention import KeyRanges, attention_with_weights, range_attention
@@ -31,7 +33,6 @@ from llava_fast.ops.rotary import rotary
 
 SUPPORTED = ("llama", "mistral")
 TextConfig = LlamaConfig | MistralConfig
-NOTHING = nullcontext()
 # Which rows of the last layer's output to compute: the last n tokens of each batch row, or flat indices b · T + t.
 Rows = int | torch.Tensor
 
@@ -46,18 +47,20 @@ class Positions:
 
     cos, sin: [B or 1, T, d], rotary angles of the tokens.
     ranges: [B, T], the keys each token sees, as indices into the keys that the cache returns.
+    written: the cache's layers that were written to and whose lengths are not yet increased (see `advance`).
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
     ranges: KeyRanges
+    written: list[StaticLayer] = field(default_factory=list)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Positions:
         """A copy on another device; accelerate's hooks call this when layers are spread over devices."""
         if self.cos.device == torch.device(device):
             return self
         cos, sin = (x.to(device, non_blocking=non_blocking) for x in (self.cos, self.sin))
-        return Positions(cos, sin, self.ranges.to(device, non_blocking))
+        return Positions(cos, sin, self.ranges.to(device, non_blocking), self.written)
 
 
 class RMSNorm(nn.Module):
@@ -76,13 +79,27 @@ class RMSNorm(nn.Module):
         return rms_norm(total, self.weight, eps=self.eps)[0]
 
 
+def sum_norm(norm: nn.Module, x: torch.Tensor, added: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """norm(x + added), and the sum. A norm that is hooked or replaced gets the sum, as in transformers."""
+    if added is None:
+        return norm(x)
+    return norm(added, x) if is_plain(norm, RMSNorm) else norm(x + added)
+
+
+def heads(x_BTD: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """A view [B, T, H, d]."""
+    return x_BTD.view(*x_BTD.shape[:2], x_BTD.shape[2] // head_dim, head_dim)
+
+
 def _rotate(
     q_BTHd: torch.Tensor, k_BTGd: torch.Tensor, v_BTGd: torch.Tensor, cos_BTd: torch.Tensor, sin_BTd: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return *rotary(q_BTHd, k_BTGd, cos_BTd, sin_BTd), v_BTGd
 
 
-class Attention(nn.Module):
+class Attention(JoinedLinears):
+    joins = ("q_proj", "k_proj", "v_proj")
+
     def __init__(self, config: TextConfig, layer: int):
         super().__init__()
         self.layer = layer
@@ -106,10 +123,13 @@ class Attention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """With `rows`: queries only for those rows, keys and values for all. `again()` recomputes `x_BTD`."""
         angles, ranges = (positions.cos, positions.sin), positions.ranges
-        rotate = _rotate if cache is None else partial(rotate_and_cache, cache, self.layer)
+        rotate = _rotate if cache is None else partial(rotate_and_cache, cache, self.layer, positions.written)
         with recomputed(x_BTD, again):
-            q = self._heads(self.q_proj, x_BTD if rows is None else take_rows(x_BTD, rows))
-            new_k, new_v = self._heads(self.k_proj, x_BTD), self._heads(self.v_proj, x_BTD)
+            if rows is None:
+                projected = self.project(x_BTD)
+            else:
+                projected = self.q_proj(take_rows(x_BTD, rows)), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        q, new_k, new_v = (heads(x, self.head_dim) for x in projected)
         if rows is None:
             q, k, v = rotate(q, new_k, new_v, *angles)
         else:
@@ -126,11 +146,10 @@ class Attention(nn.Module):
             out = range_attention(q, k, cast(torch.Tensor, v), ranges)
         return self.o_proj(out.flatten(2)), weights
 
-    def _heads(self, projection: nn.Module, x_BTD: torch.Tensor) -> torch.Tensor:
-        return projection(x_BTD).unflatten(-1, (-1, self.head_dim))
 
+class MLP(JoinedLinears):
+    joins = ("gate_proj", "up_proj")
 
-class MLP(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         bias = getattr(config, "mlp_bias", False)
@@ -141,7 +160,9 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor, again: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
         with recomputed(x, again):
-            gate, up = self.gate_proj(x), self.up_proj(x)
+            # On a CPU the product of SwiGLU takes longer over halves of one tensor, if there are more than a few rows.
+            apart = x.device.type == "cpu" and x.numel() > 8 * x.shape[-1]
+            gate, up = (self.gate_proj(x), self.up_proj(x)) if apart else self.project(x)
         act = self.act
         product = partial(swiglu, gate, up) if act is None else lambda: act(gate) * up
         y = product()
@@ -165,13 +186,32 @@ class DecoderLayer(GradientCheckpointingLayer):
         want_weights: bool = False,
         rows: Rows | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        y, x_BTD = self.input_layernorm(x_BTD)
+        """The layer's output, and the attention weights."""
+        x_BTD, added_BTD, weights = self.unsummed(x_BTD, None, positions, past_key_values, want_weights, rows)
+        return x_BTD + added_BTD, weights
+
+    def unsummed(
+        self,
+        x_BTD: torch.Tensor,
+        added_BTD: torch.Tensor | None,
+        positions: Positions,
+        cache: Cache | None,
+        want_weights: bool,
+        rows: Rows | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """`forward` of x + added, with its output as two tensors whose sum the next norm computes."""
+        y, x_BTD = sum_norm(self.input_layernorm, x_BTD, added_BTD)
         again = partial(self.input_layernorm.again, x_BTD)
-        y, weights = self.self_attn(y, positions, past_key_values, want_weights, rows, again)
+        y, weights = self.self_attn(y, positions, cache, want_weights, rows, again)
         if rows is not None:
             x_BTD = take_rows(x_BTD, rows)
         y, x_BTD = self.post_attention_layernorm(y, x_BTD)
-        return x_BTD + self.mlp(y, partial(self.post_attention_layernorm.again, x_BTD)), weights
+        return x_BTD, self.mlp(y, partial(self.post_attention_layernorm.again, x_BTD)), weights
+
+    def sums_late(self) -> bool:
+        """Whether `unsummed` may replace a call of this module: nothing else reads its input or output."""
+        saves_input = self.gradient_checkpointing and self.training  # one tensor, not two
+        return is_plain(self, DecoderLayer) and self._compiled_call_impl is None and not saves_input
 
 
 class LanguageModel(LlavaPart):
@@ -222,23 +262,24 @@ class LanguageModel(LlavaPart):
         positions = Positions(cos, sin, ranges)
         states: list[torch.Tensor] = []
         attentions: list[torch.Tensor] = []
-        x_BTD = embeds_BTD
+        x_BTD, added_BTD = embeds_BTD, None
         everything = output_hidden_states or output_attentions
+        late = not output_hidden_states and not _has_any_global_hook()
         if isinstance(rows, int) and rows >= embeds_BTD.shape[1]:
             rows = None
         for i, layer in enumerate(self.layers):
-            if output_hidden_states:
-                states.append(x_BTD)
-            x_BTD, weights = layer(
-                x_BTD,
-                positions,
-                past_key_values=cache,
-                want_weights=output_attentions,
-                rows=rows if i == len(self.layers) - 1 and not everything else None,
-            )
+            own = rows if i == len(self.layers) - 1 and not everything else None
+            if late and layer.sums_late():
+                x_BTD, added_BTD, weights = layer.unsummed(x_BTD, added_BTD, positions, cache, output_attentions, own)
+            else:
+                x_BTD, added_BTD = x_BTD if added_BTD is None else x_BTD + added_BTD, None
+                if output_hidden_states:
+                    states.append(x_BTD)
+                x_BTD, weights = layer(x_BTD, positions, past_key_values=cache, want_weights=output_attentions, rows=own)
             if output_attentions:
                 attentions.append(weights)
-        x_BTD, _ = self.norm(x_BTD)
+        x_BTD, _ = sum_norm(self.norm, x_BTD, added_BTD)
+        advance(positions.written, embeds_BTD.shape[1])
         if output_hidden_states:
             states.append(x_BTD)
         if rows is not None and everything:
@@ -275,61 +316,3 @@ def keys_of_rows(
     offset_B1 = keys * torch.arange(batch, device=ranges.start.device, dtype=torch.int32)[:, None]
     start, end = (take_rows(x + offset_B1, rows) for x in ranges)
     return k_BSGd.flatten(0, 1)[None], v_BSGd.flatten(0, 1)[None], KeyRanges(start, end)
-
-
-# Backward recomputes two tensors instead of saving them: the normalised input of a layer, and the product of SwiGLU.
-# The linear layers that read them would save them (for dW, or for LoRA), but both are point-wise functions of tensors
-# that autograd saves anyway. This frees 2 D + I of 6 D + 3 I numbers per token and layer (D width, I intermediate size
-# of the MLP): 41 % at LLaVA-1.5-7B's sizes when all parameters are trained.
-
-
-def recomputed(tensor: torch.Tensor, make: Callable[[], torch.Tensor] | None) -> AbstractContextManager[Any]:
-    """A context for linear layers that read `tensor`: they do not save it; backward recomputes it by `make()`.
-
-    Args:
-        tensor: contiguous.
-        make: recomputes `tensor`, bit for bit, from tensors that are saved anyway. With None the context does nothing.
-
-    It also does nothing under torch.compile, which decides itself what to save, and inside other saved-tensor hooks:
-    activation checkpointing and offloading use them to free tensors, which `make` would keep alive.
-    """
-    if make is None or not torch.is_grad_enabled() or torch.compiler.is_compiling() or not tensor.is_contiguous():
-        return NOTHING
-    if type(tensor) is not torch.Tensor:  # a DTensor has no data pointer to compare
-        return NOTHING
-    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    if outer is not None and not isinstance(getattr(outer[0], "__self__", None), _Remake):
-        return NOTHING
-    remake = _Remake(tensor, make)
-    return torch.autograd.graph.saved_tensors_hooks(remake.pack, remake.unpack)
-
-
-class _Remake:
-    """Saved-tensor hooks for one tensor: the recomputed tensor is freed after the last linear layer has unpacked it."""
-
-    def __init__(self, tensor: torch.Tensor, make: Callable[[], torch.Tensor]):
-        self.pointer, self.numel, self.dtype = tensor.data_ptr(), tensor.numel(), tensor.dtype
-        self.make, self.readers, self.waiting = make, 0, 0
-        self.made: torch.Tensor | None = None
-        device = tensor.device.type
-        # Backward runs outside of autocast; without restoring it, `make` would round differently.
-        self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-
-    def pack(self, saved: torch.Tensor) -> torch.Tensor | tuple[torch.Size, tuple[int, ...]]:
-        same = (saved.data_ptr(), saved.numel(), saved.dtype) == (self.pointer, self.numel, self.dtype)
-        if not same or self.numel == 0:
-            return saved
-        self.readers += 1
-        return saved.shape, saved.stride()
-
-    def unpack(self, packed: torch.Tensor | tuple[torch.Size, tuple[int, ...]]) -> torch.Tensor:
-        if isinstance(packed, torch.Tensor):
-            return packed
-        made = self.made
-        if made is None:
-            device, dtype, enabled = self.autocast
-            with torch.autocast(device, dtype=dtype, enabled=enabled):
-                made, self.waiting = self.make(), self.readers
-        self.waiting -= 1
-        self.made = made if self.waiting else None
-        return made.as_strided(*packed)

@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llava_fast.backend import is_plain
 from llava_fast.model.joined import JoinedLinears
-from llava_fast.model.language import text_config
+from llava_fast.model.language import heads, text_config
 from llava_fast.model.pretrained import LlavaPart, init_clip
 from llava_fast.ops.activation import gelu, quick_gelu
 from llava_fast.ops.attention import KeyRanges, attention_with_weights, range_attention
@@ -116,11 +116,7 @@ class VisionAttention(JoinedLinears):
     def forward(
         self, x_BND: torch.Tensor, ranges: KeyRanges, want_weights: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if torch.is_grad_enabled():  # autograd needs the three projections as separate layers
-            qkv: Sequence[torch.Tensor] = self.q_proj(x_BND), self.k_proj(x_BND), self.v_proj(x_BND)
-        else:
-            qkv = self.project(x_BND)
-        q, k, v = (projected.unflatten(-1, (-1, self.head_dim)) for projected in qkv)
+        q, k, v = (heads(projected, self.head_dim) for projected in self.project(x_BND))
         weights = None
         if want_weights:
             out, weights = attention_with_weights(q, k, v, ranges)

@@ -14,7 +14,8 @@ from transformers import LlamaConfig
 
 from benchmarks.harness import LiveStorages
 from llava_fast.model import language
-from llava_fast.model.language import DecoderLayer, Positions, recomputed
+from llava_fast.model.joined import recomputed
+from llava_fast.model.language import DecoderLayer, Positions
 from llava_fast.ops.attention import KeyRanges
 
 TOKENS, WIDTH, INNER = 48, 32, 80
