@@ -140,7 +140,7 @@ class JoinedLinears(nn.Module):
         that."""
         self._kept = None
         sharing: dict[int, list[nn.Parameter]] = {}
-        for parameter in nn.ModuleList(self._modules[name] for name in self.joins).parameters():
+        for parameter in nn.ModuleList(self._layers().values()).parameters():
             if type(parameter) is nn.Parameter and parameter.device.type != "meta":
                 sharing.setdefault(parameter.untyped_storage().data_ptr(), []).append(parameter)
         for parameters in sharing.values():

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
+from typing import TypeGuard, cast
 
 import torch
 from torch import nn
@@ -208,10 +208,12 @@ class DecoderLayer(GradientCheckpointingLayer):
         y, x_BTD = self.post_attention_layernorm(y, x_BTD)
         return x_BTD, self.mlp(y, partial(self.post_attention_layernorm.again, x_BTD)), weights
 
-    def sums_late(self) -> bool:
-        """Whether `unsummed` may replace a call of this module: nothing else reads its input or output."""
-        saves_input = self.gradient_checkpointing and self.training  # one tensor, not two
-        return is_plain(self, DecoderLayer) and self._compiled_call_impl is None and not saves_input
+
+def sums_late(layer: nn.Module) -> TypeGuard[DecoderLayer]:
+    """Whether `unsummed` may be called instead of the layer: nothing else reads its input or output."""
+    if not is_plain(layer, DecoderLayer) or layer._compiled_call_impl is not None:
+        return False
+    return not (layer.gradient_checkpointing and layer.training)  # which saves the input: one tensor, not two
 
 
 class LanguageModel(LlavaPart):
@@ -268,15 +270,17 @@ class LanguageModel(LlavaPart):
         if isinstance(rows, int) and rows >= embeds_BTD.shape[1]:
             rows = None
         for i, layer in enumerate(self.layers):
-            own = rows if i == len(self.layers) - 1 and not everything else None
-            if late and layer.sums_late():
-                x_BTD, added_BTD, weights = layer.unsummed(x_BTD, added_BTD, positions, cache, output_attentions, own)
+            few = rows if i == len(self.layers) - 1 and not everything else None
+            if late and sums_late(layer):
+                x_BTD, added_BTD, weights = layer.unsummed(x_BTD, added_BTD, positions, cache, output_attentions, few)
             else:
                 x_BTD, added_BTD = x_BTD if added_BTD is None else x_BTD + added_BTD, None
                 if output_hidden_states:
                     states.append(x_BTD)
-                x_BTD, weights = layer(x_BTD, positions, past_key_values=cache, want_weights=output_attentions, rows=own)
-            if output_attentions:
+                x_BTD, weights = layer(
+                    x_BTD, positions, past_key_values=cache, want_weights=output_attentions, rows=few
+                )
+            if weights is not None:
                 attentions.append(weights)
         x_BTD, _ = sum_norm(self.norm, x_BTD, added_BTD)
         advance(positions.written, embeds_BTD.shape[1])
@@ -284,11 +288,7 @@ class LanguageModel(LlavaPart):
             states.append(x_BTD)
         if rows is not None and everything:
             x_BTD = take_rows(x_BTD, rows)
-        return (
-            x_BTD,
-            tuple(states) if output_hidden_states else None,
-            tuple(attentions) if output_attentions else None,
-        )
+        return x_BTD, tuple(states) if output_hidden_states else None, tuple(attentions) if output_attentions else None
 
 
 # Selecting rows for the last layer: the last tokens of a prompt, or the tokens that predict a label
