@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,8 +41,7 @@ class Example:
     tiles: Sequence[Tile] = ()
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """One kernel launch: positional arguments, constexprs by name, and Triton's options (num_warps, num_stages)."""
 
     kernel: Any
@@ -95,21 +94,40 @@ def launch(kernel: Any, grid: Callable | tuple[int, ...], *args: Any, tile: Tile
 
     It runs on the device of the first argument, a tensor.
     """
-    blocks = {name: value for name, value in tile.items() if name not in ("num_warps", "num_stages")}
-    constexprs = {**blocks, **constexprs}
-    call = Launch(kernel, args, constexprs, tile["num_warps"], tile.get("num_stages", 1))
-    for record in _records:
-        record.append(call)
+    options = {"num_stages": 1, **tile, **constexprs}
+    if _records:
+        warps, stages = options.pop("num_warps"), options.pop("num_stages")
+        for record in _records:
+            record.append(Launch(kernel, args, options, warps, stages))
+        options = {**options, "num_warps": warps, "num_stages": stages}
     if not _dry:
         with torch.cuda.device_of(args[0]):  # Triton launches on the current device
-            kernel[grid](*args, **constexprs, num_warps=call.num_warps, num_stages=call.num_stages)
+            kernel[grid](*args, **options)
 
 
 def architecture(device: torch.device) -> str:
     """The architecture whose tiles are used on `device`: sm_90 from compute capability 9 on, else sm_80."""
-    if _architecture is not None:
-        return _architecture
+    return _architecture or _architecture_of(device)
+
+
+@cache
+def _architecture_of(device: torch.device) -> str:
     return "sm_90" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9 else "sm_80"
+
+
+def unwritten(x: torch.Tensor) -> torch.Tensor:
+    """Memory for a contiguous tensor of the shape and dtype of `x`. `empty` with these arguments takes four times as
+    long, as would a view of `x` as rows."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """`x`, or a copy, to be read as [R, D] with a contiguous last dimension; R; and the stride of its rows."""
+    width = x.shape[-1]
+    if width and x.is_contiguous():
+        return x, x.numel() // width, width
+    rows = as_rows(x)
+    return rows, rows.shape[0], rows.stride(0)
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -128,8 +146,12 @@ def tile(kernel: str, key: int | str, device: torch.device) -> Tile:
     """The shipped tile for `key`, the property that the best tile depends on, such as the power of two ≥ the width."""
     if kernel in _forced:
         return _forced[kernel]
-    tiles = tile_table(kernel)[architecture(device)]["tiles"]
-    return tiles[str(key)]
+    return _shipped(kernel, key, architecture(device))
+
+
+@cache
+def _shipped(kernel: str, key: int | str, architecture: str) -> Tile:
+    return tile_table(kernel)[architecture]["tiles"][str(key)]
 
 
 @cache

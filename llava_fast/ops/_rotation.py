@@ -5,11 +5,14 @@ A head of d numbers is held as its lower and its upper half, [BLOCK_H, BLOCK_D] 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from llava_fast.ops._triton import inlined, tl
 
 
+@cache
 def head_dim_key(head_dim: int) -> int:
     """The power of two ≥ d, at least 64: the key of the tile table, and twice BLOCK_D."""
     return max(64, 1 << (head_dim - 1).bit_length())
@@ -17,7 +20,8 @@ def head_dim_key(head_dim: int) -> int:
 
 def angles_per_token(cos: torch.Tensor, sin: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [B, T, d] for queries [B, T, H, d], with equal strides, the last of them 1."""
-    cos, sin = (x.expand(*q.shape[:2], q.shape[3]) for x in (cos, sin))
+    if cos.shape[0] != q.shape[0] or cos.shape != sin.shape:
+        cos, sin = (x.expand(*q.shape[:2], q.shape[3]) for x in (cos, sin))
     if sin.stride() == cos.stride() and cos.stride(-1) == 1:
         return cos, sin
     return cos.contiguous(), sin.contiguous()

@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from llava_fast.backend import choose, differentiated, observed, register
-from llava_fast.ops._launch import Example, as_rows, launch, tile
+from llava_fast.ops._launch import Example, as_rows, launch, rows_of, tile, unwritten
 from llava_fast.ops._math import gelu_slope, normal_below
 from llava_fast.ops._triton import jit, takes, tl
 
@@ -129,15 +129,16 @@ def _activation_bwd_kernel(
 
 def activation_forward(x: torch.Tensor, up: torch.Tensor | None, kind: str) -> torch.Tensor:
     """The kernel, without autograd, also for other operations; `kind`: "swiglu" (with `up`), "quick_gelu" or "gelu"."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = unwritten(x)
     if y.numel():
-        x_RC, up_RC = as_rows(x), None if up is None else as_rows(up)
-        rows, columns = x_RC.shape
+        x_RC, rows, x_stride = rows_of(x)
+        up_RC, _, up_stride = (None, 0, 0) if up is None else rows_of(up)
+        columns = x.shape[-1]
         choice = tile("activation_fwd", "any", x.device)
         launch(
             _activation_fwd_kernel,
             (rows, -(-columns // choice["BLOCK"])),
-            *(x_RC, up_RC, y, columns, x_RC.stride(0), 0 if up_RC is None else up_RC.stride(0)),
+            *(x_RC, up_RC, y, columns, x_stride, up_stride),
             tile=choice,
             KIND=kind,
         )

@@ -24,7 +24,7 @@ from functools import partial
 import torch
 
 from llava_fast.backend import choose, differentiated, observed, register
-from llava_fast.ops._launch import Example, launch, tile, tile_table
+from llava_fast.ops._launch import Example, launch, tile, tile_table, unwritten
 from llava_fast.ops._rotation import angles_per_token, head_dim_key, load_angles, load_halves, rotated, store_halves
 from llava_fast.ops._triton import inlined, jit, takes, tl
 from llava_fast.ops.rotary import MAX_HEAD_DIM, rotary_reference
@@ -182,7 +182,7 @@ def _cache_write(
     key_scales: torch.Tensor | None,
     value_scales: torch.Tensor | None,
 ) -> torch.Tensor:
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = unwritten(q)
     batch, tokens, key_heads, head_dim = k.shape
     if batch * tokens:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))

@@ -18,14 +18,14 @@ Shapes: R rows, D width; kernels work on [BLOCK_R, BLOCK_D] tiles with BLOCK_D =
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from llava_fast.backend import choose, differentiated, extension, observed, register
-from llava_fast.ops._launch import Example, as_rows, launch, multiprocessors, tile, tile_table
+from llava_fast.ops._launch import Example, as_rows, launch, multiprocessors, rows_of, tile, tile_table, unwritten
 from llava_fast.ops._triton import jit, takes, tl
 
 MAX_WIDTH = 8192
@@ -167,10 +167,12 @@ def _norm_fwd_kernel(
     s = s.to(tl.float32)
     if CENTRED:
         mean = tl.sum(s, axis=1) / width
-        tl.store(mean_ptr + row, mean, mask=row < rows)
+        if mean_ptr is not None:
+            tl.store(mean_ptr + row, mean, mask=row < rows)
         s = tl.where(inside, s - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(s * s, axis=1) / width + eps)
-    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+    if rstd_ptr is not None:
+        tl.store(rstd_ptr + row, rstd, mask=row < rows)
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
     y = s * rstd[:, None]
     if CENTRED:
@@ -243,6 +245,7 @@ def _norm_bwd_kernel(
             tl.store(dbias_ptr + partial_row + column, dbias, mask=column < width)
 
 
+@cache
 def _width_key(width: int) -> int:
     """BLOCK_D, and the key of the tile tables."""
     return max(128, 1 << (width - 1).bit_length())
@@ -255,25 +258,26 @@ def norm_forward(
     residual: torch.Tensor | None,
     eps: float,
     out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    statistics: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """The kernel without autograd, also for other operations. Returns y (written to `out` if given, which may be x), s
-    (None without a residual), mean (None for RMSNorm), rstd."""
-    x_RD = as_rows(x)
-    rows, width = x_RD.shape
-    residual_RD = None if residual is None else as_rows(residual)
+    (None without a residual), mean (None for RMSNorm) and rstd, both None unless these `statistics` are wanted."""
+    x_RD, rows, x_stride = rows_of(x)
+    residual_RD, _, residual_stride = (None, 0, 0) if residual is None else rows_of(residual)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    y = unwritten(x) if out is None else out
     s = None if residual is None else torch.empty_like(y)
-    mean = None if bias is None else torch.empty(rows, dtype=torch.float32, device=x.device)
-    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
-    key = _width_key(width)
+    mean = rstd = None
+    if statistics:
+        rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+        mean = None if bias is None else torch.empty_like(rstd)
+    key = _width_key(x.shape[-1])
     choice = tile("norm_fwd", key, x.device)
     if rows:
         launch(
             _norm_fwd_kernel,
             (-(-rows // choice["BLOCK_R"]),),
-            *(x_RD, residual_RD, weight, bias, y, s, mean, rstd, rows, width),
-            *(x_RD.stride(0), 0 if residual_RD is None else residual_RD.stride(0), eps),
+            *(x_RD, residual_RD, weight, bias, y, s, mean, rstd, rows, x.shape[-1], x_stride, residual_stride, eps),
             tile=choice,
             CENTRED=bias is not None,
             HAS_RESIDUAL=residual is not None,
@@ -332,6 +336,7 @@ def _norm_op(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     y, s, mean, rstd = norm_forward(x, weight, bias, residual, eps)
+    assert rstd is not None
     return y, _or_empty(s, like=x), _or_empty(mean, like=rstd), rstd
 
 
@@ -410,7 +415,7 @@ def _layer_norm_triton(x, weight, bias, eps, residual):
     if observed(x, weight, bias, residual):
         y, s, _, _ = torch.ops.llava_fast.norm(x, residual, weight, bias, eps)
     else:
-        y, s, _, _ = norm_forward(x, weight, bias, residual, eps)
+        y, s, _, _ = norm_forward(x, weight, bias, residual, eps, statistics=False)
     return y, x if residual is None else s
 
 

@@ -232,7 +232,7 @@ def _forward(
             **constexprs,
         )
     out, _, row_mean, rstd = norm.norm_forward(z, norm_weight_D, norm_bias_D, None, eps, out=None if keep_z else z)
-    assert row_mean is not None  # it is None only for RMSNorm
+    assert row_mean is not None and rstd is not None  # row_mean is None only for RMSNorm
     return out, z if keep_z else None, row_mean, rstd
 
 

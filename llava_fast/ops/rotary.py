@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from llava_fast.backend import choose, differentiated, observed, register
-from llava_fast.ops._launch import Example, launch, tile, tile_table
+from llava_fast.ops._launch import Example, launch, tile, tile_table, unwritten
 from llava_fast.ops._rotation import angles_per_token, head_dim_key, load_angles, load_halves, rotated, store_halves
 from llava_fast.ops._triton import jit, takes, tl
 
@@ -109,7 +109,7 @@ def _rotary_kernel(
 def _rotate(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, transposed: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    q_out, k_out = unwritten(q), unwritten(k)
     batch, tokens, query_heads, head_dim = q.shape
     if batch * tokens:
         q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))

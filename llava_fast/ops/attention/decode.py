@@ -3,9 +3,11 @@
     out = Σ_i exp(lse_i − lse) · out_i,   lse = log Σ_i exp(lse_i)              Dao et al. 2023, "Flash-Decoding"
 
 One program takes all queries of one key head (so each key is read once for its whole group) and one split of the keys
-they see. The range is split on the device, from `start` and `end`, into equal shares of the filled cache. The grid
-depends only on shapes, so a CUDA graph stays valid as the cache fills. Keys and values are read in place, by strides
-(transformers' caches are [B, G, S, d]); each byte is read once, which is the minimum.
+they see. Of the programs of a key head, the one that finishes last merges the splits, in a fixed order: one launch, and
+the result does not depend on which program is the last. The range is split on the device, from `start` and `end`, into
+equal shares of the filled cache. The grid depends only on shapes, so a CUDA graph stays valid as the cache fills. Keys
+and values are read in place, by strides (transformers' caches are [B, G, S, d]); each byte is read once, which is the
+minimum.
 
 The same kernel reads int8 caches, for `int8.py`.
 
@@ -22,7 +24,7 @@ from functools import partial
 import torch
 
 from llava_fast.backend import observed
-from llava_fast.ops._launch import Example, launch, multiprocessors, tile_table
+from llava_fast.ops._launch import Example, launch, multiprocessors, tile_table, unwritten
 from llava_fast.ops._math import LN_2, LOG2_E
 from llava_fast.ops._triton import inlined, jit, tl
 from llava_fast.ops.attention.forward import _fwd_step
@@ -32,7 +34,6 @@ from llava_fast.ops.attention.tiles import _plane, _times, _zeros, blocks, colum
 MAX_TOKENS = 4
 MAX_ROWS = 64  # queries × heads of a group, all held by one program
 MAX_SPLITS = 64
-COMBINE_TILE = {"num_warps": 4, "num_stages": 1}
 
 
 @inlined
@@ -46,14 +47,39 @@ def _load_queries(at, inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E:
         return (block_d,)
 
 
+@inlined
+def _merge_splits(
+    split_out_ptr, split_lse_ptr, out_ptr, lse_ptr, row, rows, of_lse, splits,
+    DIM: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """A query of one head: `row` is (b · T + t) · H + h, one of `rows`; the LSE's is (b · H + h) · T + t."""
+    p, d = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_W)
+    # ".cg" reads from L2, where the other programs' results are; this multiprocessor's L1 may hold older ones.
+    at = split_lse_ptr + (p.to(tl.int64) * rows + of_lse)
+    lse = tl.load(at, mask=p < splits, other=float("-inf"), cache_modifier=".cg")
+    best = tl.max(lse)
+    shift = tl.where(best == float("-inf"), 0.0, best)
+    weight = tl.exp2((lse - shift) * LOG2_E)
+    total = tl.sum(weight)
+    seen = total > 0
+    at = split_out_ptr + ((p.to(tl.int64) * rows + row) * DIM)[:, None] + d[None, :]
+    out = tl.load(at, mask=(p < splits)[:, None] & (d < DIM)[None, :], other=0.0, cache_modifier=".cg")
+    out = tl.sum(out * weight[:, None], axis=0) / tl.where(seen, total, 1.0)
+    tl.store(out_ptr + row.to(tl.int64) * DIM + d, out.to(out_ptr.dtype.element_ty), mask=d < DIM)
+    merged = tl.where(seen, best + tl.log2(tl.where(seen, total, 1.0)) * LN_2, float("-inf"))
+    tl.store(lse_ptr + of_lse, merged)
+
+
 @jit
 def _decode_attention_kernel(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, start_ptr, end_ptr, out_ptr, lse_ptr,
+    merged_out_ptr, merged_lse_ptr, finished_ptr,
     tokens, slots, group,
     q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
     scale,
     DIM: tl.constexpr, ALIGNED: tl.constexpr, NARROW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     split, key_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits, heads = tl.num_programs(0), tl.num_programs(1) * group
@@ -99,29 +125,20 @@ def _decode_attention_kernel(
             mask=inside[:, None] & (e < DIM - BLOCK_D)[None, :],
         )
     tl.store(lse_ptr + ((plane * heads + head) * tokens + t), lse, mask=inside)
-
-
-@jit
-def _decode_combine_kernel(
-    split_out_ptr, split_lse_ptr, out_ptr, lse_ptr, tokens, heads, splits,
-    DIM: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    row, rows = tl.program_id(0), tl.num_programs(0)  # a query of one head: (b · T + t) · H + h
-    line, head = row // heads, row % heads
-    of_lse = ((line // tokens) * heads + head) * tokens + line % tokens
-    p, d = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
-    lse = tl.load(split_lse_ptr + (p * rows + of_lse), mask=p < splits, other=float("-inf"))
-    best = tl.max(lse)
-    shift = tl.where(best == float("-inf"), 0.0, best)
-    weight = tl.exp2((lse - shift) * LOG2_E)
-    total = tl.sum(weight)
-    seen = total > 0
-    at = split_out_ptr + ((p.to(tl.int64) * rows + row) * DIM)[:, None] + d[None, :]
-    out = tl.load(at, mask=(p < splits)[:, None] & (d < DIM)[None, :], other=0.0)
-    out = tl.sum(out * weight[:, None], axis=0) / tl.where(seen, total, 1.0)
-    tl.store(out_ptr + row.to(tl.int64) * DIM + d, out.to(out_ptr.dtype.element_ty), mask=d < DIM)
-    merged = tl.where(seen, best + tl.log2(tl.where(seen, total, 1.0)) * LN_2, float("-inf"))
-    tl.store(lse_ptr + of_lse, merged)
+    if finished_ptr is not None:
+        # All threads have stored before one of them counts this program as finished: the barrier, then "acq_rel", make
+        # the stores visible to the program that counts last, which also sets the counter back for the next launch.
+        tl.debug_barrier()
+        counter = finished_ptr + (batch * tl.num_programs(1) + key_head)
+        if tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1:
+            tl.store(counter, 0)
+            for i in range(tokens * group):
+                token, of_group = i // group, key_head * group + i % group
+                _merge_splits(
+                    out_ptr, lse_ptr, merged_out_ptr, merged_lse_ptr,
+                    (batch * tokens + token) * heads + of_group, tl.num_programs(2) * tokens * heads,
+                    (batch * heads + of_group) * tokens + token, splits, DIM, BLOCK_P, BLOCK_W,
+                )  # fmt: skip
 
 
 def launch_decode(
@@ -134,39 +151,47 @@ def launch_decode(
     splits: int,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    finished: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [B, T, H, d] and LSE [B, H, T]. The scales of int8 keys and values are [B, G, S], contiguous."""
+    """out [B, T, H, d] and LSE [B, H, T]. The scales of int8 keys and values are [B, G, S], contiguous; `finished` is
+    that of `finished_of`, made here if it is not given."""
     batch, tokens, heads, dim = q.shape
-    group = heads // k.shape[2]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
-    split_out, split_lse = out, lse
-    if splits > 1:
-        split_out = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
-        split_lse = torch.empty(splits, *lse.shape, dtype=torch.float32, device=q.device)
+    slots, key_heads = k.shape[1:3]
+    group = heads // key_heads
+    out = unwritten(q)
+    lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
     if not lse.numel():
         return out, lse
+    results: tuple[torch.Tensor | None, ...] = (out, lse, None, None, None)
+    if splits > 1:
+        rows = lse.numel()
+        parts = torch.empty(splits * rows * (dim + 1), dtype=torch.float32, device=q.device)
+        if finished is None:
+            finished = parts.new_zeros((batch, key_heads), dtype=torch.int32)
+        results = (*parts.split_with_sizes((splits * rows * dim, splits * rows)), out, lse, finished)
     launch(
         _decode_attention_kernel,
-        (splits, k.shape[2], batch),
-        *(q, k, v, k_scale, v_scale, start, end, split_out, split_lse, tokens, k.shape[1], group),
+        (splits, key_heads, batch),
+        *(q, k, v, k_scale, v_scale, start, end, *results, tokens, slots, group),
         *strides(q, k, v),
         scale * LOG2_E.value,
         tile=tile_of("decode_attention", q),
         **blocks(k, v),
         BLOCK_M=max(16, 1 << (group * tokens - 1).bit_length()),
+        BLOCK_P=1 << (splits - 1).bit_length(),
+        BLOCK_W=1 << (dim - 1).bit_length(),
     )
-    if splits > 1:
-        launch(
-            _decode_combine_kernel,
-            (batch * tokens * heads,),
-            *(split_out, split_lse, out, lse, tokens, heads, splits),
-            tile=COMBINE_TILE,
-            DIM=dim,
-            BLOCK_P=1 << (splits - 1).bit_length(),
-            BLOCK_D=1 << (dim - 1).bit_length(),
-        )
     return out, lse
+
+
+def finished_of(ranges: KeyRanges, k: torch.Tensor, splits: int) -> torch.Tensor | None:
+    """int32 [B, G], zeros: how many programs of a key head have finished. A launch leaves zeros behind, so all layers
+    of a pass share it; they must be queued on one stream. None where nothing is split."""
+    return ranges.derived(_none_finished, k.shape[2]) if splits > 1 else None
+
+
+def _none_finished(ranges: KeyRanges, key_heads: int) -> torch.Tensor:
+    return ranges.start.new_zeros(ranges.shape[0], key_heads)
 
 
 def splits_of(q: torch.Tensor, k: torch.Tensor) -> int:
@@ -178,12 +203,6 @@ def splits_of(q: torch.Tensor, k: torch.Tensor) -> int:
 
 @torch.library.custom_op("llava_fast::decode_attention", mutates_args=())
 def _decode_op(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor, end: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _decode(q, k, v, start, end, scale)
-
-
-def _decode(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor, end: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return launch_decode(q, k, v, start, end, scale, splits_of(q, k))
@@ -203,8 +222,11 @@ def decode_attention(
     q_BTHd: torch.Tensor, k_BSGd: torch.Tensor, v_BSGd: torch.Tensor, ranges: KeyRanges, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [B, T, H, d] and LSE [B, H, T], for tensors that `attention` has checked and `takes_decode` accepts."""
-    run = torch.ops.llava_fast.decode_attention if observed(q_BTHd, k_BSGd, v_BSGd) else _decode
-    return run(q_BTHd, k_BSGd, v_BSGd, ranges.start, ranges.end, scale)
+    tensors = q_BTHd, k_BSGd, v_BSGd, ranges.start, ranges.end
+    if observed(q_BTHd, k_BSGd, v_BSGd):
+        return torch.ops.llava_fast.decode_attention(*tensors, scale)
+    splits = splits_of(q_BTHd, k_BSGd)
+    return launch_decode(*tensors, scale, splits, finished=finished_of(ranges, k_BSGd, splits))
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:

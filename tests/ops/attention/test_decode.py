@@ -37,7 +37,7 @@ def test_kernels(name: str, parts: int, device: str, monkeypatch: pytest.MonkeyP
     start, end = torch.tensor(ranges, dtype=torch.int32, device=device).unbind(-1)
     q = torch.randn(*start.shape, heads, dim, device=device)
     k, v = (cache(len(ranges), key_heads, slots, dim, device) for _ in range(2))
-    kernels = ["decode_attention_kernel", *(["decode_combine_kernel"] if parts > 1 else [])]
+    kernels = ["decode_attention_kernel"]
     tensors = {"q_BTHd": q, "k_BSGd": k, "v_BSGd": v, "start_BT": start, "end_BT": end}
     with forced_tile("decode_attention", SMALL):
         check_kernel(
@@ -93,7 +93,7 @@ def test_kernels_at_the_sizes_of_models(key_heads: int, dtype: torch.dtype) -> N
     q = torch.randn(2, 1, 32, 128, device="cuda", dtype=dtype)
     k, v = (cache(2, key_heads, 2048, 128, "cuda", dtype) for _ in range(2))
     tensors = {"q_BTHd": q, "k_BSGd": k, "v_BSGd": v, "start_BT": start, "end_BT": end}
-    kernels = ["decode_attention_kernel", "decode_combine_kernel"]
+    kernels = ["decode_attention_kernel"]
     check_kernel(
         lambda **t: attention(**t), tensors, op="attention", kernels=kernels, frozen=("q_BTHd", "k_BSGd", "v_BSGd")
     )

@@ -39,7 +39,7 @@ FROZEN = ("q_BTHd", "k_scale_BGS", "v_scale_BGS")
 @pytest.mark.parametrize("name", CASES)
 def test_kernels(name: str, parts: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "splits_of", lambda q, k: parts)
-    kernels = ["decode_attention_kernel", *(["decode_combine_kernel"] if parts > 1 else [])]
+    kernels = ["decode_attention_kernel"]
     draws = [inputs(name, device) for _ in range(3)]
     with forced_tile("decode_attention", SMALL):
         check_kernel(lambda **t: int8_attention(**t), *draws, op="int8_attention", kernels=kernels, frozen=FROZEN)
@@ -68,7 +68,7 @@ def test_kernels_at_the_sizes_of_models(dtype: torch.dtype, monkeypatch: pytest.
         lambda **t: int8_attention(**t),
         inputs("large", "cuda", dtype),
         op="int8_attention",
-        kernels=["decode_attention_kernel", "decode_combine_kernel"],
+        kernels=["decode_attention_kernel"],
         frozen=FROZEN,
     )
 
