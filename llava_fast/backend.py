@@ -315,9 +315,9 @@ def observed(*tensors: Any) -> bool:
 
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
         return True
-    recording = torch.is_grad_enabled()
+    known, recording = (torch.Tensor, torch.nn.Parameter), torch.is_grad_enabled()
     for x in tensors:
-        if x is not None and (type(x) not in (torch.Tensor, torch.nn.Parameter) or (recording and x.requires_grad)):
+        if x is not None and (type(x) not in known or (recording and x.requires_grad)):
             return True
     return False
 
@@ -330,14 +330,17 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     module with hooks (ZeRO-3 gathers parameters in one, accelerate moves them, PEFT marks embeddings), and for a module
     whose `forward` was replaced.
     """
-    from torch import Tensor
-    from torch.nn import Parameter
+    import torch
 
     if type(module) is not kind or "forward" in module.__dict__:
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
-    return all(p is None or type(p) in (Parameter, Tensor) for p in module._parameters.values())
+    known = torch.nn.Parameter, torch.Tensor, type(None)
+    for parameter in module._parameters.values():
+        if type(parameter) not in known:
+            return False
+    return True
 
 
 def _load_extension() -> tuple[ModuleType | None, bool, str]:

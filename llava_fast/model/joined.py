@@ -46,18 +46,20 @@ class _Joined:
     def __init__(self, layers: dict[str, nn.Linear], weight: torch.Tensor, bias: torch.Tensor | None):
         self.weight, self.bias = weight, bias
         self.widths = [layer.out_features for layer in layers.values()]
-        self._layers = list(layers.items())
-        tensors = [(layer._parameters, kind) for layer in layers.values() for kind in ("weight", "bias")]
-        self._places = [(of, kind, t, t.data_ptr()) for of, kind in tensors if (t := of[kind]) is not None]
+        self._layers = [(*item, item[1]._parameters, item[1].weight, item[1].bias) for item in layers.items()]
+        self._places = self._pointers()
+
+    def _pointers(self) -> list[int]:
+        return [x.data_ptr() for *_, weight, bias in self._layers for x in (weight, bias) if x is not None]
 
     def holds(self, modules: dict[str, nn.Module | None]) -> bool:
         """Whether no layer was replaced or hooked, and no parameter replaced or moved."""
-        for name, layer in self._layers:
-            if modules[name] is not layer or layer._forward_hooks or layer._forward_pre_hooks:
+        for name, layer, parameters, weight, bias in self._layers:
+            if modules[name] is not layer or parameters["weight"] is not weight or parameters["bias"] is not bias:
                 return False
-            if "forward" in layer.__dict__:
+            if layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
                 return False
-        return all(of[kind] is tensor and tensor.data_ptr() == place for of, kind, tensor, place in self._places)
+        return self._pointers() == self._places
 
 
 class JoinedLinears(nn.Module):

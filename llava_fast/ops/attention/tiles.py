@@ -6,6 +6,8 @@ A line is a flat row index over the batch, b · T + t.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from llava_fast.ops._launch import Tile, tile
@@ -24,6 +26,7 @@ def columns(dim: int) -> int:
     return sum(_two_blocks(dim))
 
 
+@cache
 def _two_blocks(dim: int) -> tuple[int, int]:
     """Block sizes, powers of two; above 64 a second block holds the rest: 72 is held in 64 + 16 rather than 128."""
     above = max(16, 1 << (dim - 1).bit_length())
@@ -51,7 +54,7 @@ def blocks(*tensors: torch.Tensor) -> dict[str, int | bool]:
 
 def strides(*tensors: torch.Tensor) -> tuple[int, ...]:
     """The strides of batch, token and head of each tensor."""
-    return tuple(stride for x in tensors for stride in x.stride()[:3])
+    return sum((x.stride()[:3] for x in tensors), ())
 
 
 @inlined
