@@ -20,6 +20,12 @@ from llava_fast.backend import is_plain
 NOTHING = nullcontext()
 
 
+def heads(x_BTD: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """A view [B, T, H, d]."""
+    batch, tokens, width = x_BTD.shape
+    return x_BTD.view(batch, tokens, width // head_dim, head_dim)
+
+
 def _adjoining(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """The tensors as one view, if they follow each other without gaps in one storage; else None."""
     first = tensors[0]
@@ -90,11 +96,16 @@ class JoinedLinears(nn.Module):
             self._join()  # `fn` has moved or converted each parameter separately
         return self
 
-    def project(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        """The outputs of the layers, in the order of `joins`; from one GEMM they are views of its result."""
+    def project(self, x: torch.Tensor, head_dim: int | None = None) -> Sequence[torch.Tensor]:
+        """The outputs of the layers, in the order of `joins`; from one GEMM they are views of its result. With
+        `head_dim`, of x [B, T, D]: as heads, [B, T, H, d]."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or (joined := self._joined()) is None:
-            return [layer(x) for layer in self._layers().values()]
-        return F.linear(x, joined.weight, joined.bias).split_with_sizes(joined.widths, dim=-1)
+            outputs = [layer(x) for layer in self._layers().values()]
+            return outputs if head_dim is None else [heads(y, head_dim) for y in outputs]
+        y = F.linear(x, joined.weight, joined.bias)
+        if head_dim is None:
+            return y.split_with_sizes(joined.widths, -1)
+        return heads(y, head_dim).split_with_sizes([width // head_dim for width in joined.widths], 2)
 
     def _layers(self) -> dict[str, nn.Linear]:
         return {name: getattr(self, name) for name in self.joins}

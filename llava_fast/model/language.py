@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llava_fast.backend import is_plain
 from llava_fast.model.cache import Int8, advance, attend_int8, rotate_and_cache
-from llava_fast.model.joined import JoinedLinears, recomputed
+from llava_fast.model.joined import JoinedLinears, heads, recomputed
 from llava_fast.model.pretrained import LlavaPart
 from llava_fast.ops.activation import swiglu
 from llava_fast.ops.attention import KeyRanges, attention_with_weights, range_attention
@@ -83,12 +83,7 @@ def sum_norm(norm: nn.Module, x: torch.Tensor, added: torch.Tensor | None) -> tu
     """norm(x + added), and the sum. A norm that is hooked or replaced gets the sum, as in transformers."""
     if added is None:
         return norm(x)
-    return norm(added, x) if is_plain(norm, RMSNorm) else norm(x + added)
-
-
-def heads(x_BTD: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """A view [B, T, H, d]."""
-    return x_BTD.view(*x_BTD.shape[:2], x_BTD.shape[2] // head_dim, head_dim)
+    return norm.forward(added, x) if is_plain(norm, RMSNorm) else norm(x + added)
 
 
 def _rotate(
@@ -126,10 +121,10 @@ class Attention(JoinedLinears):
         rotate = _rotate if cache is None else partial(rotate_and_cache, cache, self.layer, positions.written)
         with recomputed(x_BTD, again):
             if rows is None:
-                projected = self.project(x_BTD)
+                q, new_k, new_v = self.project(x_BTD, self.head_dim)
             else:
                 projected = self.q_proj(take_rows(x_BTD, rows)), self.k_proj(x_BTD), self.v_proj(x_BTD)
-        q, new_k, new_v = (heads(x, self.head_dim) for x in projected)
+                q, new_k, new_v = (heads(x, self.head_dim) for x in projected)
         if rows is None:
             q, k, v = rotate(q, new_k, new_v, *angles)
         else:

@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llava_fast.backend import is_plain
 from llava_fast.model.joined import JoinedLinears
-from llava_fast.model.language import heads, text_config
+from llava_fast.model.language import text_config
 from llava_fast.model.pretrained import LlavaPart, init_clip
 from llava_fast.ops.activation import gelu, quick_gelu
 from llava_fast.ops.attention import KeyRanges, attention_with_weights, range_attention
@@ -116,7 +116,7 @@ class VisionAttention(JoinedLinears):
     def forward(
         self, x_BND: torch.Tensor, ranges: KeyRanges, want_weights: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        q, k, v = (heads(projected, self.head_dim) for projected in self.project(x_BND))
+        q, k, v = self.project(x_BND, self.head_dim)
         weights = None
         if want_weights:
             out, weights = attention_with_weights(q, k, v, ranges)

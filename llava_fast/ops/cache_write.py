@@ -189,10 +189,10 @@ def _cache_write(
         cos, sin = angles_per_token(cos, sin, q)
         key = head_dim_key(head_dim)
         choice = tile("cache_write", key, q.device)
-        blocks = sum(-(-heads // choice["BLOCK_H"]) for heads in (q.shape[2], key_heads))
+        block = choice["BLOCK_H"]
         launch(
             _cache_write_kernel,
-            (batch * tokens, blocks),
+            (batch * tokens, -(-q.shape[2] // block) - (-key_heads // block)),
             *(q, k, v, cos, sin, at, out, keys, values, key_scales, value_scales),
             *(tokens, keys.shape[2], q.shape[2], key_heads, head_dim // 2),
             *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *cos.stride()[:2]),
@@ -226,7 +226,7 @@ def _supports(q, k, v, cos, sin, at, keys, values, key_scales, value_scales) -> 
         return "the cache is on another device"
     if keys.stride(-1) != 1 or values.stride(-1) != 1:
         return "the last dimension of the cache is not contiguous"
-    if any(x is not None and not x.is_contiguous() for x in (key_scales, value_scales)):
+    if key_scales is not None and not (key_scales.is_contiguous() and value_scales.is_contiguous()):
         return "the scales are not contiguous"
     return takes(q, k, v, cos, sin)
 

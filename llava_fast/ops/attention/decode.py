@@ -159,7 +159,7 @@ def launch_decode(
     slots, key_heads = k.shape[1:3]
     group = heads // key_heads
     out = unwritten(q)
-    lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
+    lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
     if not lse.numel():
         return out, lse
     results: tuple[torch.Tensor | None, ...] = (out, lse, None, None, None)

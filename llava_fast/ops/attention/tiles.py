@@ -44,12 +44,12 @@ def blocks(*tensors: torch.Tensor) -> dict[str, int | bool]:
     """
     dim = tensors[0].shape[-1]
     block_d, block_e = _two_blocks(dim)
-    aligned = all(
-        x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
-        for x in tensors
-    )
+    bits = 0  # of all addresses and strides, in bytes
+    for x in tensors:
+        batch, row, head, _ = x.stride()
+        bits |= x.data_ptr() | (batch | row | head) * x.element_size()
     narrow = 16 if block_d + block_e <= 64 else 0
-    return {"DIM": dim, "ALIGNED": aligned, "NARROW": narrow, "BLOCK_D": block_d, "BLOCK_E": block_e}
+    return {"DIM": dim, "ALIGNED": bits % 16 == 0, "NARROW": narrow, "BLOCK_D": block_d, "BLOCK_E": block_e}
 
 
 def strides(*tensors: torch.Tensor) -> tuple[int, ...]:
