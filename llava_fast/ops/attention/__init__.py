@@ -311,7 +311,7 @@ def _supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool | str:
         return f"{q.numel() // q.shape[-1]} rows of all heads are not counted in 31 bits"
     if q.shape[-1] > MAX_HEAD_DIM:
         return f"head dimension {q.shape[-1]} is over {MAX_HEAD_DIM}"
-    if any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in (q, k, v)):
+    if q.shape[-1] > 1 and not q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
         return "the last dimension is not contiguous"
     return takes(q, k, v)
 

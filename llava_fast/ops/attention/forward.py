@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from llava_fast.ops._launch import launch
+from llava_fast.ops._launch import launch, unwritten
 from llava_fast.ops._math import LN_2, LOG2_E
 from llava_fast.ops._triton import inlined, jit, tl
 from llava_fast.ops.attention.tiles import (
@@ -152,7 +152,7 @@ def launch_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [B, T, H, d] and LSE [B, H, T]."""
     batch, tokens, heads = q.shape[:3]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = unwritten(q)
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
     choice = tile_of("attention_fwd", q)
     if lse.numel():

@@ -17,7 +17,7 @@ import torch
 from llava_fast.backend import choose, differentiated, observed, register
 from llava_fast.ops._triton import takes
 from llava_fast.ops.attention import KeyRanges, attention_reference, range_attention
-from llava_fast.ops.attention.decode import launch_decode, splits_of, takes_decode
+from llava_fast.ops.attention.decode import finished_of, launch_decode, splits_of, takes_decode
 from llava_fast.ops.attention.tiles import MAX_HEAD_DIM
 from llava_fast.ops.cache_write import dequantise
 
@@ -57,8 +57,11 @@ def _int8_attention_fake(q, k, v, k_scale, v_scale, start, end, scale):
 
 
 def _int8_attention_triton(q, k, v, k_scale, v_scale, ranges, scale):
-    run = torch.ops.llava_fast.int8_attention if observed(q, k, v) else _int8_attention
-    return run(q, k, v, k_scale, v_scale, ranges.start, ranges.end, scale)
+    if observed(q, k, v):
+        return torch.ops.llava_fast.int8_attention(q, k, v, k_scale, v_scale, ranges.start, ranges.end, scale)
+    splits = splits_of(q, k)
+    finished = finished_of(ranges, k, splits)
+    return launch_decode(q, k, v, ranges.start, ranges.end, scale, splits, k_scale, v_scale, finished)[0]
 
 
 def _supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_scale, v_scale) -> bool | str:
