@@ -83,7 +83,8 @@ def decoder(layers: int) -> dict[str, int]:
     model, ids = tiny_llava(layers), torch.ones(1, 9, dtype=torch.int64, device=DEVICE)
     counts: dict[str, int] = {}
     with torch.no_grad():
-        cache = StaticCache(model.config.get_text_config(), max_cache_len=16)
+        # So many slots that the keys of a decoding step are split over several programs, as they are at real sizes.
+        cache = StaticCache(model.config.get_text_config(), max_cache_len=768)
         for name, new in (("prefill", ids), ("decoding", ids[:, :1])):
             counts[name] = len(launches(lambda new=new: model(input_ids=new, past_key_values=cache, logits_to_keep=1)))
     model.train()

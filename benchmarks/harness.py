@@ -447,9 +447,9 @@ def benchmark_of(cases: Sequence[Case]) -> Callable[[Callable], Callable]:
     return pytest.mark.parametrize(("case", "provider"), params)
 
 
-def report(benchmark: Any, case: Case, provider: str) -> None:
+def report(benchmark: Any, case: Case, provider: str, measure: Callable[[Case], Mapping[str, Any]] = measured) -> None:
     """Measure the case, unless that is done, and hand this provider's samples to pytest-benchmark."""
-    measurement = measured(case)[provider]
+    measurement = measure(case)[provider]
     if isinstance(measurement, BackendUnavailable):
         pytest.skip(str(measurement))
     if isinstance(measurement, Exception):

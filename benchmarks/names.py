@@ -13,6 +13,9 @@ OPERATIONS = {
     "decode_attention": "Attention of one new token",
     "decode_attention_gqa": "Attention of one new token, grouped queries",
     "gelu": "GELU",
+    "host_decoding_dynamic": "Host time of a decoding step, dynamic cache (launches left out)",
+    "host_decoding_static": "Host time of a decoding step, static cache (launches left out)",
+    "host_tower": "Host time of tower and projector (launches left out)",
     "image_rows": "Decoded images to rows of the language model",
     "int8_attention": "Attention of one new token, int8 cache",
     "layer_norm": "LayerNorm with residual",
@@ -104,6 +107,10 @@ def _generation(batch: int, tokens: int, hidden: int, mlp: int, layers: int, voc
     return f"batch of {batch}, {count(tokens, 'token')}; {layers} layers, width {hidden}, MLP {mlp}"
 
 
+def _host(batch: int, tokens: int, width: int, layers: int) -> str:
+    return f"{count(tokens, 'token')}; {layers} layers, width {width}"
+
+
 # The arguments are the dimensions of a record's shape.
 SHAPES: dict[str, Callable[..., str]] = {
     "attention": _pack,
@@ -118,6 +125,9 @@ SHAPES: dict[str, Callable[..., str]] = {
     "decode_attention": _decode,
     "decode_attention_gqa": _decode_gqa,
     "gelu": _rows,
+    "host_decoding_dynamic": _host,
+    "host_decoding_static": _host,
+    "host_tower": _host,
     "image_rows": lambda images, side: f"{count(images, 'image')} of {side} × {side} pixels",
     "int8_attention": _decode_gqa,
     "layer_norm": _rows,
