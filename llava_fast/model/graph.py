@@ -1,9 +1,8 @@
 """CUDA graphs of tower and projector: at inference on few images, kernel launches take longer than the kernels.
 
 The first call with a shape captures a graph: one pass to warm up, and one that is recorded. Later calls replay it. A
-graph reads parameters at the addresses of its capture, so all graphs are dropped if a parameter has moved, and their
-memory is freed as soon as the model trains. A graph cannot run hooks or replaced modules, so a model that has any gets
-no graph.
+graph reads parameters at the addresses of its capture, so all graphs are dropped if a parameter has moved; `train()`
+drops them for the sake of memory. A graph cannot run hooks or replaced modules, so a model that has any gets no graph.
 """
 
 from __future__ import annotations
@@ -13,17 +12,18 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from llava_fast.backend import is_plain, observed, requested
 
 logger = logging.getLogger(__name__)
 
-Tensors = tuple[torch.Tensor, ...]
-Replay = Callable[[torch.Tensor], Tensors]
+T = TypeVar("T")  # a tree of tensors: tuples, lists and dicts of them
+Replay = Callable[[torch.Tensor], Any]
 
 # With more images the GPU is busy for longer with each kernel than a launch takes.
 MOST_IMAGES = 8
@@ -50,8 +50,8 @@ class VisionGraphs:
         return len(self._replays)
 
     def __call__(
-        self, function: Callable[..., Tensors], pixels: torch.Tensor, modules: Sequence[nn.Module], *settings: Any
-    ) -> Tensors:
+        self, function: Callable[..., T], pixels: torch.Tensor, modules: Sequence[nn.Module], *settings: Any
+    ) -> T:
         """function(pixels, *settings), replayed from a CUDA graph where one can be used.
 
         Args:
@@ -67,10 +67,12 @@ class VisionGraphs:
             with self._lock:
                 if self._capturable(modules):
                     return self._replay(key, lambda pixels: function(pixels, *settings), pixels)(pixels)
-        elif self._replays and any(module.training for module in modules):
-            with self._lock:
-                self._replays.clear()
         return function(pixels, *settings)
+
+    def clear(self) -> None:
+        """Drop all graphs, and with them the memory of their buffers."""
+        with self._lock:
+            self._replays.clear()
 
     def _replay(self, key: Any, function: Replay, pixels: torch.Tensor) -> Replay:
         """The graph of this key, captured if there is none; `function` itself if it cannot be captured."""
@@ -157,12 +159,12 @@ def capture_graph(function: Replay, pixels: torch.Tensor) -> Replay:
 
     done = torch.cuda.Event()
 
-    def replay(pixels: torch.Tensor) -> Tensors:
+    def replay(pixels: torch.Tensor) -> Any:
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(pixels.device):
             done.wait()  # the previous call, perhaps on another stream, uses the same buffers
             given.copy_(pixels)
             graph.replay()
-            copies = tuple(x.clone() for x in results)
+            copies = tree_map(torch.clone, results)
             done.record()
             return copies
 

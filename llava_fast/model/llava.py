@@ -32,6 +32,7 @@ from llava_fast.ops.patch_embed import Normalisation
 from llava_fast.sequence import key_ranges
 
 Encoded = Mapping[str, BaseModelOutputWithPooling]
+Encoding = tuple[torch.Tensor, dict[int, torch.Tensor], list[torch.Tensor]]
 
 
 class Images(NamedTuple):
@@ -42,11 +43,9 @@ class Images(NamedTuple):
 
 
 class FeatureSettings(NamedTuple):
-    """What image features depend on besides pixels and parameters: the tower's hidden states that they are made of, as
-    indices from 0; whether the CLS token is dropped; whether images may have any size; how uint8 pixels are normalised.
-    """
+    """What image features depend on besides pixels and parameters."""
 
-    layers: tuple[int, ...]
+    layers: tuple[int, ...]  # indices, from 0, of the tower's hidden states that they are made of
     drop_cls: bool
     interpolate: bool
     normalisation: Normalisation
@@ -74,6 +73,11 @@ class LlavaModel(LlavaPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.embed_tokens = cast(nn.Embedding, value)
+
+    def train(self, mode: bool = True) -> LlavaModel:
+        if mode:
+            self._vision_graphs.clear()
+        return super().train(mode)
 
     @can_return_tuple
     def forward(
@@ -147,17 +151,12 @@ class LlavaModel(LlavaPreTrainedModel):
         """
         attentions = bool(kwargs.get("output_attentions", tower_config(self.config).output_attentions))
         every_state = bool(kwargs.get("output_hidden_states"))
-        settings = self._settings(
-            pixel_values, vision_feature_layer, vision_feature_select_strategy, interpolate_pos_encoding
-        )
-        weights: list[torch.Tensor] = []
+        how = vision_feature_layer, vision_feature_select_strategy, interpolate_pos_encoding
+        settings = self._settings(pixel_values, *how)
         if every_state or attentions:
-            features_NMD, found, weights = self._encode(
-                pixel_values, settings, every_state=every_state, weights=attentions
-            )
+            features_NMD, found, weights = self._encode(pixel_values, settings, every_state, attentions)
         else:
-            features_NMD, *states = self._features(pixel_values, settings)
-            found = dict(zip(settings.layers, states, strict=True))
+            features_NMD, found, weights = self._encoded(pixel_values, settings)
         layers = range(len(self.vision_tower.encoder.layers) + 1)
         kept = layers if every_state else settings.layers
         return BaseModelOutputWithPooling(
@@ -176,18 +175,14 @@ class LlavaModel(LlavaPreTrainedModel):
         layers = tuple(self.vision_tower.resolve(i) for i in feature_layers(self.config, layer))
         return FeatureSettings(layers, strategy == "default", interpolate, pixel_normalisation(self.config, pixels))
 
-    def _features(self, pixels: torch.Tensor, settings: FeatureSettings) -> tuple[torch.Tensor, ...]:
-        """Features and the hidden states they come from, by a CUDA graph where possible."""
-        return self._vision_graphs(self._compute, pixels, (self.vision_tower, self.multi_modal_projector), settings)
-
-    def _compute(self, pixels: torch.Tensor, settings: FeatureSettings) -> tuple[torch.Tensor, ...]:
-        features_NMD, states, _ = self._encode(pixels, settings)
-        return features_NMD, *(states[i] for i in settings.layers)
+    def _encoded(self, pixels: torch.Tensor, settings: FeatureSettings) -> Encoding:
+        """As `_encode`, by a CUDA graph where possible."""
+        return self._vision_graphs(self._encode, pixels, (self.vision_tower, self.multi_modal_projector), settings)
 
     def _encode(
-        self, pixels: torch.Tensor, settings: FeatureSettings, *, every_state: bool = False, weights: bool = False
-    ) -> tuple[torch.Tensor, dict[int, torch.Tensor], list[torch.Tensor]]:
-        """Projected features [N, tokens, D], and the tower's hidden states (some, or all) and attention weights."""
+        self, pixels: torch.Tensor, settings: FeatureSettings, every_state: bool = False, weights: bool = False
+    ) -> Encoding:
+        """Projected features [N, tokens, D]; the tower's hidden states (some, or all), by index; attention weights."""
         mean, std = settings.normalisation
         states, attentions = self.vision_tower(
             pixels,
@@ -212,7 +207,7 @@ class LlavaModel(LlavaPreTrainedModel):
             return Images(torch.cat(features), features[0].shape[0])
         if encoded is not None:
             raise ValueError("pass at most one of pixel_values and mm_encoder_outputs")
-        features_NMD = self._features(pixels, self._settings(pixels, *how))[0]
+        features_NMD = self._encoded(pixels, self._settings(pixels, *how))[0]
         return Images(features_NMD.flatten(0, 1), features_NMD.shape[1])
 
     def _image_tokens(

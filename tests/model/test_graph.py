@@ -11,11 +11,13 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_fast.backend import use_backend
 from llava_fast.chat import Turn, load, prepare, stream
 from llava_fast.model import graph as vision_graph
+from llava_fast.model import llava
 from llava_fast.model.graph import SHAPES, State, VisionGraphs, capturable, wanted
 
 
@@ -35,7 +37,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> VisionGraphs:
         def replay(pixels):
             given.copy_(pixels)
             graph.replayed += 1
-            return tuple(x.clone() for x in function(given))
+            return tree_map(torch.clone, function(given))
 
         return replay
 
@@ -141,9 +143,10 @@ def test_training_frees_the_graphs(watched: SimpleNamespace, tiny: SimpleNamespa
     assert len(watched.graphs) == 1
     watched.model(**batch)  # with gradients, but in evaluation mode
     assert len(watched.graphs) == 1
-    watched.model.train()(**batch)
+    watched.model.train()
     assert len(watched.graphs) == 0
-    watched.model(**batch)
+    with torch.no_grad():
+        watched.model(**batch)
     assert watched.graphs.captured == [(1, 3, 12, 12)]
 
 
@@ -232,6 +235,17 @@ def test_when_a_graph_is_wanted(tiny: SimpleNamespace, monkeypatch: pytest.Monke
 
 
 # Who replays
+
+
+def test_settings_of_the_features_are_found_once(watched: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the key of the graph, and arguments of what it captures."""
+    asked = []
+    for name in ("pixel_normalisation", "feature_layers"):
+        real = getattr(llava, name)
+        monkeypatch.setattr(llava, name, lambda *a, name=name, real=real: asked.append(name) or real(*a))
+    with torch.no_grad():
+        watched.model.get_image_features(torch.zeros(1, 12, 12, 3, dtype=torch.uint8))
+    assert sorted(asked) == ["feature_layers", "pixel_normalisation"]
 
 
 def test_the_model_replays_what_it_computed(watched: SimpleNamespace, tiny: SimpleNamespace) -> None:
