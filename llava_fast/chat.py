@@ -7,7 +7,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -18,6 +18,7 @@ from llava_fast.drop_in import LlavaForConditionalGeneration
 from llava_fast.errors import blaming, one_line
 from llava_fast.hub import local_folder
 from llava_fast.model.language import text_config
+from llava_fast.model.vision import tower_config
 from llava_fast.processor.files import SETTINGS
 from llava_fast.processor.processor import LlavaProcessor
 
@@ -30,7 +31,7 @@ def load(
     vision_tower: str | None = None,
     base_model: str | None = None,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Load a model for inference, and its processor, in any layout.
+    """Load a model for inference, and its processor, in any layout. On a GPU the model is prepared for one image.
 
     Args:
         checkpoint: directory or hub id with the weights, the configuration and the processor's files.
@@ -53,7 +54,20 @@ def load(
     else:
         processor = LlavaProcessor.from_pretrained(checkpoint)
     processor.check(model.config)
-    return model.to(where).eval(), processor
+    model = model.to(where).eval()
+    if where.type == "cuda":
+        prepare(model)
+    return model, processor
+
+
+@torch.no_grad()
+def prepare(model: LlavaForConditionalGeneration) -> None:
+    """Encode a black image, so that the first question waits for no kernel to be compiled and no graph to be captured.
+
+    It takes two passes of the tower, and the memory of a CUDA graph of one image (see `llava_fast.model.graph`).
+    """
+    side = cast(int, tower_config(model.config).image_size)
+    model.get_image_features(torch.zeros(1, side, side, 3, dtype=torch.uint8, device=model.device))
 
 
 def _device(name: str) -> torch.device:

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import GenerationMixin, LlavaConfig
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticLayer
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
@@ -201,9 +201,26 @@ class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, Gener
         return super().generate(*args, **kwargs)  # type: ignore[misc]  # transformers annotates `self` with a protocol
 
     @staticmethod
-    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **_) -> torch.Tensor | None:
-        """Static caches need no 4-D mask here: the key ranges come from the 2-D one."""
-        return attention_mask
+    def create_masks_for_generate(
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **_: Any,
+    ) -> torch.Tensor | None:
+        """The mask [B, slots] for a static cache, whether the prompts are padded or not; else the one that was given.
+
+        `generate` compiles the decoding step of a static cache: so all steps have inputs of the same shapes. Slots
+        that are not filled count as real, since key ranges end before them.
+        """
+        layers = [] if past_key_values is None else past_key_values.layers
+        if not layers or not isinstance(layers[0], StaticLayer) or layers[0].is_sliding:
+            return attention_mask
+        if attention_mask is not None:
+            return nn.functional.pad(attention_mask, (0, layers[0].max_cache_len - attention_mask.shape[1]), value=1)
+        batch, tokens = inputs_embeds.shape[:2]
+        if tokens > 1:
+            return None  # a prompt: not compiled
+        return inputs_embeds.new_ones((batch, layers[0].max_cache_len), dtype=torch.int64)
 
 
 def _labelled(labels_BT: torch.Tensor, rows: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor]:

@@ -32,6 +32,7 @@ from llava_fast.ops.patch_embed import Normalisation
 from llava_fast.sequence import key_ranges
 
 Encoded = Mapping[str, BaseModelOutputWithPooling]
+Encoding = tuple[torch.Tensor, dict[int, torch.Tensor], list[torch.Tensor]]
 
 
 class Images(NamedTuple):
@@ -39,6 +40,15 @@ class Images(NamedTuple):
 
     rows_MD: torch.Tensor
     per_image: int
+
+
+class FeatureSettings(NamedTuple):
+    """What image features depend on besides pixels and parameters."""
+
+    layers: tuple[int, ...]  # indices, from 0, of the tower's hidden states that they are made of
+    drop_cls: bool
+    interpolate: bool
+    normalisation: Normalisation
 
 
 class LlavaModel(LlavaPreTrainedModel):
@@ -63,6 +73,11 @@ class LlavaModel(LlavaPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.embed_tokens = cast(nn.Embedding, value)
+
+    def train(self, mode: bool = True) -> LlavaModel:
+        if mode:
+            self._vision_graphs.clear()
+        return super().train(mode)
 
     @can_return_tuple
     def forward(
@@ -135,58 +150,56 @@ class LlavaModel(LlavaPreTrainedModel):
             feature layer, and to its end only if hidden states or attentions are asked for.
         """
         attentions = bool(kwargs.get("output_attentions", tower_config(self.config).output_attentions))
-        states = bool(kwargs.get("output_hidden_states"))
+        every_state = bool(kwargs.get("output_hidden_states"))
         how = vision_feature_layer, vision_feature_select_strategy, interpolate_pos_encoding
-        features_NMD, found, weights = self._encode(pixel_values, *how, every_state=states, weights=attentions)
+        settings = self._settings(pixel_values, *how)
+        if every_state or attentions:
+            features_NMD, found, weights = self._encode(pixel_values, settings, every_state, attentions)
+        else:
+            features_NMD, found, weights = self._encoded(pixel_values, settings)
         layers = range(len(self.vision_tower.encoder.layers) + 1)
-        kept = layers if states else [layers[i] for i in feature_layers(self.config, vision_feature_layer)]
+        kept = layers if every_state else settings.layers
         return BaseModelOutputWithPooling(
-            last_hidden_state=found[-1],
+            last_hidden_state=found[max(found)],
             pooler_output=list(features_NMD),  # type: ignore[arg-type]  # a list in transformers' LLaVA, too
             hidden_states=tuple(found[i] if i in kept else None for i in layers),  # type: ignore[misc]
             attentions=tuple(weights) if attentions else None,
         )
 
-    def _encode(
-        self,
-        pixels: torch.Tensor,
-        layer: int | list[int] | None,
-        strategy: str | None,
-        interpolate: bool,
-        normalisation: Normalisation | None = None,
-        *,
-        every_state: bool = False,
-        weights: bool = False,
-    ) -> tuple[torch.Tensor, list[torch.Tensor | None], list[torch.Tensor]]:
-        """Projected features [N, tokens, D], and the tower's hidden states (some, or all) and attention weights."""
+    def _settings(
+        self, pixels: torch.Tensor, layer: int | list[int] | None, strategy: str | None, interpolate: bool
+    ) -> FeatureSettings:
         strategy = strategy or self.config.vision_feature_select_strategy
         if strategy not in ("default", "full"):
             raise ValueError(f"vision_feature_select_strategy is {strategy!r}; expected 'default' or 'full'")
-        layers = [self.vision_tower.resolve(i) for i in feature_layers(self.config, layer)]
-        mean, std = normalisation or pixel_normalisation(self.config, pixels)
+        layers = tuple(self.vision_tower.resolve(i) for i in feature_layers(self.config, layer))
+        return FeatureSettings(layers, strategy == "default", interpolate, pixel_normalisation(self.config, pixels))
+
+    def _encoded(self, pixels: torch.Tensor, settings: FeatureSettings) -> Encoding:
+        """As `_encode`, by a CUDA graph where possible."""
+        return self._vision_graphs(self._encode, pixels, (self.vision_tower, self.multi_modal_projector), settings)
+
+    def _encode(
+        self, pixels: torch.Tensor, settings: FeatureSettings, every_state: bool = False, weights: bool = False
+    ) -> Encoding:
+        """Projected features [N, tokens, D]; the tower's hidden states (some, or all), by index; attention weights."""
+        mean, std = settings.normalisation
         states, attentions = self.vision_tower(
             pixels,
-            len(self.vision_tower.encoder.layers) if every_state or weights else max(layers),
+            len(self.vision_tower.encoder.layers) if every_state or weights else max(settings.layers),
             mean=mean,
             std=std,
-            keep=None if every_state else layers,
-            interpolate_pos_encoding=interpolate,
+            keep=None if every_state else settings.layers,
+            interpolate_pos_encoding=settings.interpolate,
             output_attentions=weights,
         )
-        features = states[layers[0]] if len(layers) == 1 else torch.cat([states[i] for i in layers], dim=-1)
-        if strategy == "default":
-            features = features[:, 1:]
-        return self.multi_modal_projector(features), states, attentions
+        found = {i: state for i, state in enumerate(states) if state is not None}
+        chosen = [found[i] for i in settings.layers]
+        features = chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
+        return self.multi_modal_projector(features[:, 1:] if settings.drop_cls else features), found, attentions
 
-    def _images(
-        self,
-        pixels: torch.Tensor | None,
-        encoded: Encoded | None,
-        layer: int | list[int] | None,
-        strategy: str | None,
-        interpolate: bool,
-    ) -> Images | None:
-        """The images' features: computed from pixels (in a CUDA graph where possible), or taken from `encoded`."""
+    def _images(self, pixels: torch.Tensor | None, encoded: Encoded | None, *how: Any) -> Images | None:
+        """The images' features: computed from pixels, or taken from `encoded`."""
         if pixels is None:
             if encoded is None or encoded.get("image") is None:
                 return None
@@ -194,23 +207,7 @@ class LlavaModel(LlavaPreTrainedModel):
             return Images(torch.cat(features), features[0].shape[0])
         if encoded is not None:
             raise ValueError("pass at most one of pixel_values and mm_encoder_outputs")
-
-        normalisation = pixel_normalisation(self.config, pixels)
-
-        def rows(pixels: torch.Tensor) -> torch.Tensor:
-            return self._encode(pixels, layer, strategy, interpolate, normalisation)[0]
-
-        if torch.is_grad_enabled():  # a graph would have no gradients
-            features_NMD = rows(pixels)
-        else:
-            settings = (
-                tuple(feature_layers(self.config, layer)),
-                strategy or self.config.vision_feature_select_strategy,
-                interpolate,
-                normalisation,
-            )
-            modules = (self.vision_tower, self.multi_modal_projector)
-            features_NMD = self._vision_graphs(rows, pixels, modules, *settings)
+        features_NMD = self._encoded(pixels, self._settings(pixels, *how))[0]
         return Images(features_NMD.flatten(0, 1), features_NMD.shape[1])
 
     def _image_tokens(

@@ -1,12 +1,24 @@
 """`generate` in all its ways, against transformers' own model with the same weights."""
 
 import threading
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache, TextIteratorStreamer, TextStreamer
+from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.utils import counters
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+    TextIteratorStreamer,
+    TextStreamer,
+)
 from transformers.generation.streamers import BaseStreamer
+
+from llava_fast.model.cache import Int8Cache
 
 ROWS = [[4, "image", 6], [9], [2, "image", 3, "image", 7]]
 
@@ -199,6 +211,89 @@ def test_sliding_windows(tiny: SimpleNamespace, window: int, cache: str) -> None
     ours, theirs = tiny.pair(config)
     asked = SimpleNamespace(ours=ours, theirs=theirs)
     same(asked, tiny, tiny.prompt(tiny.batch(config, ROWS, "left")), cache_implementation=cache)
+
+
+# The compiled decoding step of a static cache
+
+
+class Counting:
+    """A backend of torch.compile that compiles without Inductor, and counts the graphs that it is given."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        self.graphs += 1
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    def __deepcopy__(self, _: dict) -> "Counting":
+        return self  # generate copies its settings
+
+    def settings(self, tiny: SimpleNamespace, **changes: object) -> GenerationConfig:
+        compiling = CompileConfig(backend=self, mode=None, fullgraph=True)
+        compiling._compile_all_devices = True  # a CPU, too
+        return tiny.greedy(compile_config=compiling, max_length=SLOTS, max_new_tokens=None, **changes)
+
+
+SLOTS = 48
+PROMPTS = {
+    "left-padded": ROWS,
+    "not padded": [[4, "image", 6]] * 3,
+    "longer": [[20], [25, "image"], [1]],
+    "text, left-padded": [[9], [4], [1]],
+    "text, not padded": [[7]] * 3,
+}
+
+
+@pytest.fixture
+def prompts(asked: SimpleNamespace, tiny: SimpleNamespace) -> Iterator[list[dict]]:
+    """Prompts of several kinds. Compiling a second time for what has been compiled is an error."""
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield [tiny.prompt(tiny.batch(asked.config, rows, "left")) for rows in PROMPTS.values()]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("whose", ["ours", "theirs"])
+def test_a_static_cache_is_compiled_for_once(
+    asked: SimpleNamespace, tiny: SimpleNamespace, prompts: list[dict], whose: str
+) -> None:
+    """One graph for all steps of all prompts: for our model as for transformers', with the same answers."""
+    counting = Counting()
+    settings = counting.settings(tiny, cache_implementation="static")
+    for prompt in prompts:
+        actual = getattr(asked, whose).generate(**prompt, generation_config=settings)
+        expected = asked.theirs.generate(**prompt, generation_config=tiny.greedy(max_length=SLOTS, max_new_tokens=None))
+        assert torch.equal(actual.sequences, expected.sequences)
+        tiny.assert_near(torch.stack(actual.logits), torch.stack(expected.logits))
+    assert counting.graphs == counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def test_an_int8_cache_is_compiled_for_once(asked: SimpleNamespace, tiny: SimpleNamespace, prompts: list[dict]) -> None:
+    counting = Counting()
+    for prompt in prompts:
+        answers = [
+            asked.ours.generate(**prompt, past_key_values=Int8Cache(asked.config, SLOTS), generation_config=settings)
+            for settings in (counting.settings(tiny), tiny.greedy(max_length=SLOTS, max_new_tokens=None))
+        ]
+        assert torch.equal(answers[0].sequences, answers[1].sequences)
+    assert counting.graphs == 1
+
+
+def test_a_prompt_in_chunks_is_compiled_for_once(
+    asked: SimpleNamespace, tiny: SimpleNamespace, prompts: list[dict]
+) -> None:
+    """`generate` compiles the chunks, too: one graph for them, and one for the steps."""
+    counting = Counting()
+    inputs = tiny.prompt(tiny.batch(asked.config, [[18], [5]], "left"))
+    settings = counting.settings(tiny, cache_implementation="static", prefill_chunk_size=6)
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        actual = asked.ours.generate(**inputs, generation_config=settings)
+    expected = asked.theirs.generate(**inputs, generation_config=tiny.greedy(max_length=SLOTS, max_new_tokens=None))
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert counting.graphs == 2
 
 
 # Streams

@@ -36,7 +36,7 @@ def worked_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 def launches_of_features(model: LlavaForConditionalGeneration, pixels: torch.Tensor) -> list[str]:
     with torch.no_grad():
-        return budgets.launches(lambda: model.model._encode(pixels, None, None, False))
+        return budgets.launches(lambda: model.model._encode(pixels, model.model._settings(pixels, None, None, False)))
 
 
 @pytest.mark.parametrize("images", [1, 3])

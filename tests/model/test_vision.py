@@ -1,4 +1,4 @@
-"""The tower's wiring: q, k and v in one storage and one GEMM, residuals in the norms, the CUDA graph's bookkeeping."""
+"""The tower's wiring: q, k and v in one storage and one GEMM, residuals in the norms."""
 
 import copy
 import pickle
@@ -12,8 +12,6 @@ from torch.nn import functional as F
 
 from llava_fast.backend import is_plain, use_backend
 from llava_fast.drop_in import LlavaForConditionalGeneration
-from llava_fast.model import graph as vision_graph
-from llava_fast.model.graph import SHAPES, VisionGraphs, capturable, wanted
 from llava_fast.model.llava import is_plain_lookup
 from llava_fast.ops._launch import recorded
 from llava_fast.ops.patch_embed import CLIP_MEAN, CLIP_STD
@@ -249,144 +247,6 @@ def test_hidden_states_that_nobody_wants_are_not_kept(tiny: SimpleNamespace) -> 
     assert [state is not None for state in some] == [i in (1, last) for i in range(last + 1)]
     assert torch.equal(some[1], everything[1])
     assert torch.equal(some[last], everything[last])
-
-
-# ---- the CUDA graph
-
-
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> VisionGraphs:
-    """Graphs that are recorded on a CPU: a replay computes what the function did when it was captured."""
-    monkeypatch.setattr(vision_graph, "wanted", lambda pixels, modules: not modules[0].training)
-
-    def capture(function, pixels):
-        given = pixels.clone()
-        graph.captured.append(tuple(pixels.shape))
-
-        def replay(pixels):
-            given.copy_(pixels)
-            graph.replayed += 1
-            return function(given).clone()
-
-        return replay
-
-    graph = VisionGraphs(capture)
-    graph.captured, graph.replayed = [], 0
-    return graph
-
-
-def test_a_shape_is_captured_when_it_comes_again(graphs: VisionGraphs) -> None:
-    layer = nn.Linear(3, 2).eval()
-    for i in range(4):
-        x = torch.randn(5, 3)
-        assert torch.equal(graphs(layer, x, [layer]), layer(x))
-        assert (len(graphs.captured), graphs.replayed) == (min(i, 1), i)
-    graphs(layer, torch.randn(6, 3), [layer])
-    graphs(layer, torch.randn(5, 3), [layer], "other settings")
-    with use_backend("reference", "layer_norm"):
-        graphs(layer, torch.randn(5, 3), [layer])
-    assert graphs.captured == [(5, 3)]
-    assert len(graphs) == 4
-
-
-def test_few_shapes_are_kept(graphs: VisionGraphs) -> None:
-    layer = nn.Linear(3, 2).eval()
-    for rows in (1, 1, *range(2, SHAPES + 1), 1, SHAPES + 1):
-        graphs(layer, torch.randn(rows, 3), [layer])
-    assert len(graphs) == SHAPES
-    graphs(layer, torch.randn(1, 3), [layer])  # was used last but one
-    assert graphs.captured == [(1, 3)]
-    graphs(layer, torch.randn(2, 3), [layer])  # is gone
-    assert graphs.captured == [(1, 3)]
-
-
-def test_a_changed_model_is_captured_anew_or_not_at_all(graphs: VisionGraphs) -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).eval()
-    x = torch.randn(5, 3)
-
-    def run() -> int:
-        before = graphs.replayed
-        assert torch.equal(graphs(model, x, [model]), model(x))
-        return graphs.replayed - before
-
-    assert [run(), run(), run()] == [0, 1, 1]
-    with torch.no_grad():
-        model[0].weight.mul_(2)  # in place: the graph reads it
-    assert run() == 1
-    model[0].weight.data = model[0].weight.data.clone()
-    assert [run(), run()] == [0, 1]
-    model[1] = nn.Linear(3, 2)
-    assert [run(), run()] == [0, 1]
-    hook = model[1].register_forward_hook(lambda module, inputs, output: output + 1)
-    assert [run(), run(), run()] == [0, 0, 0]
-    hook.remove()
-    assert [run(), run()] == [0, 1]
-    assert [run() for _ in range(2) if model.train()] == [0, 0]
-
-
-def test_what_cannot_be_captured_runs_as_it_is(graphs: VisionGraphs, caplog: pytest.LogCaptureFixture) -> None:
-    def refuse(function, pixels):
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
-
-    layer, x = nn.Linear(3, 2).eval(), torch.randn(5, 3)
-    graphs._capture = refuse
-    for _ in range(3):
-        assert torch.equal(graphs(layer, x, [layer]), layer(x))
-    assert [r.message for r in caplog.records] == [
-        "the vision tower runs without a CUDA graph: operation not permitted when stream is capturing"
-    ]
-
-
-def test_copies_of_a_model_have_graphs_of_their_own(graphs: VisionGraphs) -> None:
-    layer = nn.Linear(3, 2).eval()
-    graphs(layer, torch.randn(5, 3), [layer])
-    assert (len(graphs), len(copy.deepcopy(graphs)), len(pickle.loads(pickle.dumps(VisionGraphs())))) == (1, 0, 0)
-
-
-def test_which_modules_are_capturable(tiny: SimpleNamespace) -> None:
-    model = tiny.ours(tiny.config()).model
-    assert all(capturable(module) for module in (*model.vision_tower.modules(), *model.multi_modal_projector.modules()))
-
-    class Wrapped(nn.Linear):
-        pass
-
-    assert not capturable(Wrapped(2, 2))
-
-
-def test_no_graph_without_a_gpu(tiny: SimpleNamespace) -> None:
-    model = tiny.ours(tiny.config()).eval()
-    with torch.no_grad():
-        assert not wanted(pixels(model), [model])
-
-
-def test_the_model_replays_what_it_computed(tiny: SimpleNamespace, graphs: VisionGraphs) -> None:
-    """Through the whole model, whose features must not change when the next call overwrites the graph's buffers."""
-    model = tiny.ours(tiny.config()).eval()
-    plain = copy.deepcopy(model)
-    plain.model._vision_graphs = lambda function, pixels, *_: function(pixels)
-    model.model._vision_graphs = graphs
-    with torch.no_grad():
-        inputs = [tiny.batch(model.config, [[3, "image", 4]], seed=seed) for seed in range(3)]
-        found = [model(**one).image_hidden_states for one in inputs]
-        for one, rows in zip(inputs, found):
-            tiny.assert_near(rows, plain(**one).image_hidden_states)
-    assert graphs.replayed == 2
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("inference_mode", [False, True])
-def test_a_real_graph_gives_the_same_bits(tiny: SimpleNamespace, inference_mode: bool) -> None:
-    model = tiny.ours(tiny.config()).cuda().eval()
-    plain = copy.deepcopy(model)
-    plain.model._vision_graphs = lambda function, pixels, *_: function(pixels)
-    with torch.inference_mode() if inference_mode else torch.no_grad():
-        inputs = [tiny.batch(model.config, [[3, "image", 4]], seed=seed) for seed in range(4)]
-        inputs = [{name: value.cuda() for name, value in one.items()} for one in inputs]
-        found = [model(**one) for one in inputs]
-        for one, outputs in zip(inputs, found):
-            assert torch.equal(outputs.image_hidden_states, plain(**one).image_hidden_states)
-    (replay,) = model.model._vision_graphs._replays.values()
-    assert replay.__qualname__ == "capture_graph.<locals>.replay"
 
 
 # ---- feature layers and positions

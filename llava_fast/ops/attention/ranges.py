@@ -321,22 +321,18 @@ def key_ranges(
     if plain and tokens == 1 and isinstance(past, int):
         return KeyRanges.full(batch, 1, device, past + 1)
 
-    if isinstance(past, int):
-        index_T = torch.arange(past, past + tokens, device=device, dtype=torch.int32)
-    else:
-        index_T = torch.arange(tokens, device=device) + past
-    index_BT = index_T.expand(batch, tokens)
+    index_T = torch.arange(tokens, device=device, dtype=torch.int32)
+    index_BT = (index_T if first else index_T + past).expand(batch, tokens)
     end_BT = index_BT + 1
     if image_mask is not None:
         end_BT = _end_of_image(image_mask, image_tokens, past)
-    start_BT = torch.zeros_like(index_BT)
     if attention_mask is not None:
         real_BS = attention_mask != 0
-        slot = torch.arange(real_BS.shape[1], device=device)
-        first_B1 = real_BS.byte().argmax(1, keepdim=True)
-        stop_B1 = first_B1 + real_BS.sum(1, keepdim=True)
+        first_B1 = real_BS.view(torch.uint8).argmax(1, keepdim=True).int()
+        stop_B1 = first_B1 + real_BS.sum(1, keepdim=True, dtype=torch.int32)
+        slot_S = torch.arange(real_BS.shape[1], device=device, dtype=torch.int32)
         require(
-            (((slot >= first_B1) & (slot < stop_B1)) == real_BS).all(),
+            ~(real_BS & (slot_S >= stop_B1)).any(),
             "attention_mask has padding between real tokens; pad on one side only "
             "(batched generation: processor.tokenizer.padding_side = 'left')",
         )
@@ -349,10 +345,12 @@ def key_ranges(
         follows = position_ids[:, 1:] == position_ids[:, :-1] + 1
         opens = torch.nn.functional.pad(~follows, (1, 0), value=True)
         start_BT = torch.where(opens, index_BT, 0).cummax(1).values.expand(batch, tokens)
+    else:
+        start_BT = torch.zeros_like(index_BT)
 
     if sliding_window is not None:
         start_BT = torch.maximum(start_BT, torch.minimum(index_BT + 1 - sliding_window, end_BT))
-    return KeyRanges(start_BT.to(torch.int32), end_BT.to(torch.int32), "causal" if plain and first else None)
+    return KeyRanges(start_BT.int(), end_BT.int(), "causal" if plain and first else None)
 
 
 def _end_of_image(image_mask_BT: torch.Tensor, image_tokens: int, past: int | torch.Tensor) -> torch.Tensor:
