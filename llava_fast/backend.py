@@ -7,7 +7,8 @@ for one at each call. The requested name comes from `use_backend(...)`, else fro
 An explicit request that cannot be met raises and says why; "auto" falls back and logs it once.
 
 An operation may also have peers: other libraries that compute the same, each under its own name (`register_peer`). A
-peer runs only if `use_backend(name, operation)` names both; "auto" and the environment variable never choose one.
+peer runs only if `use_backend(name, operation)` names both, or if the operation itself hands a call over to it
+(attention does, see `ops/attention/plain.py`); "auto" and the environment variable never choose one.
 
 The request is one plain global of the process. A ContextVar or a thread-local would be lost when autograd recomputes a
 checkpointed forward (on CUDA in a thread of its own), and torch.compile cannot guard on either: it would refuse to
@@ -123,9 +124,9 @@ def _add(new: Implementation) -> None:
     _preferred.pop(new.op, None)
 
 
-def peers(op: str) -> list[str]:
-    """The names that can be asked for with `use_backend(name, op)` beyond `BACKENDS`."""
-    return [name for name, implementation in _implementations(op).items() if implementation.peer]
+def peers(op: str) -> dict[str, Implementation]:
+    """What can be asked for with `use_backend(name, op)` beyond `BACKENDS`, by name."""
+    return {name: implementation for name, implementation in _implementations(op).items() if implementation.peer}
 
 
 def _checked(name: str, ops: tuple[str, ...]) -> str:
@@ -270,7 +271,7 @@ def status() -> dict[str, dict[str, Any]]:
             name: str | None = implementation.name
         except BackendUnavailable as error:
             name, reason = None, str(error)
-        of_op = {peer: _registry[op][peer].refusal(()) or "available" for peer in peers(op)}
+        of_op = {name: peer.refusal(()) or "available" for name, peer in peers(op).items()}
         registered = [other for other in _registry[op] if other not in of_op]
         report[op] = {"backend": name, "reason": reason, "registered": registered, "peers": of_op}
     return report
