@@ -342,15 +342,25 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def _load_extension() -> tuple[ModuleType | None, bool, str]:
-    """The module or None; whether it is built at all; why it could not be loaded."""
+    """The module or None; whether it is built at all; why it could not be loaded.
+
+    A driver runs programs of its own CUDA major version and of older ones; others fail at their first launch.
+    """
     try:
-        return importlib.import_module("llava_fast._cuda"), True, ""
+        module = importlib.import_module("llava_fast._cuda")
     except ModuleNotFoundError as error:
         if error.name != "llava_fast._cuda":
             raise
         return None, False, "the CUDA extension is not built (LLAVA_FAST_CUDA=1 pip install .)"
     except ImportError as error:
         return None, True, f"the CUDA extension does not load: {error}"
+    runtime, driver = module.versions()
+    if driver and runtime // 1000 > driver // 1000:
+        built, newest = (f"{version // 1000}.{version % 1000 // 10}" for version in (runtime, driver))
+        reason = f"the CUDA extension was built with CUDA {built}, but the driver supports no more than {newest}"
+        logger.warning("%s; operations run without it", reason)
+        return None, True, reason
+    return module, True, ""
 
 
 def extension() -> ModuleType:
@@ -361,15 +371,15 @@ def extension() -> ModuleType:
 
 
 def extension_status() -> dict[str, Any]:
-    """Whether the extension is built and loads, or why not; its architectures, and the devices it finds."""
+    """Whether the extension is built and loads; its architectures, the devices it finds; `reason`: what is wrong."""
     report: dict[str, Any] = {"built": _extension_built, "loaded": _extension is not None}
     if _extension is None:
         return {**report, "reason": _extension_error}
-    return {
-        **report,
-        "architectures": list(_extension.compiled_architectures()),
-        "devices": _extension.device_count(),
-    }
+    report["architectures"] = list(_extension.compiled_architectures())
+    try:
+        return {**report, "devices": _extension.device_count()}
+    except RuntimeError as error:
+        return {**report, "devices": 0, "reason": f"the CUDA extension finds no device: {error}"}
 
 
 # Evaluated once, at import, so that `choose` contains only look-ups, which torch.compile can trace.

@@ -130,7 +130,7 @@ def _backends(problems: list[str]) -> dict[str, dict[str, Any]]:
         asked, operations = os.environ[backend.ENVIRONMENT_VARIABLE], {}
     problems.extend(entry["reason"] for entry in operations.values() if entry["backend"] is None)
     extension = backend.extension_status()
-    if extension["built"] and not extension["loaded"]:
+    if extension["built"] and "reason" in extension:
         problems.append(extension["reason"])
     names = [name for name in backend.BACKENDS if name != "auto"]
     plain = importlib.import_module("llava_fast.ops.attention.plain").explained() if operations else {}

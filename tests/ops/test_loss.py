@@ -373,7 +373,7 @@ def test_labels_outside_the_vocabulary(wrong, backend, known):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("wrong", OUTSIDE)
 def test_the_kernel_reads_no_logit_for_a_label_outside(wrong, device):
-    """At an address so far away there would be no memory. The row's loss and gradient are NaN; the others' are right."""
+    """Some are so far away that there is no memory. The row's loss and gradient are NaN; those of others are right."""
     logits = torch.randn(4, 37).to(device)
     labels = torch.tensor([5, wrong, -100, 0], device=device)
     losses, rows, dz = torch.zeros(4, device=device), torch.arange(4, device=device), logits.clone()
