@@ -186,6 +186,8 @@ def choose(op: str, *tensors: Any) -> Callable[..., Any]:
     """
     import torch
 
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return _differentiable(op, tensors).fn
     if torch.compiler.is_dynamo_compiling():  # it would guard on the table, and recompile when eager calls fill it
         return _choose(op, tensors)[0].fn
     preferred = _preferred
@@ -196,6 +198,17 @@ def choose(op: str, *tensors: Any) -> Callable[..., Any]:
     if known is None and (first := _runnable(op)) is not None:
         preferred[op] = first
     return chosen.fn
+
+
+def _differentiable(op: str, tensors: tuple[Any, ...]) -> Implementation:
+    """For `torch.func` and forward-mode AD: kernels have no rules for them, and would silently lose tangents."""
+    if requested(op) == "auto":
+        return _implementations(op)["reference"]
+    chosen = _choose(op, tensors)[0]
+    if chosen.name in ("triton", "cuda"):
+        reason = "its kernels have no rules for torch.func and forward-mode AD"
+        raise BackendUnavailable(f"backend {chosen.name!r} was asked for, but cannot run {op!r}: {reason}")
+    return chosen
 
 
 def _runnable(op: str) -> Implementation | None:

@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -404,6 +405,40 @@ def test_an_extension_that_finds_no_device_says_why(op: str, monkeypatch: pytest
     load(monkeypatch, Extension(13000, 13000, error))
     status = {"built": True, "loaded": True, "architectures": [80, 90], "devices": 0}
     assert backend.extension_status() == {**status, "reason": f"the CUDA extension finds no device: {error}"}
+
+
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+def test_kernels_run_under_no_transform(op: str):
+    """They see only values, so a tangent would be lost."""
+    register("mul", "reference", doubled)
+    register("mul", "triton", lambda x: x.detach() * 2)
+    register_peer("mul", "theirs", doubled, lambda x: True, str)
+    x, tangent = torch.randn(2, 3)
+
+    def mul(x: torch.Tensor) -> torch.Tensor:
+        return choose("mul", x)(x)
+
+    def forward_mode() -> torch.Tensor:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(mul(forward_ad.make_dual(x, tangent))).tangent
+
+    transforms = {
+        forward_mode: 2 * tangent,
+        lambda: torch.func.jvp(mul, (x,), (tangent,))[1]: 2 * tangent,
+        torch.compile(lambda: torch.func.jvp(mul, (x,), (tangent,))[1], backend="eager"): 2 * tangent,
+        lambda: torch.func.grad(lambda x: mul(x).sum())(x): torch.full((3,), 2.0),
+        lambda: torch.func.vmap(mul)(x): 2 * x,
+    }
+    for transform, expected in transforms.items():
+        for request in (("auto",), ("reference",), ("theirs", "mul")):
+            with use_backend(*request):
+                torch.testing.assert_close(transform(), expected)
+        with use_backend("triton"), pytest.raises(BackendUnavailable, match="'mul': its kernels have no rules for"):
+            transform()
+    assert choose("mul", x) is not doubled  # after the transforms
 
 
 def test_who_must_see_an_operation():
