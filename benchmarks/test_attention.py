@@ -2,6 +2,7 @@
 
     attention                 a pack of samples, causal                            LLaVA-1.5-7B's heads; a sample of 832
     attention_images          the same, and the tokens of an image see each other  tokens is an image of 576 with text
+    attention_sample          one sample, causal                                   a sample of 832
     attention_gqa             causal, a quarter of the key heads
     attention_tower           images of 577 tokens that all see each other         CLIP ViT-L/14-336's heads
     attention_build           `attention`, and             every call makes ranges, a dense mask, a block mask or
@@ -41,6 +42,10 @@ def cases(gpu: bool) -> list[Case]:
             pack_case(op, lengths, heads, heads, dim, dtype, backward, IMAGE[gpu])
             for op in ("attention", "attention_images")
             for lengths in PACKS[gpu]
+            for backward in both
+        ),
+        *(
+            pack_case("attention_sample", small[:1], heads, heads, dim, dtype, backward, IMAGE[gpu])
             for backward in both
         ),
         *(pack_case("attention_gqa", small, heads, groups, dim, dtype, backward, IMAGE[gpu]) for backward in both),

@@ -6,6 +6,7 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "patch_embed.h"
@@ -34,6 +35,15 @@ int device_count() {
     }
     check(status);
     return count;
+}
+
+// CUDA versions of the runtime in this file and of the driver (0: none), as 1000 * major + 10 * minor. Unlike
+// cudaGetDeviceCount this does not initialise CUDA, so a process that has asked may still fork.
+std::pair<int, int> versions() {
+    int runtime = 0, driver = 0;
+    cudaRuntimeGetVersion(&runtime);
+    cudaDriverGetVersion(&driver);
+    return {runtime, driver};
 }
 
 std::vector<int> compiled_architectures() { return {LLAVA_FAST_ARCHITECTURES}; }
@@ -117,6 +127,9 @@ PYBIND11_MODULE(_cuda, module) {
         .value("bfloat16", DType::bfloat16);
 
     module.def("device_count", &device_count, "Number of CUDA devices; 0 where there is no GPU or no driver.");
+    module.def("versions", &versions,
+               "CUDA versions of the runtime in this file and of the driver (0 where there is none), as 1000 * major + "
+               "10 * minor.");
     module.def("compiled_architectures", &compiled_architectures,
                "Compute capabilities the kernels were compiled for, such as [80, 90].");
 

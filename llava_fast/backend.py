@@ -7,7 +7,8 @@ for one at each call. The requested name comes from `use_backend(...)`, else fro
 An explicit request that cannot be met raises and says why; "auto" falls back and logs it once.
 
 An operation may also have peers: other libraries that compute the same, each under its own name (`register_peer`). A
-peer runs only if `use_backend(name, operation)` names both; "auto" and the environment variable never choose one.
+peer runs only if `use_backend(name, operation)` names both, or if the operation itself hands a call over to it
+(attention does, see `ops/attention/plain.py`); "auto" and the environment variable never choose one.
 
 The request is one plain global of the process. A ContextVar or a thread-local would be lost when autograd recomputes a
 checkpointed forward (on CUDA in a thread of its own), and torch.compile cannot guard on either: it would refuse to
@@ -123,9 +124,9 @@ def _add(new: Implementation) -> None:
     _preferred.pop(new.op, None)
 
 
-def peers(op: str) -> list[str]:
-    """The names that can be asked for with `use_backend(name, op)` beyond `BACKENDS`."""
-    return [name for name, implementation in _implementations(op).items() if implementation.peer]
+def peers(op: str) -> dict[str, Implementation]:
+    """What can be asked for with `use_backend(name, op)` beyond `BACKENDS`, by name."""
+    return {name: implementation for name, implementation in _implementations(op).items() if implementation.peer}
 
 
 def _checked(name: str, ops: tuple[str, ...]) -> str:
@@ -185,6 +186,8 @@ def choose(op: str, *tensors: Any) -> Callable[..., Any]:
     """
     import torch
 
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return _differentiable(op, tensors).fn
     if torch.compiler.is_dynamo_compiling():  # it would guard on the table, and recompile when eager calls fill it
         return _choose(op, tensors)[0].fn
     preferred = _preferred
@@ -195,6 +198,17 @@ def choose(op: str, *tensors: Any) -> Callable[..., Any]:
     if known is None and (first := _runnable(op)) is not None:
         preferred[op] = first
     return chosen.fn
+
+
+def _differentiable(op: str, tensors: tuple[Any, ...]) -> Implementation:
+    """For `torch.func` and forward-mode AD: kernels have no rules for them, and would silently lose tangents."""
+    if requested(op) == "auto":
+        return _implementations(op)["reference"]
+    chosen = _choose(op, tensors)[0]
+    if chosen.name in ("triton", "cuda"):
+        reason = "its kernels have no rules for torch.func and forward-mode AD"
+        raise BackendUnavailable(f"backend {chosen.name!r} was asked for, but cannot run {op!r}: {reason}")
+    return chosen
 
 
 def _runnable(op: str) -> Implementation | None:
@@ -270,7 +284,7 @@ def status() -> dict[str, dict[str, Any]]:
             name: str | None = implementation.name
         except BackendUnavailable as error:
             name, reason = None, str(error)
-        of_op = {peer: _registry[op][peer].refusal(()) or "available" for peer in peers(op)}
+        of_op = {name: peer.refusal(()) or "available" for name, peer in peers(op).items()}
         registered = [other for other in _registry[op] if other not in of_op]
         report[op] = {"backend": name, "reason": reason, "registered": registered, "peers": of_op}
     return report
@@ -344,15 +358,25 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def _load_extension() -> tuple[ModuleType | None, bool, str]:
-    """The module or None; whether it is built at all; why it could not be loaded."""
+    """The module or None; whether it is built at all; why it could not be loaded.
+
+    A driver runs programs of its own CUDA major version and of older ones; others fail at their first launch.
+    """
     try:
-        return importlib.import_module("llava_fast._cuda"), True, ""
+        module = importlib.import_module("llava_fast._cuda")
     except ModuleNotFoundError as error:
         if error.name != "llava_fast._cuda":
             raise
         return None, False, "the CUDA extension is not built (LLAVA_FAST_CUDA=1 pip install .)"
     except ImportError as error:
         return None, True, f"the CUDA extension does not load: {error}"
+    runtime, driver = module.versions()
+    if driver and runtime // 1000 > driver // 1000:
+        built, newest = (f"{version // 1000}.{version % 1000 // 10}" for version in (runtime, driver))
+        reason = f"the CUDA extension was built with CUDA {built}, but the driver supports no more than {newest}"
+        logger.warning("%s; operations run without it", reason)
+        return None, True, reason
+    return module, True, ""
 
 
 def extension() -> ModuleType:
@@ -363,15 +387,15 @@ def extension() -> ModuleType:
 
 
 def extension_status() -> dict[str, Any]:
-    """Whether the extension is built and loads, or why not; its architectures, and the devices it finds."""
+    """Whether the extension is built and loads; its architectures, the devices it finds; `reason`: what is wrong."""
     report: dict[str, Any] = {"built": _extension_built, "loaded": _extension is not None}
     if _extension is None:
         return {**report, "reason": _extension_error}
-    return {
-        **report,
-        "architectures": list(_extension.compiled_architectures()),
-        "devices": _extension.device_count(),
-    }
+    report["architectures"] = list(_extension.compiled_architectures())
+    try:
+        return {**report, "devices": _extension.device_count()}
+    except RuntimeError as error:
+        return {**report, "devices": 0, "reason": f"the CUDA extension finds no device: {error}"}
 
 
 # Evaluated once, at import, so that `choose` contains only look-ups, which torch.compile can trace.

@@ -25,7 +25,8 @@ def diagnose() -> dict[str, Any]:
         llava_fast, python, platform: versions.
         packages: by name, the installed version (None: not installed), the required one, and the extra that needs it.
         devices: the CPU and each GPU.
-        extension, backend: the CUDA extension; per operation its implementation and the reason.
+        extension, backend: the CUDA extension; per operation its implementation and the reason, and those of attention
+            for plain ranges on a GPU.
         caches: directories for compiled kernels and temporary files.
         problems: one line per problem.
     """
@@ -129,13 +130,14 @@ def _backends(problems: list[str]) -> dict[str, dict[str, Any]]:
         asked, operations = os.environ[backend.ENVIRONMENT_VARIABLE], {}
     problems.extend(entry["reason"] for entry in operations.values() if entry["backend"] is None)
     extension = backend.extension_status()
-    if extension["built"] and not extension["loaded"]:
+    if extension["built"] and "reason" in extension:
         problems.append(extension["reason"])
     names = [name for name in backend.BACKENDS if name != "auto"]
+    plain = importlib.import_module("llava_fast.ops.attention.plain").explained() if operations else {}
     available = {name: backend.unavailable(name) or "available" for name in names}
     return {
         "extension": extension,
-        "backend": {"requested": asked, "available": available, "operations": operations},
+        "backend": {"requested": asked, "available": available, "operations": operations, "plain": plain},
     }
 
 
@@ -184,6 +186,8 @@ def show(report: dict[str, Any]) -> None:
     operations = table("\noperations", "operation", "runs on", "why")
     for name, entry in report["backend"]["operations"].items():
         operations.add_row(name, entry["backend"] or "nothing", entry["reason"])
+    for ranges, (name, reason) in report["backend"]["plain"].items():
+        operations.add_row(f"attention, {ranges}", name, reason)
     console.print(operations)
     peers = table("\npeers, where asked for by name", "operation", "backend", "state")
     for name, entry in report["backend"]["operations"].items():

@@ -5,6 +5,7 @@ Shapes: B batch rows, T tokens, D width of the language model, M image tokens in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -90,6 +91,7 @@ class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, Gener
         use_cache: bool | None = None,
         key_start: torch.Tensor | None = None,
         key_end: torch.Tensor | None = None,
+        sample_lengths: Sequence[int] | None = None,
         image_slots: torch.Tensor | None = None,
         target_rows: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
@@ -117,6 +119,8 @@ class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, Gener
             logits_to_keep: compute logits for the last n tokens only (0: all), or for these indices.
             use_cache: default: the text config's when evaluating, False when training.
             key_start, key_end: int32 [B, T] key ranges (see `llava_fast.sequence`), instead of a mask.
+            sample_lengths: tokens of each sample, if these ranges are one row of causal samples laid end to end and the
+                caller knows it. Must be right: only their sum is checked.
             image_slots: int64 [M], flat positions of the image tokens in `input_ids`, if the caller knows them.
             target_rows: int64, ascending flat positions of the tokens whose next token has a label, if the caller
                 knows them: avoids a device synchronisation.
@@ -152,6 +156,7 @@ class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, Gener
             use_cache=use_cache,
             key_start=key_start,
             key_end=key_end,
+            sample_lengths=sample_lengths,
             image_slots=image_slots,
             mm_encoder_outputs=mm_encoder_outputs,
             interpolate_pos_encoding=interpolate_pos_encoding,

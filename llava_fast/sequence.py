@@ -40,11 +40,14 @@ class Pack:
         position_ids: [1, T] int64, restarting at 0 with each sample.
         key_start: [1, T] int32, first key each token sees.
         key_end: [1, T] int32, one past the last key each token sees.
+        lengths: tokens of each sample if all samples are causal, else None. The host then knows the ranges, and on a
+            GPU attention may choose its kernel by them (`ops/attention/plain.py`).
     """
 
     position_ids: torch.Tensor
     key_start: torch.Tensor
     key_end: torch.Tensor
+    lengths: tuple[int, ...] | None = None
 
 
 def pack(
@@ -81,4 +84,5 @@ def pack(
                     raise ValueError(f"image span ({start}, {count}) is not inside sample {i} of {lengths[i]} tokens")
                 end[offset + start : offset + start + count] = offset + start + count
             offset += lengths[i]
-    return Pack((index - first)[None], first.to(torch.int32)[None], end.to(torch.int32)[None])
+    known = None if bidirectional_images else tuple(lengths)
+    return Pack((index - first)[None], first.to(torch.int32)[None], end.to(torch.int32)[None], known)

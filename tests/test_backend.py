@@ -5,10 +5,12 @@ import subprocess
 import sys
 import threading
 import time
+from types import ModuleType
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -185,7 +187,7 @@ def peer(op: str) -> list[str]:
 
 
 def test_a_peer_runs_only_where_it_is_named_with_its_operation(op: str, peer: list[str]):
-    assert backend.peers(op) == ["theirs"]
+    assert list(backend.peers(op)) == ["theirs"]
     assert choose(op, torch.ones(1)) is fast
     register("mul", "reference", plain)
     with use_backend("theirs", op):
@@ -341,6 +343,102 @@ def test_extension_and_its_status_agree():
         with pytest.raises(BackendUnavailable) as refusal:
             backend.extension()
         assert str(refusal.value) == status["reason"]
+
+
+class Extension(ModuleType):
+    """The compiled extension on a machine whose driver is of another version."""
+
+    def __init__(self, runtime: int, driver: int, error: str = "") -> None:
+        super().__init__("llava_fast._cuda")
+        self.versions = lambda: (runtime, driver)
+        self.compiled_architectures = lambda: [80, 90]
+        self.error = error
+
+    def device_count(self) -> int:
+        if self.error:
+            raise RuntimeError(self.error)
+        return 1
+
+
+def load(monkeypatch: pytest.MonkeyPatch, module: Extension) -> None:
+    monkeypatch.setitem(sys.modules, "llava_fast._cuda", module)
+    for name, value in zip(("_extension", "_extension_built", "_extension_error"), backend._load_extension()):
+        monkeypatch.setattr(backend, name, value)
+
+
+@pytest.mark.parametrize(("runtime", "driver"), [(13000, 12080), (13010, 12090), (12040, 11080)])
+def test_an_extension_newer_than_the_driver_is_not_used(
+    op: str, runtime: int, driver: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """Its first launch would fail with CUDA error 35, cudaErrorInsufficientDriver."""
+    register("resize", "reference", plain)
+    register("resize", "cuda", fast)
+    with caplog.at_level(logging.WARNING, logger="llava_fast.backend"):
+        load(monkeypatch, Extension(runtime, driver))
+        assert [choose("resize", torch.ones(1)) for _ in range(3)] == [plain] * 3
+    (said,) = [record.getMessage() for record in caplog.records]
+    versions = [f"{version // 1000}.{version % 1000 // 10}" for version in (runtime, driver)]
+    reason = "the CUDA extension was built with CUDA {}, but the driver supports no more than {}".format(*versions)
+    assert said == f"{reason}; operations run without it"
+    assert backend.extension_status() == {"built": True, "loaded": False, "reason": reason}
+    assert backend.status()["resize"]["reason"] == f"cuda: {reason}"
+    with use_backend("cuda"), pytest.raises(BackendUnavailable, match=reason):
+        choose("resize", torch.ones(1))
+    with pytest.raises(BackendUnavailable, match=reason):
+        backend.extension()
+
+
+@pytest.mark.parametrize(("runtime", "driver"), [(13000, 13000), (13020, 13000), (12080, 13000), (13000, 0)])
+def test_an_extension_that_the_driver_runs_is_used(
+    op: str, runtime: int, driver: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """A newer minor version runs too; without any driver the extension only loads."""
+    register("resize", "reference", plain)
+    register("resize", "cuda", fast)
+    load(monkeypatch, Extension(runtime, driver))
+    assert choose("resize", torch.ones(1)) is fast and not caplog.records
+    assert backend.extension_status() == {"built": True, "loaded": True, "architectures": [80, 90], "devices": 1}
+
+
+def test_an_extension_that_finds_no_device_says_why(op: str, monkeypatch: pytest.MonkeyPatch):
+    error = "CUDA error 803: system has unsupported display driver"
+    load(monkeypatch, Extension(13000, 13000, error))
+    status = {"built": True, "loaded": True, "architectures": [80, 90], "devices": 0}
+    assert backend.extension_status() == {**status, "reason": f"the CUDA extension finds no device: {error}"}
+
+
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+def test_kernels_run_under_no_transform(op: str):
+    """They see only values, so a tangent would be lost."""
+    register("mul", "reference", doubled)
+    register("mul", "triton", lambda x: x.detach() * 2)
+    register_peer("mul", "theirs", doubled, lambda x: True, str)
+    x, tangent = torch.randn(2, 3)
+
+    def mul(x: torch.Tensor) -> torch.Tensor:
+        return choose("mul", x)(x)
+
+    def forward_mode() -> torch.Tensor:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(mul(forward_ad.make_dual(x, tangent))).tangent
+
+    transforms = {
+        forward_mode: 2 * tangent,
+        lambda: torch.func.jvp(mul, (x,), (tangent,))[1]: 2 * tangent,
+        torch.compile(lambda: torch.func.jvp(mul, (x,), (tangent,))[1], backend="eager"): 2 * tangent,
+        lambda: torch.func.grad(lambda x: mul(x).sum())(x): torch.full((3,), 2.0),
+        lambda: torch.func.vmap(mul)(x): 2 * x,
+    }
+    for transform, expected in transforms.items():
+        for request in (("auto",), ("reference",), ("theirs", "mul")):
+            with use_backend(*request):
+                torch.testing.assert_close(transform(), expected)
+        with use_backend("triton"), pytest.raises(BackendUnavailable, match="'mul': its kernels have no rules for"):
+            transform()
+    assert choose("mul", x) is not doubled  # after the transforms
 
 
 def test_who_must_see_an_operation():

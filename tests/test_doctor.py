@@ -76,6 +76,14 @@ def test_doctor_finds_old_and_missing_packages(monkeypatch: pytest.MonkeyPatch):
     assert report["packages"]["peft"]["version"] is None  # of an extra: nothing is wrong
 
 
+def test_doctor_finds_an_extension_that_finds_no_device(monkeypatch: pytest.MonkeyPatch):
+    status = {"built": True, "loaded": True, "architectures": [80], "devices": 0, "reason": "CUDA error 803"}
+    monkeypatch.setattr(backend, "extension_status", lambda: status)
+    report = doctor.diagnose()
+    assert report["problems"] == ["CUDA error 803"]
+    doctor.show(report)
+
+
 def test_doctor_finds_a_broken_extension(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(backend, "_extension", None)
     monkeypatch.setattr(backend, "_extension_built", True)

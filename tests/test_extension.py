@@ -80,6 +80,10 @@ def arguments(cuda: ModuleType) -> dict[str, Any]:
 def test_it_loads_and_knows_its_gpus(cuda: ModuleType):
     assert cuda.compiled_architectures() == [80, 90]
     assert cuda.device_count() == torch.cuda.device_count()
+    runtime, driver = cuda.versions()
+    release = re.search(r"release (\d+)\.(\d+)", run("nvcc", "--version"))
+    assert runtime == 1000 * int(release[1]) + 10 * int(release[2])
+    assert (driver > 0) == torch.cuda.is_available()
 
 
 def test_it_needs_neither_torch_nor_the_cuda_runtime(library: Path):

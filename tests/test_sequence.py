@@ -71,6 +71,7 @@ def test_pack_is_the_dense_mask(drawn: tuple, bidirectional: bool) -> None:
     lengths, spans = drawn
     packed = pack(lengths, spans, bidirectional_images=bidirectional)
     total = sum(lengths)
+    assert packed.lengths == (None if bidirectional else tuple(lengths))
     assert_canonical(packed.key_start, packed.key_end, total)
     assert torch.equal(visible(packed.key_start, packed.key_end, total)[0], dense(lengths, spans, bidirectional))
     assert packed.position_ids.dtype == torch.int64

@@ -93,6 +93,7 @@ class LlavaModel(LlavaPreTrainedModel):
         use_cache: bool | None = None,
         key_start: torch.Tensor | None = None,
         key_end: torch.Tensor | None = None,
+        sample_lengths: Sequence[int] | None = None,
         image_slots: torch.Tensor | None = None,
         mm_encoder_outputs: Encoded | None = None,
         interpolate_pos_encoding: bool = False,
@@ -104,7 +105,7 @@ class LlavaModel(LlavaPreTrainedModel):
         """Last hidden state (with `rows`: of these rows); arguments as `LlavaForConditionalGeneration.forward`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        given = _given_ranges(key_start, key_end)
+        given = _given(key_start, key_end, sample_lengths)
         how = vision_feature_layer, vision_feature_select_strategy, interpolate_pos_encoding
         images = self._images(pixel_values, mm_encoder_outputs, *how)
         is_image_BT = self._image_tokens(input_ids, inputs_embeds, images, image_slots, given)
@@ -324,10 +325,12 @@ class LlavaModel(LlavaPreTrainedModel):
         }
 
 
-def _given_ranges(key_start: torch.Tensor | None, key_end: torch.Tensor | None) -> KeyRanges | None:
-    if (key_start is None) != (key_end is None):
+def _given(start: torch.Tensor | None, end: torch.Tensor | None, lengths: Sequence[int] | None) -> KeyRanges | None:
+    if (start is None) != (end is None):
         raise ValueError("pass both of key_start and key_end, or neither")
-    return None if key_start is None or key_end is None else KeyRanges(key_start, key_end)
+    if not torch.compiler.is_compiling() and lengths is not None:  # a guard on them would compile again and again
+        return None if start is None or end is None else KeyRanges(start, end, "causal", lengths=tuple(lengths))
+    return None if start is None or end is None else KeyRanges(start, end)
 
 
 def is_plain_lookup(module: nn.Module) -> TypeGuard[nn.Embedding]:

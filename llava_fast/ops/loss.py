@@ -67,7 +67,8 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: for shapes or dtypes that do not fit, or a wrong `num_labelled`.
-        IndexError: on a CPU, for a label outside the vocabulary; from the kernels the loss is NaN.
+        IndexError: on a CPU, for a label outside the vocabulary (as PyTorch's own cross entropy). On a GPU, where the
+            check would synchronise, the kernels read no logit for it, and loss and gradients become NaN.
     """
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -164,14 +165,14 @@ def _loss_kernel(
         peak = higher
     # Relative to the largest logit, for precision.
     loss = tl.log(exps) - (at_label - peak)
-    # A label outside the vocabulary gives NaN, not the 0 of a row without a label.
+    # A label outside the vocabulary gives NaN, here and in the gradient, not the 0 of a row without a label.
     tl.store(losses_ptr + row, tl.where(known, loss, float("nan")))
 
     if GRADIENT:
         weight = 1.0
         if HAS_SCALE:
             weight = tl.load(scale_ptr)
-        factor = weight / exps
+        factor = tl.where(known, weight / exps, float("nan"))
         for first in range(0, vocabulary, BLOCK_V):
             column = first + lane
             z = _logits_at(logits_ptr, column, vocabulary)
@@ -272,10 +273,11 @@ def _run(
     rows_n, count = _labelled_rows(labels_N, ignore_index, num_labelled, kernels)
     labelled = rows_n.numel()
     everything = labelled == rows and count is None
-    if not hidden.is_cuda and not kernels and labelled:
-        least, most = (int(bound) for bound in labels_N[rows_n].aminmax())
-        if least < 0 or most >= vocabulary:
-            raise IndexError(f"label {least if least < 0 else most} is outside the vocabulary of {vocabulary}")
+    if hidden.device.type == "cpu" and labelled:
+        known_n = labels_N[labels_N != ignore_index]
+        outside_n = known_n[(known_n < 0) | (known_n >= vocabulary)]
+        if outside_n.numel():
+            raise IndexError(f"label {int(outside_n[0])} is outside the vocabulary of {vocabulary}")
 
     losses_N = torch.zeros(rows, dtype=wide, device=hidden.device)
     dhidden_ND = dweight = None

@@ -12,7 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -184,13 +184,14 @@ class PackedCollator:
         self.image_tokens = processor.num_image_tokens()
         self.bidirectional_images = bidirectional_images
 
-    def __call__(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
         """Pack samples.
 
         Returns:
             `input_ids`, `labels`, `position_ids` int64 [1, T]; `key_start`, `key_end` int32 [1, T]; `image_slots`
             int64, indices of the image tokens in the row; `target_rows` int64, indices of the tokens whose next token
-            has a label; and `pixel_values` uint8 [N, H, W, 3] if there are images.
+            has a label; `sample_lengths`, the tokens of each sample, unless images see themselves; and `pixel_values`
+            uint8 [N, H, W, 3] if there are images.
             The first label of each sample is −100: no sample predicts the next one's first token.
         Raises:
             ValueError: if a sample's image tokens do not match its images.
@@ -214,7 +215,7 @@ class PackedCollator:
             bidirectional_images=self.bidirectional_images,
         )
         all_labels = torch.cat(labels)
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": input_ids[None],
             "labels": all_labels[None],
             "target_rows": (all_labels[1:] != IGNORE).nonzero().flatten(),
@@ -223,6 +224,8 @@ class PackedCollator:
             "key_end": ranges.key_end,
             "image_slots": (input_ids == self.image_token_id).nonzero().flatten(),
         }
+        if ranges.lengths is not None:
+            batch["sample_lengths"] = ranges.lengths
         if any(map(len, spans)):
             batch["pixel_values"] = torch.cat([sample["pixel_values"] for sample in samples])
         return batch

@@ -80,6 +80,7 @@ def test_the_cases_of_a_gpu_are_told_apart():
     assert len(found) == len(set(found))
     assert {(op, shape) for op, shape, _, _ in found} >= {
         ("attention_tower", "32x577x16x64"),
+        ("attention_sample", "1x832x32x128"),
         ("attention", "1x4160x32x128"),
         ("attention_images", "1x8320x32x128"),
         ("attention_images_build", "1x8320x32x128"),

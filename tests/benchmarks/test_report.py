@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import names, plots, records, report
+from llava_fast.ops.attention.plain import FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,6 +55,8 @@ def test_the_committed_pages_are_what_the_stored_results_give(root: Path):
     report.write(records.RESULTS, root)
     for name in ("README.md", "docs/benchmarks.md"):
         assert (root / name).read_text() == (ROOT / name).read_text(), f"{name} is out of date: make report"
+    plain = FILE.relative_to(ROOT)
+    assert (root / plain).read_text() == (ROOT / plain).read_text(), f"{plain} is out of date: make report"
     plots = {path.name for path in (root / "docs/plots").glob("*.svg")}
     assert plots == {path.name for path in (ROOT / "docs/plots").glob("*.svg")}
 

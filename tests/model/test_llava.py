@@ -92,6 +92,10 @@ def test_uint8_pixels_equal_normalised_floats(tiny: SimpleNamespace) -> None:
         (lambda i: {"attention_mask": i["attention_mask"][:, None, None]}, "4-D masks are not accepted"),
         (lambda i: {"key_start": torch.zeros(3, 30, dtype=torch.int32)}, "both of key_start and key_end"),
         (lambda i: {"key_start": torch.zeros(1, 9).int(), "key_end": torch.ones(1, 9).int()}, "key ranges"),
+        (
+            lambda i: {**dict.fromkeys(("key_start", "key_end"), torch.zeros(1, 9).int()), "sample_lengths": [4, 4]},
+            r"samples of 8 tokens in all, but key ranges \(1, 9\)",
+        ),
     ],
 )
 def test_inputs_that_are_refused(tiny: SimpleNamespace, change, message: str) -> None:
@@ -132,6 +136,7 @@ def test_packed_rows_equal_each_sample_alone(tiny: SimpleNamespace, cached: bool
         arguments.update(key_start=packed.key_start, key_end=packed.key_end)
     if ranges == "given-with-slots":
         arguments["image_slots"] = (ids[0] == tiny.IMAGE).nonzero().flatten()
+        arguments["sample_lengths"] = list(packed.lengths)
     actual = model(**arguments)
     # The first label of each sample is −100, so that no sample predicts the next one's.
     total, count = 0, 0

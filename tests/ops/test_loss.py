@@ -351,14 +351,37 @@ def test_compiles_without_a_graph_break(backend):
                 torch.testing.assert_close(found, run(linear_cross_entropy, tensors, cotangent))
 
 
-def test_labels_outside_the_vocabulary():
-    tensors = inputs("all")
-    for wrong in (37, -1):
+OUTSIDE = [37, 2**40, -1, -5, -101, -(2**40)]
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("wrong", OUTSIDE)
+def test_labels_outside_the_vocabulary(wrong, backend, known):
+    """On a CPU the error is PyTorch's."""
+    for pattern in ("all", "some"):
+        tensors = inputs(pattern)
         tensors["labels"][1, 3] = wrong
-        with pytest.raises(IndexError, match=f"label {wrong} is outside the vocabulary of 37"):
+        with pytest.raises(IndexError):
+            full_logits(**tensors)
+        with use_backend(backend), pytest.raises(IndexError, match=f"label {wrong} is outside the vocabulary of 37"):
+            linear_cross_entropy(**tensors, num_labelled=count(tensors) if known else None)
+        with use_backend(backend), pytest.raises(IndexError), torch.no_grad():
             linear_cross_entropy(**tensors)
-        with use_backend("triton", OP):
-            assert linear_cross_entropy(**tensors).isnan()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("wrong", OUTSIDE)
+def test_the_kernel_reads_no_logit_for_a_label_outside(wrong, device):
+    """Some are so far away that there is no memory. The row's loss and gradient are NaN; those of others are right."""
+    logits = torch.randn(4, 37).to(device)
+    labels = torch.tensor([5, wrong, -100, 0], device=device)
+    losses, rows, dz = torch.zeros(4, device=device), torch.arange(4, device=device), logits.clone()
+    loss._chunk_loss(dz, rows, labels, None, losses, -100, gradient=True, zero_rest=True)
+    torch.testing.assert_close(losses[[0, 3]], F.cross_entropy(logits[[0, 3]], labels[[0, 3]], reduction="none"))
+    one_hot = F.one_hot(labels[[0, 3]], 37)
+    torch.testing.assert_close(dz[[0, 3]], logits[[0, 3]].softmax(1) - one_hot)
+    assert losses[1].isnan() and dz[1].isnan().all() and losses[2] == 0 and not dz[2].any()
 
 
 def test_errors():

@@ -437,13 +437,15 @@ def test_pack_of_samples(folder, processor):
     batch = PackedCollator(processor)(samples)
     total = sum(dataset.lengths)
     assert set(batch) == {
-        "input_ids", "labels", "target_rows", "position_ids", "key_start", "key_end", "pixel_values", "image_slots"
+        "input_ids", "labels", "target_rows", "position_ids", "key_start", "key_end", "sample_lengths", "pixel_values",
+        "image_slots"
     }  # fmt: skip
     assert torch.equal(batch["target_rows"], (batch["labels"][0, 1:] != -100).nonzero().flatten())
     for key in ("input_ids", "labels", "position_ids"):
         assert batch[key].shape == (1, total)
         assert batch[key].dtype == torch.int64
     expected = pack(dataset.lengths)
+    assert batch["sample_lengths"] == expected.lengths == tuple(dataset.lengths)
     for key in ("position_ids", "key_start", "key_end"):
         assert torch.equal(batch[key], getattr(expected, key))
     assert batch["key_start"].dtype == batch["key_end"].dtype == torch.int32
@@ -472,6 +474,7 @@ def test_first_label_of_a_sample_is_never_predicted(processor):
 def test_images_that_see_each_other(folder, processor):
     sample = load(folder, processor, [PICTURE])[0]
     batch = PackedCollator(processor, bidirectional_images=True)([sample, sample])
+    assert "sample_lengths" not in batch
     slots = batch["image_slots"].reshape(2, IMAGE)
     assert batch["key_end"][0, slots].tolist() == [[int(image[-1]) + 1] * IMAGE for image in slots]
     causal = np.delete(np.arange(batch["key_end"].shape[1]), slots.flatten())

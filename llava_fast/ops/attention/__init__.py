@@ -20,6 +20,9 @@ fewer are left, and a tile of one row is computed without tensor cores, which ne
 row, forward and in both backward kernels; 92½ with queries in tiles of 128 (half of the last is empty), as in the
 forward and dQ tiles that ship for sm_90. Wider heads have no registers left for this: 100 tiles.
 
+On a GPU, "auto" hands plain ranges (one causal or full sample per row, packs of these) to PyTorch's own kernels:
+see `plain.py`.
+
 Shapes: B batch, T queries, S keys, H query heads, G key heads (H a multiple of G), d head dimension. Tiles are
 [BLOCK_M queries, d] and [BLOCK_N keys, d]. Blocks are powers of two, so a d above 64 that is not one is held in two
 blocks, with two products per tile: 72 and 80 as 64 + 16, 96 as 64 + 32, 160 as 128 + 32, 192 as 128 + 64 (a d of 72 in
@@ -34,7 +37,7 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from llava_fast.backend import choose, differentiated, observed, register
+from llava_fast.backend import choose, differentiated, observed, register, requested
 from llava_fast.ops._launch import Example, tile_table
 from llava_fast.ops._triton import takes
 from llava_fast.ops.attention import decode
@@ -42,6 +45,7 @@ from llava_fast.ops.attention.backward import launch_dkdv, launch_dq
 from llava_fast.ops.attention.decode import decode_attention, takes_decode
 from llava_fast.ops.attention.forward import launch_forward
 from llava_fast.ops.attention.peers import register_peers
+from llava_fast.ops.attention.plain import peer_for
 from llava_fast.ops.attention.ranges import KeyRanges
 from llava_fast.ops.attention.tiles import MAX_HEAD_DIM, columns
 
@@ -118,7 +122,11 @@ def _checked(
     if tokens == 0 or batch == 0:
         # Keys and values stay in the autograd graph, with zero gradients: distributed training waits for these.
         return q + (k.sum() + v.sum()), q.new_zeros(batch, heads, tokens, dtype=torch.float32)
-    return choose("attention", q, k, v)(q, k, v, ranges, scale, return_lse)
+    run = choose("attention", q, k, v)
+    if run is _attention_triton and not return_lse and not torch.compiler.is_compiling():
+        # A backend that was asked for by name is never replaced.
+        run = (peer_for(q, k, v, ranges) if requested("attention") == "auto" else None) or run
+    return run(q, k, v, ranges, scale, return_lse)
 
 
 def attention_reference(

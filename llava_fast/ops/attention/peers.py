@@ -3,8 +3,9 @@
     with use_backend("flash_attn", "attention"):
         out = attention(q, k, v, start, end)
 
-A peer is imported at its first use, and runs only if it is requested by name. It supports backward where its library
-does; else `BackendUnavailable` gives the reason in a line. Key ranges that each peer supports, for q [B, T, H, d]:
+A peer is imported at its first use, and runs only if it is requested by name, or by `plain.py`, which gives plain
+ranges on a GPU to PyTorch's own kernels. It supports backward where its library does; else `BackendUnavailable` gives
+the reason in a line. Key ranges that each peer supports, for q [B, T, H, d]:
 
     name            library                                 ranges
     sdpa_flash      PyTorch's SDPA, its flash kernel        samples of equal lengths: one per batch row, all with the
@@ -19,8 +20,9 @@ does; else `BackendUnavailable` gives the reason in a line. Key ranges that each
 Causal: the last query of a sample sees all its keys, and each query sees one key fewer than the next query. Full: all
 queries see all keys. Only FlexAttention can express a causal sample with images that see themselves.
 
-These libraries need sample lengths on the host, so the first call with a `KeyRanges` synchronises with the device; the
-lengths are cached in that object, and later calls (other layers) do not. Under torch.compile a peer is a graph break.
+These libraries need sample lengths on the host. If the `KeyRanges` does not know them, the first call synchronises with
+the device; the lengths are cached in that object, and later calls (other layers) do not. Under torch.compile a peer is
+a graph break.
 
 Shapes: B batch, T queries, S keys, H query heads, G key heads, d head dimension; N samples, R rows of all batch rows.
 """
@@ -33,12 +35,13 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial, wraps
+from functools import cache, cached_property, partial, wraps
 from typing import Any
 
 import torch
+from torch.backends import cuda
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from llava_fast.backend import BackendUnavailable, register_peer
 from llava_fast.ops.attention.ranges import KeyRanges
@@ -52,8 +55,7 @@ class Samples:
     """Key ranges as samples: runs of queries of a batch row whose ranges begin at the same key.
 
     causal, full: whether all samples are causal (full) and share no keys; a sample of one query is both.
-    queries_N, keys_N: queries and keys of each sample; cu_queries, cu_keys: int32 [N + 1], their running sums, on the
-        device.
+    queries_N, keys_N: queries and keys of each sample.
     query_rows, key_rows: the flat rows b · T + t and b · S + s of all samples, in order; None if these are all rows.
     row_keys: if each batch row is one sample of all its T queries: per batch row its first key and one past its last.
     """
@@ -62,18 +64,16 @@ class Samples:
     full: bool
     queries_N: tuple[int, ...]
     keys_N: tuple[int, ...]
-    cu_queries: torch.Tensor
-    cu_keys: torch.Tensor
     query_rows: torch.Tensor | None
     key_rows: torch.Tensor | None
     row_keys: tuple[tuple[int, int], ...] | None
 
-    @property
+    @cached_property
     def common_keys(self) -> slice | None:
         """The keys of every batch row, if each batch row is one sample and all have the same keys."""
         return slice(*self.row_keys[0]) if self.row_keys and len(set(self.row_keys)) == 1 else None
 
-    @property
+    @cached_property
     def equal(self) -> bool:
         """Whether samples have equal lengths and no gaps between them, so that a view turns the pack into a batch."""
         apart = self.query_rows is None and self.key_rows is None
@@ -81,7 +81,9 @@ class Samples:
 
 
 def samples_of(ranges: KeyRanges, keys: int) -> Samples:
-    device, (batch, tokens) = ranges.start.device, ranges.shape
+    if ranges.kind is not None and ranges.keys == keys:
+        return _known_samples(ranges, keys)
+    batch, tokens = ranges.shape
     start, end = torch.stack((ranges.start, ranges.end)).to("cpu", torch.int64)  # the only synchronisation
     real = end > start
     opens = real.clone()
@@ -99,23 +101,53 @@ def samples_of(ranges: KeyRanges, keys: int) -> Samples:
     key_rows += torch.arange(len(key_rows))
     one_per_row = len(queries_N) == batch and bool((queries_N == tokens).all())
 
-    def running_sum(lengths_N: torch.Tensor) -> torch.Tensor:
-        return F.pad(lengths_N.cumsum(0), (1, 0)).to(device, torch.int32)
-
     def unless_all(rows: torch.Tensor, count: int) -> torch.Tensor | None:
-        return None if torch.equal(rows, torch.arange(count)) else rows.to(device)
+        return None if torch.equal(rows, torch.arange(count)) else rows.to(ranges.start.device)
 
     return Samples(
         causal=apart and torch.equal(end_R, last_end_R - (last_R - torch.arange(len(row_R)))),
         full=apart and torch.equal(end_R, last_end_R),
         queries_N=tuple(queries_N.tolist()),
         keys_N=tuple(keys_N.tolist()),
-        cu_queries=running_sum(queries_N),
-        cu_keys=running_sum(keys_N),
         query_rows=unless_all(row_R, batch * tokens),
         key_rows=unless_all(key_rows, batch * keys),
         row_keys=tuple(zip(start[:, 0].tolist(), end[:, -1].tolist())) if one_per_row else None,
     )
+
+
+def _known_samples(ranges: KeyRanges, keys: int) -> Samples:
+    """The samples of ranges whose kind the host knows; nothing is read from the device."""
+    batch, tokens = ranges.shape
+    queries_N = ranges.lengths or (tokens,) * batch
+    one_each = max(queries_N) == 1
+    return Samples(
+        causal=ranges.kind == "causal" or one_each,
+        full=ranges.kind == "full" or one_each,
+        queries_N=queries_N,
+        keys_N=ranges.lengths or (keys,) * batch,
+        query_rows=None,
+        key_rows=None,
+        row_keys=((0, keys),) * batch if ranges.lengths is None else None,
+    )
+
+
+def running_sums(ranges: KeyRanges, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int32 [N + 1] on the device: the running sums of the samples' queries, and of their keys."""
+    device, samples = ranges.start.device, ranges.derived(samples_of, keys)
+    if ranges.kind is None or ranges.keys != keys:
+        queries, keys_ = (F.pad(torch.tensor(n_N).cumsum(0), (1, 0)) for n_N in (samples.queries_N, samples.keys_N))
+        return queries.to(device, torch.int32), keys_.to(device, torch.int32)
+    if ranges.lengths is None:  # equal lengths
+        queries, keys_ = (
+            torch.arange(0, sum(n_N) + 1, n_N[0], dtype=torch.int32, device=device)
+            for n_N in (samples.queries_N, samples.keys_N)
+        )
+        return queries, keys_
+    # A copy from the host would synchronise; the starts of the samples are on the device already.
+    start_T = ranges.start[0]
+    sample_T = F.pad(start_T[1:] != start_T[:-1], (1, 0)).cumsum(0)
+    sums = start_T.new_full((len(ranges.lengths) + 1,), len(start_T)).scatter(0, sample_T, start_T)
+    return sums, sums
 
 
 def _refuse(name: str, reason: str) -> BackendUnavailable:
@@ -168,6 +200,31 @@ def _nothing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, return_lse: bool
 # ---- the peers: fn(q, k, v, ranges, scale, return_lse) -> out, LSE or None
 
 
+# Per SDPA kernel: is it allowed; allow it or not.
+_ALLOWED = {
+    SDPBackend.FLASH_ATTENTION: (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
+    SDPBackend.CUDNN_ATTENTION: (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
+    SDPBackend.EFFICIENT_ATTENTION: (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
+    SDPBackend.MATH: (cuda.math_sdp_enabled, cuda.enable_math_sdp),
+}
+
+
+class only:
+    """`torch.nn.attention.sdpa_kernel` for one kernel; that takes longer on the host than SDPA itself."""
+
+    def __init__(self, kernel: SDPBackend):
+        self.kernel = kernel
+
+    def __enter__(self) -> None:
+        self.before = [(allow, allowed()) for allowed, allow in _ALLOWED.values()]
+        for kernel, (_, allow) in _ALLOWED.items():
+            allow(kernel is self.kernel)
+
+    def __exit__(self, *_: Any) -> None:
+        for allow, before in self.before:
+            allow(before)
+
+
 def _sdpa_flash(*call: Any) -> Result:
     return _sdpa("sdpa_flash", SDPBackend.FLASH_ATTENTION, *call)
 
@@ -181,8 +238,9 @@ def _sdpa(name: str, kernel: SDPBackend, q, k, v, ranges, scale, return_lse) -> 
     if return_lse:
         raise _refuse(name, "PyTorch's SDPA does not return its LSE")
     shape = q.shape
-    if samples.common_keys is not None:
-        k, v = k[:, samples.common_keys], v[:, samples.common_keys]
+    seen = samples.common_keys
+    if seen is not None:
+        k, v = (k, v) if seen == slice(0, k.shape[1]) else (k[:, seen], v[:, seen])
     elif samples.equal:
         q, k, v = (x.flatten(0, 1).unflatten(0, (len(samples.queries_N), -1)) for x in (q, k, v))
     else:
@@ -190,7 +248,7 @@ def _sdpa(name: str, kernel: SDPBackend, q, k, v, ranges, scale, return_lse) -> 
     # SDPA's causal mask is aligned to the first key, ours to the last: they agree only for equal lengths.
     if not samples.full and q.shape[1] != k.shape[1]:
         raise _refuse(name, f"causal with {q.shape[1]} queries and {k.shape[1]} keys")
-    with sdpa_kernel(kernel):
+    with only(kernel):
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -213,8 +271,7 @@ def _varlen(name: str, call: Callable[..., Any], q, k, v, ranges, scale, return_
         _rows(q, samples.query_rows),
         _rows(k, samples.key_rows),
         _rows(v, samples.key_rows),
-        samples.cu_queries,
-        samples.cu_keys,
+        *ranges.derived(running_sums, k.shape[1]),
         max(samples.queries_N),
         max(samples.keys_N),
         scale,
@@ -374,6 +431,13 @@ def _on_gpu(x: torch.Tensor) -> bool:
     return x.is_cuda
 
 
+def _tensors_of_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool | str:
+    answer = _tensors(q, k, v)
+    if answer is True and q.shape[-1] % 8:
+        return f"head dimension {q.shape[-1]} is not a multiple of 8"
+    return answer
+
+
 def _tensors_of_sdpa_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool | str:
     if not _on_gpu(q):  # PyTorch has a flash kernel for CPUs too
         return _same_dtype(q, k, v)
@@ -391,7 +455,7 @@ def _tensors_of_sdpa(kernel: SDPBackend, can_use: Callable[[Any], bool], q, k, v
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     # No mask, no dropout, not causal; the last says whether heads are grouped.
     parameters = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, q.shape[1] != k.shape[1])
-    with sdpa_kernel(kernel):
+    with only(kernel):
         can = can_use(parameters)
     return can or "PyTorch has no such kernel for these tensors on this GPU"
 
@@ -411,6 +475,8 @@ def _missing(module: str, package: str, capability: int = 0) -> str:
 def _missing_varlen() -> str:
     module = "torch.nn.attention.varlen"
     missing = _missing(module, f"a PyTorch with {module}")
+    if not missing and torch.cuda.get_device_capability() < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or above"
     if missing or "window_size" in inspect.signature(importlib.import_module(module).varlen_attn).parameters:
         return missing
     return f"varlen_attn of PyTorch {torch.__version__} takes no window_size, by which causal is said"
@@ -432,7 +498,7 @@ def register_peers() -> None:
     for name, fn, supports, missing in (
         ("sdpa_flash", _sdpa_flash, _tensors_of_sdpa_flash, str),
         ("sdpa_cudnn", _sdpa_cudnn, _tensors_of_sdpa_cudnn, partial(_missing, "torch", "PyTorch")),
-        ("varlen", _torch_varlen, _tensors, _missing_varlen),
+        ("varlen", _torch_varlen, _tensors_of_varlen, _missing_varlen),
         ("flash_attn", _flash_attn_2, _tensors, partial(_missing, "flash_attn", "flash-attn")),
         ("flash_attn_3", _flash_attn_3, _tensors, partial(_missing, "flash_attn_interface", "FlashAttention-3", 9)),
         ("xformers", _xformers, _tensors, partial(_missing, "xformers", "xformers")),

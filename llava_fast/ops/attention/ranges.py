@@ -34,18 +34,30 @@ class KeyRanges:
     Attributes:
         start, end: int32 [B, T], contiguous. Along T neither decreases; an empty range has start = end.
         kind: what the host knows of every batch row: "causal", its T queries and first T keys are one sample; "full",
-            all queries see the first `keys` keys; or None.
+            all queries see the first `keys` keys; or None. With `lengths` it is the kind of every sample.
         keys: number of keys of that kind.
+        lengths: tokens of each sample, if the host knows that the one batch row is several samples of `kind`, laid end
+            to end; else None. Must be right: only their sum is checked.
 
     Raises:
-        ValueError: for vectors that are not two matrices of one shape.
+        ValueError: for vectors that are not two matrices of one shape, or lengths that do not add up to one row of T.
     """
 
-    def __init__(self, start_BT: torch.Tensor, end_BT: torch.Tensor, kind: Kind | None = None, keys: int | None = None):
+    def __init__(
+        self,
+        start_BT: torch.Tensor,
+        end_BT: torch.Tensor,
+        kind: Kind | None = None,
+        keys: int | None = None,
+        lengths: tuple[int, ...] | None = None,
+    ):
         if start_BT.dim() != 2 or start_BT.shape != end_BT.shape:
             raise ValueError(f"key ranges {tuple(start_BT.shape)} and {tuple(end_BT.shape)}; expected [B, T] twice")
+        if lengths is not None and (1, sum(lengths)) != tuple(start_BT.shape):
+            raise ValueError(f"samples of {sum(lengths)} tokens in all, but key ranges {tuple(start_BT.shape)}")
         self.start, self.end = start_BT.contiguous(), end_BT.contiguous()
         self.kind, self.keys = kind, start_BT.shape[1] if keys is None else keys
+        self.lengths = lengths if lengths and len(lengths) > 1 else None
         self._derived: dict[Hashable, Any] = {}
         self._made_in_capture = self._capturing()
 
@@ -71,7 +83,7 @@ class KeyRanges:
         there = self._derived.get(device)
         if there is None:
             start_BT, end_BT = (x.to(device, non_blocking=non_blocking) for x in (self.start, self.end))
-            there = self._derived[device] = KeyRanges(start_BT, end_BT, self.kind, self.keys)
+            there = self._derived[device] = KeyRanges(start_BT, end_BT, self.kind, self.keys, self.lengths)
         return there
 
     def shifted(self, keys: int) -> KeyRanges:
@@ -80,7 +92,8 @@ class KeyRanges:
 
     def last(self, rows: int) -> KeyRanges:
         """The ranges of the last `rows` queries of each batch row."""
-        kind: Kind | None = "full" if self.kind == "full" or (self.kind and rows == 1) else None
+        one = self.lengths is None
+        kind: Kind | None = "full" if one and (self.kind == "full" or (self.kind and rows == 1)) else None
         return KeyRanges(self.start[:, -rows:], self.end[:, -rows:], kind, self.keys)
 
     def derived(self, make: Callable[[KeyRanges, int], T], keys: int) -> T:
@@ -121,7 +134,7 @@ class KeyRanges:
 
     def groups(self, keys: int) -> Groups | None:
         """The samples of a self-attention on a CPU, in groups; None: use one SDPA call with a mask."""
-        if self.kind and keys == self.keys:
+        if self.kind and self.lengths is None and keys == self.keys:
             return Groups(self.kind, ())
         if self.start.device.type != "cpu" or torch.compiler.is_compiling():
             return None

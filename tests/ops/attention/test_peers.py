@@ -249,12 +249,12 @@ def test_sdpa_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     """cuDNN's kernel does not run here, so its place is taken by the flash kernel."""
     pinned, ranges = [], vectors(2, 7, CPU)
 
-    def sdpa_kernel(kernel):
-        pinned.append(kernel.name)
-        return real(module.SDPBackend.FLASH_ATTENTION)
+    class Only(module.only):
+        def __init__(self, kernel):
+            super().__init__(module.SDPBackend.FLASH_ATTENTION)
+            pinned.append(kernel.name)
 
-    real = module.sdpa_kernel
-    monkeypatch.setattr(module, "sdpa_kernel", sdpa_kernel)
+    monkeypatch.setattr(module, "only", Only)
     monkeypatch.setattr(module, "_missing", lambda *_: "")
     monkeypatch.setattr(module, "_tensors_of_sdpa_cudnn", lambda *_: True)
     module.register_peers()
@@ -265,6 +265,22 @@ def test_sdpa_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
         module.register_peers()
     assert pinned == ["FLASH_ATTENTION", "CUDNN_ATTENTION"]
+
+
+def test_only_one_kernel_is_allowed_and_then_what_was_allowed_before() -> None:
+    """As in `torch.nn.attention.sdpa_kernel`."""
+    from torch.nn.attention import _cur_sdpa_kernel_backends as allowed
+    from torch.nn.attention import sdpa_kernel
+
+    before = allowed()
+    for kernel in (module.SDPBackend.FLASH_ATTENTION, module.SDPBackend.CUDNN_ATTENTION):
+        with sdpa_kernel([module.SDPBackend.MATH, kernel]):
+            outside = allowed()
+            with pytest.raises(KeyError), module.only(kernel):
+                assert allowed() == [kernel]
+                raise KeyError
+            assert allowed() == outside
+    assert allowed() == before and len(before) > 1
 
 
 @pytest.mark.parametrize("case", ALL)

@@ -48,6 +48,20 @@ def test_a_step_of_decoding_is_known_to_see_all_keys(mask: torch.Tensor | None) 
     assert torch.equal(known.first_BT, told.first_BT)
 
 
+def test_a_pack_of_known_lengths() -> None:
+    packed = pack([3, 1, 4])
+    known = KeyRanges(packed.key_start, packed.key_end, "causal", lengths=packed.lengths)
+    told = KeyRanges(packed.key_start, packed.key_end)
+    assert torch.equal(known.first_BT, told.first_BT) and known.first_BT is known.start
+    assert torch.equal(known.seen_by(8), told.seen_by(8))
+    assert len(known.groups(8).groups) == len(told.groups(8).groups) > 0
+    assert known.to("meta").lengths == (3, 1, 4)
+    assert known.last(1).kind is known.last(1).lengths is known.shifted(1).kind is None
+    assert KeyRanges(*key_ranges(1, 8, CPU), "causal", lengths=(8,)).lengths is None  # one sample
+    with pytest.raises(ValueError, match=r"samples of 9 tokens in all, but key ranges \(1, 8\)"):
+        KeyRanges(packed.key_start, packed.key_end, "causal", lengths=(3, 1, 5))
+
+
 def test_only_plain_ranges_are_known_to_be() -> None:
     padded, position = torch.tensor([[0, 1, 1, 1]]), torch.arange(4)[None]
     others = [{"past": 3}, {"attention_mask": padded}, {"position_ids": position}, {"sliding_window": 2}]
