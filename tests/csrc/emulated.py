@@ -90,8 +90,8 @@ def translated(name: str, text: str) -> str:
 # ---- building
 
 
-def digest(*parts: str | bytes) -> str:
-    return hashlib.sha256(b"\0".join(p if isinstance(p, bytes) else p.encode() for p in parts)).hexdigest()[:20]
+def digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
 def g_plus_plus(*arguments: str | Path) -> None:
@@ -183,22 +183,24 @@ class Results:
     ways: dict[str, int]
 
 
-def place(library: Path, address: str) -> str:
-    """The lines that an address in a library was made from: of the innermost function, then of those it is part of."""
-    command = ("addr2line", "-i", "-e", library, hex(int(address, 16) - 1))  # the call, not what follows it
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"\w+\.cuh?:\d+", lines)
-    return " in ".join(dict.fromkeys(found)) or "an unknown place"
+def places(library: Path, addresses: list[int]) -> list[str]:
+    """For each address in a library the lines it was made from: of the innermost function, then of those around it."""
+    calls = [hex(address - 1) for address in addresses]  # what is given is where a call returns to
+    if not calls:  # addr2line would read them from standard input
+        return []
+    command = ("addr2line", "-a", "-i", "-e", library, *calls)
+    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = [re.findall(r"\w+\.cuh?:\d+", of_one) for of_one in re.split("^0x", answer, flags=re.MULTILINE)[1:]]
+    return [" in ".join(dict.fromkeys(of_one)) or "an unknown place" for of_one in lines]
 
 
 def located(library: Path, message: str) -> str:
-    return re.sub(r"0x[0-9a-f]+$", lambda m: place(library, m[0]), message)
+    return re.sub(r"0x[0-9a-f]+$", lambda m: places(library, [int(m[0], 16)])[0], message)
 
 
 def by_place(library: Path, conflicts: list[tuple[int, int]]) -> dict[str, int]:
     ways: dict[str, int] = {}
-    for site, most in conflicts:
-        line = place(library, hex(site))
+    for line, (_, most) in zip(places(library, [site for site, _ in conflicts]), conflicts):
         ways[line] = max(most, ways.get(line, 1))
     return ways
 
