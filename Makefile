@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick contracts durations lint format docs hooks bench report compile-report gpu clean
+.PHONY: help setup demo test test-all quick contracts durations lint format docs hooks bench report compile-report gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,6 +17,9 @@ demo: $(READY) ## train a tiny LLaVA and ask it about pictures; the report goes 
 
 test: $(READY) ## the tests
 	$(BIN)/python -m pytest
+
+test-all: $(READY) ## the tests, and every case of them in every dtype
+	$(BIN)/python -m pytest --exhaustive
 
 quick: $(READY) ## style, and the tests but the slow ones: under three minutes on two cores
 	$(BIN)/ruff check .
@@ -76,4 +79,5 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
 		{ $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -c constraints.txt --no-deps --ignore-requires-python ttsem
 	@touch $@

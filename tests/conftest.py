@@ -1,5 +1,6 @@
-"""What all tests share: no downloads, fixed seeds, and the marks `gpu` and `slow`."""
+"""What all tests share: no downloads, fixed seeds, and the marks `gpu`, `slow` and `exhaustive`."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,16 +14,28 @@ import numpy as np
 import pytest
 import torch
 
+from tests.ops import interpreter
 from tests.seconds import slow_cases
 from tests.tiny import TEXT, VISION
 
 # Before anything imports Triton: without a GPU its kernels run in the interpreter, where a test asks for them.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        interpreter.install()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="run the cases marked `exhaustive`, too")
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--exhaustive"):
+        # On a GPU all cases run: there they cost little.
+        left_out = [item for item in items if item.get_closest_marker("exhaustive") and not on_a_gpu(item)]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
     slow = slow_cases([item.nodeid for item in items])
     for item in items:
         if item.nodeid in slow:
@@ -30,8 +43,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if on_a_gpu(item):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; PyTorch sees none"))
+
+
+def on_a_gpu(item: pytest.Item) -> bool:
+    return item.get_closest_marker("gpu") is not None
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ float64, outputs and gradients alike, is at most twice that of PyTorch in the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,9 +20,25 @@ from llava_fast.sequence import key_ranges
 Tensors = Mapping[str, torch.Tensor]
 Function = Callable[..., torch.Tensor | Sequence[torch.Tensor]]
 
-# The interpreter's tl.dot returns garbage for bfloat16; kernels without one may add it to their cases.
-DTYPES = (torch.float32, torch.float16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# For what hardly depends on the dtype: masks, strides, frozen inputs.
+ALSO_HALF = (torch.float32, *(pytest.param(dtype, marks=pytest.mark.exhaustive) for dtype in DTYPES[1:]))
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
+
+
+def in_every_dtype(cases: Iterable[str], half: Collection[str]) -> list[Any]:
+    """Parameters (name, dtype). In float16 only the cases in `half` are not marked `exhaustive`: what is particular to
+    half precision, bfloat16 shows, too."""
+    return [
+        pytest.param(
+            name,
+            dtype,
+            id=f"{name}-{dtype}".replace("torch.", ""),
+            marks=pytest.mark.exhaustive if dtype == torch.float16 and name not in half else (),
+        )
+        for name in cases
+        for dtype in DTYPES
+    ]
 
 
 @contextmanager

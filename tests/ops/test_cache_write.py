@@ -43,7 +43,7 @@ def write(q, kv, cos, sin, keys, values, at) -> tuple[torch.Tensor, torch.Tensor
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernel(shape: tuple, device: str) -> None:
-    for dtype in (*DTYPES, torch.bfloat16):
+    for dtype in DTYPES:
         draws = [inputs(shape, dtype, device) for _ in range(8 if shape[1] == 1 else 1)]
         frozen = tuple(draws[0])
         check_kernel(write, *draws, op="cache_write", kernels=KERNEL, frozen=frozen)

@@ -5,7 +5,7 @@ from functools import partial
 import kit
 import pytest
 import torch
-from kit import DEVICES, DTYPES, check_kernel, poisoned, run
+from kit import ALSO_HALF, DEVICES, DTYPES, check_kernel, poisoned, run
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -194,9 +194,10 @@ def test_kernel_in_several_chunks(known, device, small_chunks):
         check_kernel(function, *draws, op=OP, kernels=KNOWN * 3 if known else UNKNOWN * 5)
 
 
+@pytest.mark.parametrize("dtype", ALSO_HALF, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-def test_kernel_on_strided_tensors(device):
-    wide = inputs("some", (6, 4), 40, 30, device=device)
+def test_kernel_on_strided_tensors(dtype, device):
+    wide = inputs("some", (6, 4), 40, 30, dtype=dtype, device=device)
     tensors = {
         "hidden": wide["hidden"].transpose(0, 1)[:, ::2, 3:20],
         "weight": wide["weight"].t()[3:20].t(),
@@ -219,10 +220,11 @@ def test_no_rows(backend, device):
         assert found["out0"] == 0 and not found["dweight"].any() and found["dhidden"].shape == (*shape, 4)
 
 
+@pytest.mark.parametrize("dtype", ALSO_HALF, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
-def test_what_is_frozen_costs_nothing(frozen, device):
-    tensors = inputs("some", device=device)
+def test_what_is_frozen_costs_nothing(frozen, dtype, device):
+    tensors = inputs("some", dtype=dtype, device=device)
     check_kernel(either, tensors, op=OP, kernels=["gemm_kernel", "loss_kernel", "gemm_kernel"], frozen=[frozen])
     check_reference(linear_cross_entropy, tensors, frozen=[frozen])
 

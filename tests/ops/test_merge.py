@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kit import DEVICES, DTYPES, check_kernel
+from kit import ALSO_HALF, DEVICES, DTYPES, check_kernel
 from torch.nn import functional as F
 
 from llava_fast.backend import use_backend
@@ -103,7 +103,7 @@ def test_kernels(batch, tokens, width, images, by_slots, device):
     """From ids and a table, and over embeddings."""
     tensors = sequence(batch, tokens, images, device)
     count = int(tensors["mask"].sum())
-    for dtype in (*DTYPES, torch.bfloat16) if tokens < 100 else DTYPES[:1]:
+    for dtype in DTYPES if tokens < 100 else DTYPES[:1]:
         features, table = (torch.randn(rows, width, device=device).to(dtype) for rows in (count, VOCABULARY))
         check_kernel(
             lambda ids, mask, table, features: embed_merge(ids, table, features, **places(mask, by_slots)),
@@ -125,37 +125,40 @@ def from_ids(ids, mask, table, features, padding_id=None):
     return embed_merge(ids, table, features, mask_BT=mask, padding_id=padding_id)
 
 
-def draw(device: str) -> dict[str, torch.Tensor]:
+def draw(device: str, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     tensors = sequence(2, 9, 0.5, device)
-    tensors["table"] = torch.randn(VOCABULARY, 20, device=device)
-    tensors["features"] = torch.randn(int(tensors["mask"].sum()), 20, device=device)
+    tensors["table"] = torch.randn(VOCABULARY, 20, device=device, dtype=dtype)
+    tensors["features"] = torch.randn(int(tensors["mask"].sum()), 20, device=device, dtype=dtype)
     return tensors
 
 
+@pytest.mark.parametrize("dtype", ALSO_HALF, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("frozen", "kernels"),
     [({"table"}, KERNELS), ({"features"}, KERNELS[:1]), ({"table", "features"}, KERNELS[:1])],
     ids=lambda value: "-".join(sorted(value)),
 )
-def test_frozen(frozen, kernels, device):
+def test_frozen(frozen, kernels, dtype, device):
     """A table that is frozen, as in stage 1, costs no pass; and its own gradient is the library's."""
-    check_kernel(from_ids, draw(device), op="merge", kernels=kernels, frozen=frozen)
+    check_kernel(from_ids, draw(device, dtype), op="merge", kernels=kernels, frozen=frozen)
 
 
+@pytest.mark.parametrize("dtype", ALSO_HALF, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-def test_neither_images_nor_padding_teach_the_table(device):
-    tensors = draw(device)
+def test_neither_images_nor_padding_teach_the_table(dtype, device):
+    tensors = draw(device, dtype)
     for padding_id in (3, 3 - VOCABULARY):
         found = check_kernel(partial(from_ids, padding_id=padding_id), tensors, op="merge", kernels=KERNELS)
         assert not found["dtable"][[IMAGE, 3]].any()
         assert found["dtable"][0].any()
 
 
+@pytest.mark.parametrize("dtype", ALSO_HALF, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-def test_strided_and_nothing(device):
-    tensors = draw(device)
-    wide = torch.randn(2, 9, 30, device=device)
+def test_strided_and_nothing(dtype, device):
+    tensors = draw(device, dtype)
+    wide = torch.randn(2, 9, 30, device=device, dtype=dtype)
     tensors["features"] = wide.flatten(0, 1)[: tensors["features"].shape[0], 3:23]
     tensors["table"] = torch.randn(20, VOCABULARY, device=device).t()
     check_kernel(from_ids, tensors, op="merge", kernels=KERNELS)
@@ -163,19 +166,24 @@ def test_strided_and_nothing(device):
     check_kernel(
         lambda mask, embeds, features: merge(embeds, features, mask_BT=mask), over, op="merge", kernels=KERNELS
     )
-    none = {**tensors, "mask": torch.zeros_like(tensors["mask"]), "features": torch.zeros(0, 20, device=device)}
+    none = {
+        **tensors,
+        "mask": torch.zeros_like(tensors["mask"]),
+        "features": torch.zeros(0, 20, device=device, dtype=dtype),
+    }
     check_kernel(from_ids, none, op="merge", kernels=KERNELS[:1])
     empty = {**none, "ids": tensors["ids"][:0], "mask": tensors["mask"][:0]}
     check_kernel(from_ids, empty, op="merge", kernels=[])
 
 
+@pytest.mark.parametrize("dtype", ALSO_HALF, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-def test_several_programs_per_row(device):
+def test_several_programs_per_row(dtype, device):
     with (
         forced_tile("merge_fwd", {"BLOCK": 8, "num_warps": 1}),
         forced_tile("merge_bwd", {"BLOCK": 16, "num_warps": 1}),
     ):
-        check_kernel(from_ids, draw(device), op="merge", kernels=KERNELS)
+        check_kernel(from_ids, draw(device, dtype), op="merge", kernels=KERNELS)
 
 
 @pytest.mark.parametrize("device", DEVICES)

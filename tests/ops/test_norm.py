@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from kit import DEVICES, DTYPES, check_kernel, poisoned
+from kit import ALSO_HALF, DEVICES, DTYPES, check_kernel, poisoned
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -16,7 +16,6 @@ from llava_fast.ops.norm import layer_norm, rms_norm
 NORMS = {"rms_norm": rms_norm, "layer_norm": layer_norm}
 # Odd row counts and widths; a single row, a single column, more rows than programs.
 SHAPES = [(1, 1), (1, 17), (17, 64), (5, 123), (577, 48), (2, 3, 1030)]
-ALL_DTYPES = (*DTYPES, torch.bfloat16)
 
 
 def inputs(shape, dtype, device, *, bias: bool, residual: bool) -> dict[str, torch.Tensor]:
@@ -62,7 +61,7 @@ def test_the_reference_is_the_definition(residual: bool):
 @pytest.mark.parametrize("op", NORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernel(op, shape, residual, device):
-    for dtype in ALL_DTYPES:
+    for dtype in DTYPES:
         few = torch.Size(shape).numel() < 100
         draws = [inputs(shape, dtype, device, bias=op == "layer_norm", residual=residual) for _ in range(1 + 15 * few)]
         found = check_kernel(function(op, residual), *draws, op=op, kernels=["norm_fwd_kernel", "norm_bwd_kernel"])
@@ -70,10 +69,11 @@ def test_kernel(op, shape, residual, device):
             torch.testing.assert_close(found["dresidual"], found["dx"], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", ALSO_HALF, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("op", NORMS)
-def test_kernel_with_frozen_weights(op, device):
-    tensors = inputs((9, 130), torch.float32, device, bias=op == "layer_norm", residual=True)
+def test_kernel_with_frozen_weights(op, dtype, device):
+    tensors = inputs((9, 130), dtype, device, bias=op == "layer_norm", residual=True)
     check_kernel(
         function(op, True), tensors, op=op, kernels=["norm_fwd_kernel", "norm_bwd_kernel"], frozen=("weight", "bias")
     )
@@ -88,10 +88,11 @@ def test_a_frozen_weight_costs_no_gradient(device):
     assert [launch.constexprs.get("WANT_DWEIGHT") for launch in launched] == [None, False]
 
 
+@pytest.mark.parametrize("dtype", ALSO_HALF, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("op", NORMS)
-def test_kernel_on_strided_inputs(op, device):
-    wide = inputs((6, 2, 400), torch.float32, device, bias=op == "layer_norm", residual=True)
+def test_kernel_on_strided_inputs(op, dtype, device):
+    wide = inputs((6, 2, 400), dtype, device, bias=op == "layer_norm", residual=True)
     tensors = {name: t[::2] if t.dim() == 1 else t.transpose(0, 1)[:, ::2, 100:300] for name, t in wide.items()}
     assert not tensors["x"].is_contiguous()
     check_kernel(function(op, True), tensors, op=op, kernels=["norm_fwd_kernel", "norm_bwd_kernel"])
@@ -106,10 +107,11 @@ def test_kernel_on_no_rows(op, device):
     assert torch.equal(found["dweight"], torch.zeros(64, device=device))
 
 
+@pytest.mark.parametrize("dtype", ALSO_HALF, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-def test_only_one_output_used(device):
+def test_only_one_output_used(dtype, device):
     """A gradient for the sum alone, or for the normalised tensor alone."""
-    tensors = inputs((5, 40), torch.float32, device, bias=False, residual=True)
+    tensors = inputs((5, 40), dtype, device, bias=False, residual=True)
     for i in (0, 1):
         kernels = ["norm_fwd_kernel", "norm_bwd_kernel"] if i == 0 else ["norm_fwd_kernel"]
         check_kernel(lambda i=i, **t: rms_norm(**t, eps=1e-5)[i], tensors, op="rms_norm", kernels=kernels)
@@ -161,7 +163,7 @@ def test_what_the_kernel_does_not_take():
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_cuda_twin(shape, residual):
     """Forward only, so nothing requires a gradient."""
-    for dtype in ALL_DTYPES:
+    for dtype in DTYPES:
         few = torch.Size(shape).numel() < 100
         draws = [inputs(shape, dtype, "cuda", bias=False, residual=residual) for _ in range(1 + 15 * few)]
         check_kernel(

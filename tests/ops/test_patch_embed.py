@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kit import DEVICES, DTYPES, check_kernel, poisoned
+from kit import ALSO_HALF, DEVICES, DTYPES, check_kernel, poisoned
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
@@ -164,15 +164,16 @@ def embed(**inputs: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("as_bytes", [True, False], ids=["bytes", "floats"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernel(shape, as_bytes, device):
-    for dtype in DTYPES if device == "cpu" else (*DTYPES, torch.bfloat16):
+    for dtype in DTYPES:
         draws = [tensors(*shape, dtype, device, as_bytes=as_bytes) for _ in range(2)]
         check_kernel(embed, *draws, op="patch_embed", kernels=KERNELS)
 
 
+@pytest.mark.parametrize("dtype", ALSO_HALF, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-def test_kernel_on_more_rows_than_a_tile(device):
+def test_kernel_on_more_rows_than_a_tile(dtype, device):
     """Tiles that span several images, and several steps of the sum over rows in dW."""
-    inputs = tensors(9, 20, 24, 4, 80, torch.float32, device, as_bytes=True)
+    inputs = tensors(9, 20, 24, 4, 80, dtype, device, as_bytes=True)
     check_kernel(embed, inputs, op="patch_embed", kernels=KERNELS)
 
 
@@ -184,9 +185,10 @@ def test_kernel_on_float_pixels_of_another_dtype(device):
     check_kernel(embed, inputs, op="patch_embed", kernels=KERNELS)
 
 
+@pytest.mark.parametrize("dtype", ALSO_HALF, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-def test_kernel_on_strided_inputs(device):
-    wide = tensors(4, 12, 24, 4, 64, torch.float32, device, as_bytes=True)
+def test_kernel_on_strided_inputs(dtype, device):
+    wide = tensors(4, 12, 24, 4, 64, dtype, device, as_bytes=True)
     inputs = {name: t[..., :32] if name in ("cls_D", "norm_weight_D", "norm_bias_D") else t for name, t in wide.items()}
     inputs["pixels"] = wide["pixels"][::2, :, 4:16]
     inputs["weight_DCPP"] = wide["weight_DCPP"][::2].to(memory_format=torch.channels_last)
@@ -278,34 +280,24 @@ def test_what_the_kernel_does_not_take():
         asked(**tensors(1, 4, 4, 4, 8193, torch.float32, "cpu", as_bytes=True))
 
 
-def test_bfloat16_rounded_as_the_kernel_rounds_it():
-    """The interpreter has no bfloat16 product, so the kernel's roundings in PyTorch: pixels once, z once, the result.
-
-    Its error is within PyTorch's own, by the largest and by root mean square; with mean and deviation folded into
-    rounded weights it would be larger.
-    """
-    bf16 = torch.bfloat16
-    inputs = tensors(4, 56, 56, 14, 128, bf16, "cpu", as_bytes=True)
+def test_rounded_pixels_are_more_exact_than_a_folded_weight():
+    """In bfloat16 the kernel normalises pixels, and rounds them; its error is within PyTorch's own, by the largest and
+    by root mean square. With mean and deviation folded into rounded weights it would be larger."""
+    inputs = tensors(4, 56, 56, 14, 128, torch.bfloat16, "cpu", as_bytes=True)
     with use_backend("reference"):
         truth = embed(**{name: t.double() if t.is_floating_point() else t for name, t in inputs.items()})
         theirs = embed(**inputs)
+    with use_backend("triton", "patch_embed"):
+        ours = embed(**inputs)
+
     wide = {name: t.float() for name, t in inputs.items()}
-
-    def rounded(patches_BNK: torch.Tensor, weight_DK: torch.Tensor, bias_D: torch.Tensor | float = 0.0):
-        """The result, with these operands of the product."""
-        patches = patches_BNK @ weight_DK.T + bias_D
-        z = torch.cat((wide["cls_D"].expand(4, 1, -1), patches), 1) + wide["position_TD"]
-        return F.layer_norm(z.to(bf16).float(), (128,), wide["norm_weight_D"], wide["norm_bias_D"], 1e-5).to(bf16)
-
-    def unfolded(pixels_BHWC: torch.Tensor) -> torch.Tensor:
-        return F.unfold(pixels_BHWC.permute(0, 3, 1, 2), 14, stride=14).transpose(1, 2)
-
     scale, shift = torch.tensor(module._normalisation(MEAN, STD)).split(3)
-    weight_DK = wide["weight_DCPP"].flatten(1)
-    ours = rounded(unfolded((wide["pixels"] * scale + shift).to(bf16).float()), weight_DK)
-    folded_DK = (wide["weight_DCPP"] * scale.view(3, 1, 1)).to(bf16).float().flatten(1)
+    folded_DK = (wide["weight_DCPP"] * scale.view(3, 1, 1)).bfloat16().float().flatten(1)
     bias_D = (wide["weight_DCPP"] * shift.view(3, 1, 1)).sum((1, 2, 3))
-    folded = rounded(unfolded(wide["pixels"]), folded_DK, bias_D)
+    patches = F.unfold(wide["pixels"].permute(0, 3, 1, 2), 14, stride=14).transpose(1, 2) @ folded_DK.T + bias_D
+    z = (torch.cat((wide["cls_D"].expand(4, 1, -1), patches), 1) + wide["position_TD"]).bfloat16().float()
+    folded = F.layer_norm(z, (128,), wide["norm_weight_D"], wide["norm_bias_D"], 1e-5).bfloat16()
+
     errors = [out.double() - truth for out in (ours, theirs, folded)]
     largest, square = ([float(of(error.abs())) for error in errors] for of in (torch.max, torch.norm))
     assert largest[0] <= largest[1]

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from kit import DEVICES, DTYPES, check_kernel
+from kit import ALSO_HALF, DEVICES, DTYPES, check_kernel
 
 from llava_fast.backend import use_backend
 from llava_fast.ops import projector as module
@@ -126,6 +126,7 @@ def test_kernel(shape, widths, biases, tile, device):
             check_kernel(call, *draws, op="projector", kernels=kernels + [BWD] * hidden)
 
 
+@pytest.mark.parametrize("dtype", ALSO_HALF, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("frozen", "kernels"),
@@ -140,26 +141,28 @@ def test_kernel(shape, widths, biases, tile, device):
     ],
     ids=lambda value: "-".join(sorted(value)),
 )
-def test_frozen(frozen, kernels, device):
-    draws = [inputs([16, 32, 9], [True, True], (18,), torch.float32, device) for _ in range(3)]
+def test_frozen(frozen, kernels, dtype, device):
+    draws = [inputs([16, 32, 9], [True, True], (18,), dtype, device) for _ in range(3)]
     with forced_tile("projector_fwd", FUSED):
         check_kernel(call, *draws, op="projector", kernels=kernels, frozen=frozen)
 
 
+@pytest.mark.parametrize("dtype", ALSO_HALF, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-def test_widths_that_are_no_whole_steps_are_left_to_the_library(device):
-    draws = [inputs([17, 32, 5], [True, True], (33,), torch.float32, device) for _ in range(4)]
+def test_widths_that_are_no_whole_steps_are_left_to_the_library(dtype, device):
+    draws = [inputs([17, 32, 5], [True, True], (33,), dtype, device) for _ in range(4)]
     with forced_tile("projector_fwd", FUSED):
         check_kernel(call, *draws, op="projector", kernels=[GELU, FWD, BWD])
 
 
+@pytest.mark.parametrize("dtype", ALSO_HALF, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-def test_strided(device):
+def test_strided(dtype, device):
     """Patches behind a CLS token, columns of a wider tensor, rows in another order; weights stored transposed."""
-    tensors = inputs([16, 32, 9], [True, True], (), torch.float32, device)
+    tensors = inputs([16, 32, 9], [True, True], (), dtype, device)
     tensors["w0"] = tensors["w0"].t().contiguous().t()
-    tensors["b0"] = torch.randn(32, 2, device=device)[:, 0]
-    wide = torch.randn(3, 19, 24, device=device)
+    tensors["b0"] = torch.randn(32, 2, device=device, dtype=dtype)[:, 0]
+    wide = torch.randn(3, 19, 24, device=device, dtype=dtype)
     for x in (wide[:, 1:, :16], wide[0, :, 4:20], wide[..., :16].transpose(0, 1), wide.transpose(1, 2)[:, :9, :16]):
         with forced_tile("projector_fwd", FUSED):
             check_kernel(call, {**tensors, "x": x}, op="projector", kernels=[FWD, FWD, BWD])

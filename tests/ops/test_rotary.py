@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from kit import DEVICES, DTYPES, check_kernel
+from kit import ALSO_HALF, DEVICES, DTYPES, check_kernel
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
@@ -44,16 +44,17 @@ def test_the_reference_turns_complex_numbers():
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernel(shape, device):
-    for dtype in (*DTYPES, torch.bfloat16):
+    for dtype in DTYPES:
         draws = [inputs(shape, dtype, device) for _ in range(8 if shape[1] == 1 else 1)]
         check_kernel(rotary, *draws, op="rotary", kernels=["rotary_kernel"] * 2, frozen=FROZEN)
 
 
+@pytest.mark.parametrize("dtype", ALSO_HALF, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-def test_shared_angles_and_strided_heads(device):
-    tensors = inputs((3, 4, 5, 2, 16), torch.float32, device, shared=True)
+def test_shared_angles_and_strided_heads(dtype, device):
+    tensors = inputs((3, 4, 5, 2, 16), dtype, device, shared=True)
     # Queries and keys as slices of one projection, and tokens behind heads in memory.
-    both = torch.randn(3, 4, 7, 16, device=device)
+    both = torch.randn(3, 4, 7, 16, device=device, dtype=dtype)
     tensors["q_BTHd"], tensors["k_BTGd"] = both[:, :, :5], both[:, :, 5:].transpose(1, 2).contiguous().transpose(1, 2)
     check_kernel(rotary, tensors, op="rotary", kernels=["rotary_kernel"] * 2, frozen=FROZEN)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kit import DEVICES, check_kernel, poisoned
+from kit import DEVICES, check_kernel, in_every_dtype, poisoned
 
 from benchmarks import tune
 from llava_fast.backend import use_backend
@@ -30,13 +30,13 @@ CASES = {
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("name", CASES)
-def test_kernels(name: str, parts: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "dtype"), in_every_dtype(CASES, half=("several tokens", "one key")))
+def test_kernels(name: str, dtype: torch.dtype, parts: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ranges, slots, heads, key_heads, dim = CASES[name]
     monkeypatch.setattr(module, "splits_of", lambda q, k: parts)
     start, end = torch.tensor(ranges, dtype=torch.int32, device=device).unbind(-1)
-    q = torch.randn(*start.shape, heads, dim, device=device)
-    k, v = (cache(len(ranges), key_heads, slots, dim, device) for _ in range(2))
+    q = torch.randn(*start.shape, heads, dim).to(device, dtype)
+    k, v = (cache(len(ranges), key_heads, slots, dim, device, dtype) for _ in range(2))
     kernels = ["decode_attention_kernel"]
     tensors = {"q_BTHd": q, "k_BSGd": k, "v_BSGd": v, "start_BT": start, "end_BT": end}
     with forced_tile("decode_attention", SMALL):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kit import DEVICES, check_kernel
+from kit import DEVICES, check_kernel, in_every_dtype
 
 from llava_fast.backend import BackendUnavailable, use_backend
 from llava_fast.ops._launch import forced_tile, recorded
@@ -36,28 +36,13 @@ FROZEN = ("q_BTHd", "k_scale_BGS", "v_scale_BGS")
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("name", CASES)
-def test_kernels(name: str, parts: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "dtype"), in_every_dtype(CASES, half=("several tokens", "two blocks of columns")))
+def test_kernels(name: str, dtype: torch.dtype, parts: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "splits_of", lambda q, k: parts)
     kernels = ["decode_attention_kernel"]
-    draws = [inputs(name, device) for _ in range(3)]
+    draws = [inputs(name, device, dtype) for _ in range(3)]
     with forced_tile("decode_attention", SMALL):
         check_kernel(lambda **t: int8_attention(**t), *draws, op="int8_attention", kernels=kernels, frozen=FROZEN)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_half_precision(device: str) -> None:
-    dtypes = [torch.float16, *([torch.bfloat16] if device == "cuda" else [])]
-    for dtype in dtypes:
-        draws = [inputs("several tokens", device, dtype) for _ in range(3)]
-        with forced_tile("decode_attention", SMALL):
-            check_kernel(
-                lambda **t: int8_attention(**t),
-                *draws,
-                op="int8_attention",
-                kernels=["decode_attention_kernel"],
-                frozen=FROZEN,
-            )
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
-from kit import DEVICES, DTYPES, check_kernel, poisoned, run, vectors
+from kit import ALSO_HALF, DEVICES, check_kernel, in_every_dtype, poisoned, run, vectors
 
 from benchmarks import tune
 from llava_fast.backend import BackendUnavailable, use_backend
@@ -101,9 +101,9 @@ def rename(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", CASES)
-def test_kernels(name: str, device: str) -> None:
-    draws = [inputs(name, torch.float32, device) for _ in range(3)]  # largest errors of small tensors are luck
+@pytest.mark.parametrize(("name", "dtype"), in_every_dtype(CASES, half=("gqa", "cached", "two blocks of columns")))
+def test_kernels(name: str, dtype: torch.dtype, device: str) -> None:
+    draws = [inputs(name, dtype, device) for _ in range(3)]  # largest errors of small tensors are luck
     empty = (draws[0]["end"] <= draws[0]["start"]).any()
     check_kernel(without_lse if empty else with_lse, *draws, op="attention", kernels=KERNELS)
 
@@ -117,18 +117,19 @@ TAILS = {
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", TAILS)
-def test_what_is_left_of_a_walk(name: str, device: str) -> None:
+@pytest.mark.parametrize(("name", "dtype"), in_every_dtype(TAILS, half=("some rows",)))
+def test_what_is_left_of_a_walk(name: str, dtype: torch.dtype, device: str) -> None:
     with all_tiles(TALL):
-        check_kernel(with_lse, inputs(TAILS[name], torch.float32, device), op="attention", kernels=KERNELS)
+        check_kernel(with_lse, inputs(TAILS[name], dtype, device), op="attention", kernels=KERNELS)
 
 
+@pytest.mark.parametrize("dtype", ALSO_HALF, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("tokens", [84, 100])
-def test_keys_that_are_left_where_tiles_are_wider_than_heads(tokens: int, device: str) -> None:
+def test_keys_that_are_left_where_tiles_are_wider_than_heads(tokens: int, dtype: torch.dtype, device: str) -> None:
     case = whole(1, 17, tokens), tokens, 1, 1, 24
     with all_tiles(WIDE):
-        check_kernel(with_lse, inputs(case, torch.float32, device), op="attention", kernels=KERNELS)
+        check_kernel(with_lse, inputs(case, dtype, device), op="attention", kernels=KERNELS)
 
 
 @pytest.mark.parametrize(("dim", "rest", "last"), [(16, 16, 16), (64, 1, 16), (64, 17, 32), (72, 1, 32)])
@@ -153,14 +154,6 @@ def test_the_last_rows_of_a_walk_take_a_narrow_tile(
     with all_tiles(TALL), use_backend("triton"):
         run(without_lse, tensors, [torch.ones_like(tensors["q"])])
     assert [found[:2] for found in widths.values()] == [[32, last]] * 3
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ["gqa", "cached"])
-def test_kernels_in_half_precision(name: str, device: str) -> None:
-    dtypes = [dtype for dtype in DTYPES if dtype != torch.float32]
-    for dtype in (*dtypes, *([torch.bfloat16] if device == "cuda" else [])):
-        check_kernel(without_lse, inputs(name, dtype, device), op="attention", kernels=KERNELS)
 
 
 @pytest.mark.gpu
@@ -289,9 +282,10 @@ def test_runs_agree_to_the_bit(device: str) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("dtype", ALSO_HALF, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-def test_frozen_inputs_and_a_gradient_of_the_lse_alone(device: str) -> None:
-    tensors = inputs("gqa", torch.float32, device)
+def test_frozen_inputs_and_a_gradient_of_the_lse_alone(dtype: torch.dtype, device: str) -> None:
+    tensors = inputs("gqa", dtype, device)
     check_kernel(without_lse, tensors, op="attention", kernels=KERNELS, frozen=("k", "v"))
     check_kernel(lambda **t: with_lse(**t)[1], tensors, op="attention", kernels=KERNELS)
     check_kernel(without_lse, tensors, op="attention", kernels=FORWARD, frozen=("q", "k", "v"))
