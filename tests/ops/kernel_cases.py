@@ -109,9 +109,8 @@ def decode(parts: int, dim: int) -> None:
     tensors = {"q_BTHd": normal(2, 2, 4, dim)}
     tensors |= {name: normal(2, 2, 40, dim).transpose(1, 2) for name in ("k_BSGd", "v_BSGd")}
     tensors |= {"start_BT": torch.tensor([[3, 4], [0, 0]]).int(), "end_BT": torch.tensor([[36, 37], [0, 1]]).int()}
-    kernels = ("decode_attention", "decode_combine")[: min(parts, 2)]
     with mock.patch.object(module, "splits_of", lambda q, k: parts):
-        check(attention, tensors, "attention", *kernels, frozen=tuple(tensors))
+        check(attention, tensors, "attention", "decode_attention", frozen=tuple(tensors))
 
 
 def int8(parts: int) -> None:
@@ -123,10 +122,9 @@ def int8(parts: int) -> None:
     for x in "kv":
         tensors[f"{x}_BSGd"] = torch.randint(-127, 128, (1, 1, 40, 16)).to(torch.int8).transpose(1, 2)
         tensors[f"{x}_scale_BGS"] = 0.03 * torch.rand(1, 1, 40)
-    kernels = ("decode_attention", "decode_combine")[: min(parts, 2)]
     with mock.patch.object(module, "splits_of", lambda q, k: parts):
         function = lambda **t: module.int8_attention(**t, ranges=KeyRanges(start, end))  # noqa: E731
-        check(function, tensors, "int8_attention", *kernels, frozen=tuple(tensors))
+        check(function, tensors, "int8_attention", "decode_attention", frozen=tuple(tensors))
 
 
 def merge(from_ids: bool) -> None:
