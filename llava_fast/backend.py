@@ -186,10 +186,12 @@ def choose(op: str, *tensors: Any) -> Callable[..., Any]:
     """
     import torch
 
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+    if torch.autograd.forward_ad._current_level >= 0:
         return _differentiable(op, tensors).fn
     if torch.compiler.is_dynamo_compiling():  # it would guard on the table, and recompile when eager calls fill it
         return _choose(op, tensors)[0].fn
+    if torch._C._are_functorch_transforms_active():
+        return _differentiable(op, tensors).fn
     preferred = _preferred
     known = preferred.get(op)
     if known is not None and (known.supports is None or known.supports(*tensors) is True):

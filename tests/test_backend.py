@@ -425,10 +425,17 @@ def test_kernels_run_under_no_transform(op: str):
         with forward_ad.dual_level():
             return forward_ad.unpack_dual(mul(forward_ad.make_dual(x, tangent))).tangent
 
+    compiled = torch.compile(mul, backend="eager")
+
+    def forward_mode_of_compiled() -> torch.Tensor:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(compiled(forward_ad.make_dual(x, tangent))).tangent
+
+    assert compiled(x) is not None  # compiled without a tangent first
     transforms = {
+        forward_mode_of_compiled: 2 * tangent,
         forward_mode: 2 * tangent,
         lambda: torch.func.jvp(mul, (x,), (tangent,))[1]: 2 * tangent,
-        torch.compile(lambda: torch.func.jvp(mul, (x,), (tangent,))[1], backend="eager"): 2 * tangent,
         lambda: torch.func.grad(lambda x: mul(x).sum())(x): torch.full((3,), 2.0),
         lambda: torch.func.vmap(mul)(x): 2 * x,
     }
