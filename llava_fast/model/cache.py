@@ -149,8 +149,7 @@ def rotate_and_cache(
 
 def advance(written: Sequence[StaticLayer], tokens: int) -> None:
     """Increase the lengths of the layers that `rotate_and_cache` has written to, in one launch for all of them."""
-    if written:
-        torch._foreach_add_([layer.cumulative_length for layer in written], tokens)
+    torch._foreach_add_([layer.cumulative_length for layer in written], tokens)
 
 
 def attend_int8(q_BTHd: torch.Tensor, k: Int8, v: Int8, ranges: KeyRanges) -> torch.Tensor:

@@ -278,7 +278,8 @@ class LanguageModel(LlavaPart):
             if weights is not None:
                 attentions.append(weights)
         x_BTD, _ = sum_norm(self.norm, x_BTD, added_BTD)
-        advance(positions.written, embeds_BTD.shape[1])
+        if positions.written:
+            advance(positions.written, embeds_BTD.shape[1])
         if output_hidden_states:
             states.append(x_BTD)
         if rows is not None and everything:

@@ -2,9 +2,13 @@
 
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
-from transformers import DynamicCache
+from torch import nn
+from transformers import DynamicCache, StaticCache
+
+from llava_fast.model.language import MLP, Attention
 
 ROWS = [[4, "image", 6], [9], [2, "image", 3, "image", 7]]
 
@@ -53,3 +57,114 @@ def test_cache_in_chunks(tiny: SimpleNamespace) -> None:
                 seen += step
                 assert cache.get_seq_length() == seen
             tiny.assert_near(torch.cat(pieces, 1), whole)
+
+
+def test_hooks_read_what_they_read_in_transformers(tiny: SimpleNamespace) -> None:
+    """Input and output of a layer, and the input of the last norm, though adds wait for the next norm elsewhere."""
+    config = tiny.config({"num_hidden_layers": 4})
+    inputs = tiny.batch(config, [["image", 3], [2, "image", 2]])
+    seen: list[list[torch.Tensor]] = []
+    for model in tiny.pair(config):
+        found: list[torch.Tensor] = []
+        text = model.model.language_model
+
+        def output(module, args, out, found=found) -> None:
+            found.append(out[0] if isinstance(out, tuple) else out)
+
+        text.layers[1].register_forward_hook(output)
+        text.layers[3].register_forward_pre_hook(lambda module, args, found=found: found.append(args[0]))
+        text.norm.register_forward_pre_hook(lambda module, args, found=found: found.append(args[0]))
+        with torch.no_grad():
+            logits = model(**inputs).logits
+        seen.append([*found, logits])
+    real = inputs["attention_mask"].bool()
+    for ours, theirs in zip(*seen, strict=True):
+        tiny.assert_near(ours[real], theirs[real])
+
+
+def test_a_hook_that_replaces_an_output_is_followed(tiny: SimpleNamespace) -> None:
+    config = tiny.config({"num_hidden_layers": 3})
+    inputs, logits = tiny.batch(config, [["image", 3]]), []
+    for model in tiny.pair(config):
+
+        def doubled(module, args, out):
+            return (2 * out[0], *out[1:]) if isinstance(out, tuple) else 2 * out
+
+        model.model.language_model.layers[1].register_forward_hook(doubled)
+        with torch.no_grad():
+            logits.append(model(**inputs).logits)
+    tiny.assert_near(*logits)
+
+
+def joined(model: nn.Module) -> dict[type, set[bool]]:
+    """Whether the joined projections of the language model lie in one storage: of attention, of the MLP."""
+    found: dict[type, set[bool]] = {Attention: set(), MLP: set()}
+    for module in model.modules():
+        if type(module) in found:
+            of = nn.ModuleList(getattr(module, name) for name in module.joins).parameters()
+            places = {p.untyped_storage().data_ptr() for p in of if p.requires_grad or p.dim() > 1}
+            found[type(module)].add(len(places) == 1)
+    return found
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_product_for_q_k_v_and_one_for_gate_and_up(
+    tiny: SimpleNamespace, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny.config({"num_key_value_heads": 1, "attention_bias": bias, "mlp_bias": bias})
+    model, theirs = tiny.pair(config)
+    shapes, linear = [], nn.functional.linear
+
+    def spy(x, weight, bias=None):
+        shapes.append(tuple(weight.shape))
+        return linear(x, weight, bias)
+
+    ids = torch.ones(1, 6, dtype=torch.int64)
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(nn.functional, "linear", spy)
+        found = model(input_ids=ids).logits
+    text = config.text_config
+    width, layers, head = text.hidden_size, text.num_hidden_layers, text.hidden_size // text.num_attention_heads
+    assert shapes.count((width + 2 * head, width)) == shapes.count((2 * text.intermediate_size, width)) == layers
+    with torch.no_grad():
+        tiny.assert_near(found, theirs(input_ids=ids).logits)
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()  # gradients in evaluation mode
+    model(inputs_embeds=embeds).logits.sum().backward()
+    assert embeds.grad.any()
+    assert model.model.language_model.layers[0].mlp.up_proj.weight.grad.any()
+
+
+def test_wrapped_layers_are_parted_too(tiny: SimpleNamespace, tmp_path) -> None:
+    """By PEFT after `eval()`: training and saving find a storage for each weight."""
+    model = tiny.ours(tiny.config()).eval()
+    assert joined(model) == {Attention: {True}, MLP: {True}}
+    expected = model(input_ids=torch.ones(1, 5, dtype=torch.int64)).logits
+    tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=r".*language_model.*(q|up)_proj"))
+    with torch.no_grad():
+        tiny.assert_near(tuned.eval()(input_ids=torch.ones(1, 5, dtype=torch.int64)).logits, expected)
+    tuned.train()
+    weights = [p for name, p in tuned.named_parameters() if "language_model.layers" in name]
+    assert len({p.untyped_storage().data_ptr() for p in weights}) == len(weights)
+    merged = tuned.merge_and_unload().eval()
+    assert joined(merged) == {Attention: {True}, MLP: {True}}
+    merged.save_pretrained(tmp_path)
+    with torch.no_grad():
+        tiny.assert_near(merged(input_ids=torch.ones(1, 5, dtype=torch.int64)).logits, expected)
+
+
+def test_a_pass_that_fails_leaves_the_lengths_of_a_static_cache(tiny: SimpleNamespace) -> None:
+    """So it can be repeated; and transformers' own model goes on with the cache."""
+    config = tiny.config({"num_hidden_layers": 3})
+    model, theirs = tiny.pair(config)
+    ids = torch.tensor([[1, 4, 6, 2, 5]])
+    kept = StaticCache(config.get_text_config(), max_cache_len=8)
+    with torch.no_grad():
+        hook = model.model.language_model.layers[1].mlp.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(input_ids=ids[:, :4], past_key_values=kept)
+        hook.remove()
+        assert [int(layer.cumulative_length) for layer in kept.layers] == [0, 0, 0]
+        model(input_ids=ids[:, :4], past_key_values=kept)
+        assert [int(layer.cumulative_length) for layer in kept.layers] == [4, 4, 4]
+        found = theirs(input_ids=ids[:, 4:], past_key_values=kept, position_ids=torch.tensor([[4]])).logits
+        tiny.assert_near(found, theirs(input_ids=ids).logits[:, 4:])

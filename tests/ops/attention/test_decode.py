@@ -1,5 +1,7 @@
 """Decoding against the reference: keys split over programs, caches where they lie, parts merged by their LSE."""
 
+import random
+
 import pytest
 import torch
 from kit import DEVICES, check_kernel, in_every_dtype, poisoned
@@ -7,7 +9,7 @@ from kit import DEVICES, check_kernel, in_every_dtype, poisoned
 from benchmarks import tune
 from llava_fast.backend import use_backend
 from llava_fast.ops._launch import forced_tile, recorded, tile
-from llava_fast.ops.attention import attention
+from llava_fast.ops.attention import KeyRanges, attention, range_attention
 from llava_fast.ops.attention import decode as module
 from tests.ops.attention.test_attention import dense_attention
 
@@ -82,6 +84,43 @@ def test_nothing_is_read_past_the_last_slot(parts: int, device: str, monkeypatch
         out = attention(q, k, v, start, end)
         assert torch.equal(out, attention(q, k, v, start, end.clamp(max=40)))
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_program_that_finishes_last_merges(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs in any order give the same bits, and the counters are zeros again: one object serves several calls."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    splits, key_heads, batch = 5, 2, 2
+    order = [(x, y, z) for x in range(splits) for y in range(key_heads) for z in range(batch)]
+    shuffled = dict(zip(order, random.Random(seed).sample(order, len(order)), strict=True))
+    place = interpreter_builder.set_grid_idx
+    start = torch.zeros(batch, 2, dtype=torch.int32)
+    ranges = KeyRanges(start, torch.tensor([[69, 70], [40, 41]], dtype=torch.int32))
+    q, (k, v) = torch.randn(batch, 2, 4, 16), (cache(batch, key_heads, 80, 16, "cpu") for _ in range(2))
+    expected, _ = dense_attention(*(x.double() for x in (q, k, v)), *ranges, 0.25)
+    monkeypatch.setattr(module, "splits_of", lambda q, k: splits)
+    with use_backend("triton", "attention"), forced_tile("decode_attention", SMALL), poisoned(), torch.no_grad():
+        in_order = range_attention(q, k, v, ranges)
+        monkeypatch.setattr(interpreter_builder, "set_grid_idx", lambda *at: place(*shuffled[at]))
+        for _ in range(2):
+            assert torch.equal(range_attention(q, k, v, ranges), in_order)
+    assert not module.finished_of(ranges, k, splits).any()
+    torch.testing.assert_close(in_order.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_one_launch_at_the_shape_of_llava_7b() -> None:
+    """32 heads of 128 over 768 keys, on an H100: the splits of a head are merged in the same launch."""
+    meta = torch.device("meta")
+    q, k = torch.empty(1, 1, 32, 128, device=meta), torch.empty(1, 1200, 32, 128, device=meta)
+    ranges = KeyRanges(*torch.zeros(2, 1, 1, dtype=torch.int32, device=meta))
+    with recorded(dry=True, architecture="sm_90") as launched:
+        assert module.splits_of(q, k) == 9
+        for _ in range(2):
+            module.decode_attention(q, k, k, ranges, 0.1)
+    assert [launch.name for launch in launched] == ["_decode_attention_kernel"] * 2
+    counters = [launch.args[launch.kernel.arg_names.index("finished_ptr")] for launch in launched]
+    assert counters[0] is counters[1]  # filled with zeros once a pass
 
 
 @pytest.mark.gpu
