@@ -34,11 +34,15 @@ OPERATIONS = ("patch_embed", "layer_norm", "attention", "quick_gelu", "gelu", "p
 
 
 class VisionGraphs:
-    """CUDA graphs of a function of images, one per shape; an LRU cache of `SHAPES` entries."""
+    """CUDA graphs of a function of images, one per shape.
+
+    Attributes:
+        replays: an LRU cache of `SHAPES` graphs; `clear()` frees their memory.
+    """
 
     def __init__(self, capture: Callable[[Replay, torch.Tensor], Replay] | None = None):
         self._capture = capture or capture_graph
-        self._replays: OrderedDict[Any, Replay] = OrderedDict()
+        self.replays: OrderedDict[Any, Replay] = OrderedDict()
         self._state: State | None = None
         self._lock = threading.Lock()
 
@@ -47,7 +51,7 @@ class VisionGraphs:
         return type(self), (self._capture,)
 
     def __len__(self) -> int:
-        return len(self._replays)
+        return len(self.replays)
 
     def __call__(
         self, function: Callable[..., T], pixels: torch.Tensor, modules: Sequence[nn.Module], *settings: Any
@@ -69,28 +73,24 @@ class VisionGraphs:
                     return self._replay(key, lambda pixels: function(pixels, *settings), pixels)(pixels)
         return function(pixels, *settings)
 
-    def clear(self) -> None:
-        """Drop all graphs, and with them the memory of their buffers."""
-        with self._lock:
-            self._replays.clear()
-
     def _replay(self, key: Any, function: Replay, pixels: torch.Tensor) -> Replay:
         """The graph of this key, captured if there is none; `function` itself if it cannot be captured."""
-        if key not in self._replays:
+        replay = self.replays.pop(key, None)
+        if replay is None:
             try:
-                self._replays[key] = self._capture(function, pixels)
+                replay = self._capture(function, pixels)
             except RuntimeError as error:
                 logger.warning("the vision tower runs without a CUDA graph: %s", str(error).split("\n")[0])
-                self._replays[key] = function
-            if len(self._replays) > SHAPES:
-                self._replays.popitem(last=False)
-        self._replays.move_to_end(key)
-        return self._replays[key]
+                replay = function
+            if len(self.replays) == SHAPES:
+                self.replays.popitem(last=False)
+        self.replays[key] = replay
+        return replay
 
     def _capturable(self, roots: Sequence[nn.Module]) -> bool:
         """Whether these modules can be captured; drops all graphs if modules or parameters have changed."""
         if self._state is None or not self._state.unchanged(roots):
-            self._replays.clear()
+            self.replays.clear()
             fit = all(capturable(module) for root in roots for module in root.modules())
             self._state = State(roots) if fit else None
         return self._state is not None

@@ -76,7 +76,7 @@ class LlavaModel(LlavaPreTrainedModel):
 
     def train(self, mode: bool = True) -> LlavaModel:
         if mode:
-            self._vision_graphs.clear()
+            self._vision_graphs.replays.clear()
         return super().train(mode)
 
     @can_return_tuple
@@ -178,6 +178,8 @@ class LlavaModel(LlavaPreTrainedModel):
 
     def _encoded(self, pixels: torch.Tensor, settings: FeatureSettings) -> Encoding:
         """As `_encode`, by a CUDA graph where possible."""
+        if torch.is_grad_enabled():  # a graph would have no gradients
+            return self._encode(pixels, settings)
         return self._vision_graphs(self._encode, pixels, (self.vision_tower, self.multi_modal_projector), settings)
 
     def _encode(

@@ -321,7 +321,7 @@ def test_a_real_graph_gives_the_same_bits(tiny: SimpleNamespace, inference_mode:
         found = [model(**one) for one in inputs]
         for one, outputs in zip(inputs, found):
             assert torch.equal(outputs.image_hidden_states, plain(**one).image_hidden_states)
-    (replay,) = model.model._vision_graphs._replays.values()
+    (replay,) = model.model._vision_graphs.replays.values()
     assert replay.__qualname__ == "capture_graph.<locals>.replay"
 
 
