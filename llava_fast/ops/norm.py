@@ -465,7 +465,7 @@ register("layer_norm", "triton", _layer_norm_triton, _supports)
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
-    """Both norms at every width, with a residual; without one the kernels have one load and one store less.
+    """Both norms at every width, with a residual; without one, or without statistics, the kernels do a part of it.
 
     The tuner times the vision tower's LayerNorm for small widths and the language model's RMSNorm for large ones.
     """
