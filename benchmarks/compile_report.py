@@ -6,8 +6,10 @@ Each operation has `examples(device, dtype)`: calls that together launch its ker
 on the device "meta", so the recorded launches have the exact signatures and constexprs of a GPU, at full size, without
 memory. Triton's own toolchain compiles them. The binary's resource report gives registers and spills (STACK: LOCAL is
 always 0); the SASS is searched for local loads and stores (spills, and whether any are inside a loop) and tensor-core
-instructions. With nvcc, the CUDA C++ kernels of `csrc/` are also read (`--op csrc`); their shared memory is only the
-static size in the binary.
+instructions. For a loop on tensor cores `loop` holds what `sass.prediction` says of an iteration; the table shows its
+busiest pipe with the share of the tensor cores' peak that this leaves, operand loads per product, and barriers +
+loads that an iteration waits for. With nvcc, the CUDA C++ kernels of `csrc/` are also read (`--op csrc`); their shared
+memory is only the static size in the binary.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.sass import instructions, loops, prediction
 from llava_fast import ops
 from llava_fast.ops._launch import ARCHITECTURES, Example, Launch, recorded
 
@@ -112,10 +115,14 @@ def compile_launch(launch: Launch, architecture: str) -> dict[str, Any]:
         target=GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32),
         options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
     )
-    resources = read_resources(*disassemble(compiled.asm["cubin"]))
-    shared = compiled.metadata.shared
-    warps_per_sm = occupancy(resources["registers"], shared, launch.num_warps, architecture)
-    return {**resources, "shared_bytes": shared, "warps_per_sm": warps_per_sm}
+    usage, sass = disassemble(compiled.asm["cubin"])
+    resources, shared = read_resources(usage, sass), compiled.metadata.shared
+    return {
+        **resources,
+        "shared_bytes": shared,
+        "warps_per_sm": occupancy(resources["registers"], shared, launch.num_warps, architecture),
+        "loop": prediction(sass, architecture, launch.num_warps),
+    }
 
 
 def read_resources(usage: str, sass: str) -> dict[str, Any]:
@@ -158,15 +165,8 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
 
 def spills_in_loop(sass: str) -> int:
     """Number of local loads and stores between the target of a backward branch and the branch."""
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)
-    backward = []
-    for address, text in lines:
-        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
-        # A branch to itself is the padding after EXIT, not a loop.
-        if target and int(target.group(1), 16) < int(address, 16):
-            backward.append((int(target.group(1), 16), int(address, 16)))
-    spills = [int(address, 16) for address, text in lines if re.search(r"\b(?:LDL|STL)\b", text)]
-    return sum(any(first <= spill <= last for first, last in backward) for spill in spills)
+    looped = {instruction for loop in loops(instructions(sass)) for instruction in loop}
+    return sum(bool(re.search(r"\b(?:LDL|STL)\b", text)) for _, text in looped)
 
 
 def occupancy(registers: int, shared: int, num_warps: int, architecture: str) -> int:
@@ -218,7 +218,7 @@ def cuda_records(architecture: str, source: Path) -> list[dict[str, Any]]:
                 **{"op": "csrc", "kernel": kernel, "arch": architecture, "dtype": dtype, "tile": {}},
                 "flags": dict(enumerate(int(value) for value in re.findall(r"L[ib](\d+)E", arguments or ""))),
                 **read_resources(numbers, codes[name]),
-                "warps_per_sm": None,
+                **{"warps_per_sm": None, "loop": None},
             }
         )
     return records
@@ -257,15 +257,25 @@ def problems(records: list[dict[str, Any]]) -> list[str]:
 
 def table(records: list[dict[str, Any]]) -> str:
     """The records as text."""
-    header = ("kernel", "arch", "dtype", "tile", "flags", "registers", "spill", "shared", "mma", "warps/SM")
+    header = (
+        *("kernel", "arch", "dtype", "tile", "flags", "registers", "spill", "shared", "mma", "warps/SM"),
+        *("bound", "LDSM/MMA", "waits"),
+    )
     rows = [header]
     for r in records:
         tile = " ".join(f"{k.removeprefix('BLOCK_')}={v}" for k, v in r["tile"].items())
         flags = " ".join(k.lower() if v is True else str(v) for k, v in r["flags"].items() if v is not False) or "-"
         numbers = (r["registers"], r["spill_bytes"], r["shared_bytes"], r["mma"] or "-", r["warps_per_sm"] or "-")
-        rows.append((r["kernel"], r["arch"], r["dtype"], tile, flags, *map(str, numbers)))
+        rows.append((r["kernel"], r["arch"], r["dtype"], tile, flags, *map(str, numbers), *_loop_cells(r["loop"])))
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def _loop_cells(loop: dict[str, Any] | None) -> tuple[str, str, str]:
+    if loop is None:
+        return "-", "-", "-"
+    bound = f"{loop['bound']} {loop['mma_share']:.2f}"
+    return bound, f"{loop['ldsm_per_mma']:.2f}", f"{loop['barriers']}+{loop['loads']}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from benchmarks import compile_report
 from llava_fast.ops._launch import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[2]
-FIELDS = {"kernel", "arch", "dtype", "tile", "registers", "spill_bytes", "shared_bytes", "mma"}
+FIELDS = {"kernel", "arch", "dtype", "tile", "registers", "spill_bytes", "shared_bytes", "mma", "loop"}
 QUICK = ("norm", "activation", "merge")
 
 

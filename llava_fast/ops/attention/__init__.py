@@ -14,11 +14,10 @@ or query they see; so a sample's output and gradients are bit-identical wherever
 ceil(T / tile height) programs. Each covers a window of that many rows, and processes the tiles that begin in it: one,
 or several if samples are short. No list of tiles is built, and no size is read back from the device.
 
-A last tile with few rows wastes work: a vision tower of 577 = 9 · 64 + 1 tokens would need 10 × 10 tiles of 64 × 64 for
-81.3 tiles' worth of scores. For heads up to 64 wide, the last step of a loop therefore uses a tile of 16 rows if 16 or
-fewer are left, and a tile of one row is computed without tensor cores, which need 16 rows: 9 × 9¼ = 83¼ tiles and one
-row, forward and in both backward kernels; 92½ with queries in tiles of 128 (half of the last is empty), as in the
-forward and dQ tiles that ship for sm_90. Wider heads have no registers left for this: 100 tiles.
+A last tile with few rows wastes work. Of a vision tower's 577 tokens, the tiles of 128 queries × 64 keys that ship for
+sm_80 and d 64 compute 640 × 640 scores, so 81 % of the work is of use; dQ's tiles of 128 × 32 compute 640 × 608 (86 %),
+those of dK and dV, 16 queries × 128 keys, 592 × 640 (88 %). Smaller tiles for the last rows would save some of this,
+but their code takes registers from the main loop, and their loads do not overlap with products.
 
 On a GPU, "auto" hands plain ranges (one causal or full sample per row, packs of these) to PyTorch's own kernels:
 see `plain.py`.

@@ -14,7 +14,6 @@ from llava_fast.ops._launch import launch
 from llava_fast.ops._math import LN_2, LOG2_E
 from llava_fast.ops._triton import inlined, jit, tl
 from llava_fast.ops.attention.tiles import (
-    _cut,
     _key_walk,
     _load_rows,
     _load_tile,
@@ -36,25 +35,24 @@ from llava_fast.ops.attention.tiles import (
 @inlined
 def _dq_step(
     dq, q, dout, lse, delta, k_ptr, v_ptr, k0, k_to, start, end, k_stride, v_stride, scale,
-    MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     base = tl.cast(k0, tl.int64)
     k = _load_tile(k_ptr + base * k_stride, k_stride, k_to - k0, MASKED, DIM, BLOCK_N, BLOCK_D, BLOCK_E)
     v = _load_tile(v_ptr + base * v_stride, v_stride, k_to - k0, MASKED, DIM, BLOCK_N, BLOCK_D, BLOCK_E)
-    p = tl.exp2(_products(q, k, BLOCK_M, BLOCK_E) * scale - lse[:, None])  # [BLOCK_M, BLOCK_N]
+    p = tl.exp2(_products(q, k, BLOCK_E) * scale - lse[:, None])  # [BLOCK_M, BLOCK_N]
     if MASKED:
         key = k0 + tl.arange(0, BLOCK_N)
         p = tl.where((key[None, :] >= start[:, None]) & (key[None, :] < end[:, None]), p, 0.0)
-    ds = p * (_products(dout, v, BLOCK_M, BLOCK_E) - delta[:, None])
-    return _weighted(ds, k, dq, BLOCK_M, BLOCK_E)
+    ds = p * (_products(dout, v, BLOCK_E) - delta[:, None])
+    return _weighted(ds, k, dq, BLOCK_E)
 
 
 @inlined
 def _dq_tile(
     q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, dout_ptr, dlse_ptr, dq_ptr, delta_ptr,
     row0, count, line0, plane, out_stride, out_column, q_stride, k_stride, v_stride, dout_stride, scale,
-    DIM: tl.constexpr, NARROW: tl.constexpr,
+    DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     out = _load_rows(out_ptr, line0 + row0, out_stride, out_column, count, DIM, BLOCK_M, BLOCK_D, BLOCK_E)
@@ -70,28 +68,20 @@ def _dq_tile(
     tl.store(delta_ptr + of_row, delta, mask=row < row0 + count)
     lse = tl.load(lse_ptr + of_row, mask=row < row0 + count, other=0.0) * LOG2_E
     q = _load_rows(q_ptr, row0, q_stride, 0, count, DIM, BLOCK_M, BLOCK_D, BLOCK_E)
-    k_from, k_to, tiles, narrow, whole, mixed = _key_walk(
-        start_ptr, end_ptr, line0 + row0, count, BLOCK_M, BLOCK_N, NARROW
-    )
+    k_from, k_to, tiles, whole, mixed = _key_walk(start_ptr, end_ptr, line0 + row0, count, BLOCK_M, BLOCK_N)
     dq = _zeros(BLOCK_M, BLOCK_D, BLOCK_E)
     for i in range(whole, mixed):
         dq = _dq_step(
             dq, q, dout, lse, delta, k_ptr, v_ptr, k_from + i * BLOCK_N, k_to, None, None, k_stride, v_stride,
-            scale, False, DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
+            scale, False, DIM, BLOCK_N, BLOCK_D, BLOCK_E,
         )  # fmt: skip
     start, end = _ranges(start_ptr, end_ptr, line0 + row0, count, BLOCK_M)
     for i in range(tiles - (mixed - whole)):
         step = i + tl.where(i < whole, 0, mixed - whole)
         dq = _dq_step(
             dq, q, dout, lse, delta, k_ptr, v_ptr, k_from + step * BLOCK_N, k_to, start, end, k_stride, v_stride,
-            scale, True, DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
+            scale, True, DIM, BLOCK_N, BLOCK_D, BLOCK_E,
         )  # fmt: skip
-    if NARROW > 0 and BLOCK_N > NARROW:
-        if narrow > 0:
-            dq = _dq_step(
-                dq, q, dout, lse, delta, k_ptr, v_ptr, k_from + tiles * BLOCK_N, k_to, start, end, k_stride, v_stride,
-                scale, True, DIM, BLOCK_M, NARROW, BLOCK_D, BLOCK_E,
-            )  # fmt: skip
     dq = _times(dq, scale * LN_2, BLOCK_E)
     _store_rows(dq_ptr, dq, line0 + row0, out_stride, out_column, count, DIM, BLOCK_M, BLOCK_D, BLOCK_E)
 
@@ -103,7 +93,7 @@ def _attention_bwd_dq_kernel(
     q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
     dout_batch, dout_stride, dout_head,
     scale,
-    DIM: tl.constexpr, ALIGNED: tl.constexpr, NARROW: tl.constexpr,
+    DIM: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     window, head, batch = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -118,39 +108,32 @@ def _attention_bwd_dq_kernel(
     row0, tiles_here = _next_tile(first_ptr, line0, window * BLOCK_M, stop, BLOCK_M)
     for _ in tl.range(tiles_here, disable_licm=True):
         count = _tile_rows(first_ptr, line0, tokens, row0, BLOCK_M)
-        if count > 1 or NARROW == 0:
-            _dq_tile(
-                q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, dout_ptr, dlse_ptr, dq_ptr, delta_ptr,
-                row0, count, line0, plane, heads * DIM, head * DIM, q_stride, k_stride, v_stride, dout_stride, scale,
-                DIM, NARROW, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
-            )  # fmt: skip
-        else:
-            _dq_tile(
-                q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, dout_ptr, dlse_ptr, dq_ptr, delta_ptr,
-                row0, count, line0, plane, heads * DIM, head * DIM, q_stride, k_stride, v_stride, dout_stride, scale,
-                DIM, NARROW, 1, BLOCK_N, BLOCK_D, BLOCK_E,
-            )  # fmt: skip
+        _dq_tile(
+            q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, dout_ptr, dlse_ptr, dq_ptr, delta_ptr,
+            row0, count, line0, plane, heads * DIM, head * DIM, q_stride, k_stride, v_stride, dout_stride, scale,
+            DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
+        )  # fmt: skip
         row0, _left = _next_tile(first_ptr, line0, row0 + 1, stop, BLOCK_M)
 
 
 @inlined
 def _dkdv_step(
     dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, start_ptr, end_ptr, t0, to, key, q_stride, dout_stride, scale,
-    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     base, row = tl.cast(t0, tl.int64), t0 + tl.arange(0, BLOCK_M)
     q = _load_tile(q_ptr + base * q_stride, q_stride, to - t0, True, DIM, BLOCK_M, BLOCK_D, BLOCK_E)
     lse = tl.load(lse_ptr + row, mask=row < to, other=0.0) * LOG2_E
     start = tl.load(start_ptr + row, mask=row < to, other=0)
     end = tl.load(end_ptr + row, mask=row < to, other=0)
-    p = tl.exp2(_products(k, q, BLOCK_N, BLOCK_E) * scale - lse[None, :])  # [BLOCK_N, BLOCK_M]
+    p = tl.exp2(_products(k, q, BLOCK_E) * scale - lse[None, :])  # [BLOCK_N, BLOCK_M]
     # Masking every tile costs less here than a second loop without a mask, which needs more registers.
     p = tl.where((key[:, None] >= start[None, :]) & (key[:, None] < end[None, :]), p, 0.0)
     dout = _load_tile(dout_ptr + base * dout_stride, dout_stride, to - t0, True, DIM, BLOCK_M, BLOCK_D, BLOCK_E)
-    dv = _weighted(p, dout, dv, BLOCK_N, BLOCK_E)
+    dv = _weighted(p, dout, dv, BLOCK_E)
     delta = tl.load(delta_ptr + row, mask=row < to, other=0.0)
-    ds = p * (_products(v, dout, BLOCK_N, BLOCK_E) - delta[None, :])
-    return _weighted(ds, q, dk, BLOCK_N, BLOCK_E), dv
+    ds = p * (_products(v, dout, BLOCK_E) - delta[None, :])
+    return _weighted(ds, q, dk, BLOCK_E), dv
 
 
 @inlined
@@ -158,10 +141,10 @@ def _dkdv_tile(
     q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, lse_ptr, dout_ptr, delta_ptr, dk_ptr, dv_ptr,
     k0, count, line0, t_from, t_to, group, tokens, out_stride, out_column,
     q_stride, q_head, k_stride, v_stride, dout_stride, dout_head, scale,
-    DIM: tl.constexpr, NARROW: tl.constexpr,
+    DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    tiles, narrow = _cut(tl.maximum(t_to - t_from, 0), BLOCK_M, NARROW)
+    tiles = tl.cdiv(tl.maximum(t_to - t_from, 0), BLOCK_M)
     key = k0 + tl.arange(0, BLOCK_N)
     k = _load_rows(k_ptr, k0, k_stride, 0, count, DIM, BLOCK_N, BLOCK_D, BLOCK_E)
     v = _load_rows(v_ptr, k0, v_stride, 0, count, DIM, BLOCK_N, BLOCK_D, BLOCK_E)
@@ -172,16 +155,8 @@ def _dkdv_tile(
         dk, dv = _dkdv_step(
             dk, dv, k, v, q_ptr + head * q_head, dout_ptr + head * dout_head, lse_ptr + head * tokens,
             delta_ptr + head * tokens, start_ptr, end_ptr, t_from + (i % tiles) * BLOCK_M, t_to, key,
-            q_stride, dout_stride, scale, DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
+            q_stride, dout_stride, scale, DIM, BLOCK_M, BLOCK_D, BLOCK_E,
         )  # fmt: skip
-    if NARROW > 0 and BLOCK_M > NARROW:
-        for i in range(group * narrow):
-            head = tl.cast(i, tl.int64)
-            dk, dv = _dkdv_step(
-                dk, dv, k, v, q_ptr + head * q_head, dout_ptr + head * dout_head, lse_ptr + head * tokens,
-                delta_ptr + head * tokens, start_ptr, end_ptr, t_from + tiles * BLOCK_M, t_to, key,
-                q_stride, dout_stride, scale, DIM, NARROW, BLOCK_N, BLOCK_D, BLOCK_E,
-            )  # fmt: skip
     dk = _times(dk, scale * LN_2, BLOCK_E)
     _store_rows(dk_ptr, dk, line0 + k0, out_stride, out_column, count, DIM, BLOCK_N, BLOCK_D, BLOCK_E)
     _store_rows(dv_ptr, dv, line0 + k0, out_stride, out_column, count, DIM, BLOCK_N, BLOCK_D, BLOCK_E)
@@ -194,7 +169,7 @@ def _attention_bwd_dkdv_kernel(
     q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
     dout_batch, dout_stride, dout_head,
     scale,
-    DIM: tl.constexpr, ALIGNED: tl.constexpr, NARROW: tl.constexpr,
+    DIM: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     # The longest loops run first: the early keys of a causal sample are seen by the most queries.
@@ -217,20 +192,12 @@ def _attention_bwd_dkdv_kernel(
         t_to = tl.load(keys_ptr + (2 * lines + line0 + k0 + count - 1))
         k_at = _plane(k_ptr, batch, k_batch, key_head, k_head, ALIGNED)
         v_at = _plane(v_ptr, batch, v_batch, key_head, v_head, ALIGNED)
-        if count > 1 or NARROW == 0:
-            _dkdv_tile(
-                q_ptr, k_at, v_at, start_ptr, end_ptr, lse_ptr, dout_ptr, delta_ptr, dk_ptr, dv_ptr,
-                k0, count, line0, t_from, t_to, group, tokens, key_heads * DIM, key_head * DIM,
-                q_stride, q_head, k_stride, v_stride, dout_stride, dout_head, scale,
-                DIM, NARROW, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
-            )  # fmt: skip
-        else:
-            _dkdv_tile(
-                q_ptr, k_at, v_at, start_ptr, end_ptr, lse_ptr, dout_ptr, delta_ptr, dk_ptr, dv_ptr,
-                k0, count, line0, t_from, t_to, group, tokens, key_heads * DIM, key_head * DIM,
-                q_stride, q_head, k_stride, v_stride, dout_stride, dout_head, scale,
-                DIM, NARROW, BLOCK_M, 1, BLOCK_D, BLOCK_E,
-            )  # fmt: skip
+        _dkdv_tile(
+            q_ptr, k_at, v_at, start_ptr, end_ptr, lse_ptr, dout_ptr, delta_ptr, dk_ptr, dv_ptr,
+            k0, count, line0, t_from, t_to, group, tokens, key_heads * DIM, key_head * DIM,
+            q_stride, q_head, k_stride, v_stride, dout_stride, dout_head, scale,
+            DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
+        )  # fmt: skip
         k0, _left = _next_tile(keys_ptr, line0, k0 + 1, stop, BLOCK_N)
 
 

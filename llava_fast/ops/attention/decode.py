@@ -77,7 +77,7 @@ def _decode_attention_kernel(
     tokens, slots, group,
     q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
     scale,
-    DIM: tl.constexpr, ALIGNED: tl.constexpr, NARROW: tl.constexpr,
+    DIM: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
@@ -109,7 +109,7 @@ def _decode_attention_kernel(
     for k0 in range(own_from, own_to, BLOCK_N):
         acc, best, total = _fwd_step(
             acc, best, total, q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, k0, own_to, start, end,
-            k_stride, v_stride, scale, True, DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
+            k_stride, v_stride, scale, True, DIM, BLOCK_N, BLOCK_D, BLOCK_E,
         )  # fmt: skip
     seen = total > 0
     acc = _times(acc, (1.0 / tl.where(seen, total, 1.0))[:, None], BLOCK_E)

@@ -38,14 +38,13 @@ from llava_fast.ops.attention.tiles import (
 @inlined
 def _fwd_step(
     acc, best, total, q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, k0, k_to, start, end, k_stride, v_stride, scale,
-    MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys. For int8 keys and values, `k_scale_ptr` and `v_scale_ptr` point to their scales, which multiply
     scores and probabilities instead of keys and values."""
     base = tl.cast(k0, tl.int64)
     k = _load_tile(k_ptr + base * k_stride, k_stride, k_to - k0, MASKED, DIM, BLOCK_N, BLOCK_D, BLOCK_E)
-    s = _products(q, _cast(k, q[0].dtype, BLOCK_E), BLOCK_M, BLOCK_E)  # [BLOCK_M, BLOCK_N]
+    s = _products(q, _cast(k, q[0].dtype, BLOCK_E), BLOCK_E)  # [rows of q, BLOCK_N]
     key = k0 + tl.arange(0, BLOCK_N)
     if k_scale_ptr is not None:
         s *= tl.load(k_scale_ptr + key, mask=key < k_to, other=0.0)[None, :]
@@ -61,7 +60,7 @@ def _fwd_step(
     if v_scale_ptr is not None:
         p *= tl.load(v_scale_ptr + key, mask=key < k_to, other=0.0)[None, :]
     v = _cast(v, q[0].dtype, BLOCK_E)
-    acc = _weighted(p, v, _times(acc, fade[:, None], BLOCK_E), BLOCK_M, BLOCK_E)
+    acc = _weighted(p, v, _times(acc, fade[:, None], BLOCK_E), BLOCK_E)
     return acc, new, total
 
 
@@ -69,34 +68,26 @@ def _fwd_step(
 def _fwd_tile(
     q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, row0, count, line0, plane, out_stride, out_column,
     q_stride, k_stride, v_stride, scale,
-    DIM: tl.constexpr, NARROW: tl.constexpr,
+    DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     q = _load_rows(q_ptr, row0, q_stride, 0, count, DIM, BLOCK_M, BLOCK_D, BLOCK_E)
-    k_from, k_to, tiles, narrow, whole, mixed = _key_walk(
-        start_ptr, end_ptr, line0 + row0, count, BLOCK_M, BLOCK_N, NARROW
-    )
+    k_from, k_to, tiles, whole, mixed = _key_walk(start_ptr, end_ptr, line0 + row0, count, BLOCK_M, BLOCK_N)
     acc = _zeros(BLOCK_M, BLOCK_D, BLOCK_E)
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for i in range(whole, mixed):
         acc, best, total = _fwd_step(
             acc, best, total, q, k_ptr, v_ptr, None, None, k_from + i * BLOCK_N, k_to, None, None,
-            k_stride, v_stride, scale, False, DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
+            k_stride, v_stride, scale, False, DIM, BLOCK_N, BLOCK_D, BLOCK_E,
         )  # fmt: skip
     start, end = _ranges(start_ptr, end_ptr, line0 + row0, count, BLOCK_M)
     for i in range(tiles - (mixed - whole)):
         step = i + tl.where(i < whole, 0, mixed - whole)
         acc, best, total = _fwd_step(
             acc, best, total, q, k_ptr, v_ptr, None, None, k_from + step * BLOCK_N, k_to, start, end,
-            k_stride, v_stride, scale, True, DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
+            k_stride, v_stride, scale, True, DIM, BLOCK_N, BLOCK_D, BLOCK_E,
         )  # fmt: skip
-    if NARROW > 0 and BLOCK_N > NARROW:
-        if narrow > 0:
-            acc, best, total = _fwd_step(
-                acc, best, total, q, k_ptr, v_ptr, None, None, k_from + tiles * BLOCK_N, k_to, start, end,
-                k_stride, v_stride, scale, True, DIM, BLOCK_M, NARROW, BLOCK_D, BLOCK_E,
-            )  # fmt: skip
     seen = total > 0
     acc = _times(acc, (1.0 / tl.where(seen, total, 1.0))[:, None], BLOCK_E)
     _store_rows(out_ptr, acc, line0 + row0, out_stride, out_column, count, DIM, BLOCK_M, BLOCK_D, BLOCK_E)
@@ -111,7 +102,7 @@ def _attention_fwd_kernel(
     tokens, group,
     q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
     scale,
-    DIM: tl.constexpr, ALIGNED: tl.constexpr, NARROW: tl.constexpr,
+    DIM: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     # The last tiles of a causal sample have the longest loops, so they run first.
@@ -126,18 +117,11 @@ def _attention_fwd_kernel(
     row0, tiles_here = _next_tile(first_ptr, line0, window * BLOCK_M, stop, BLOCK_M)
     for _ in tl.range(tiles_here, disable_licm=True):
         count = _tile_rows(first_ptr, line0, tokens, row0, BLOCK_M)
-        if count > 1 or NARROW == 0:
-            _fwd_tile(
-                q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, row0, count, line0, plane,
-                heads * DIM, head * DIM, q_stride, k_stride, v_stride, scale,
-                DIM, NARROW, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
-            )  # fmt: skip
-        else:
-            _fwd_tile(
-                q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, row0, count, line0, plane,
-                heads * DIM, head * DIM, q_stride, k_stride, v_stride, scale,
-                DIM, NARROW, 1, BLOCK_N, BLOCK_D, BLOCK_E,
-            )  # fmt: skip
+        _fwd_tile(
+            q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, row0, count, line0, plane,
+            heads * DIM, head * DIM, q_stride, k_stride, v_stride, scale,
+            DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_E,
+        )  # fmt: skip
         row0, _left = _next_tile(first_ptr, line0, row0 + 1, stop, BLOCK_M)
 
 

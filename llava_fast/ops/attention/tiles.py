@@ -40,7 +40,6 @@ def blocks(*tensors: torch.Tensor) -> dict[str, int | bool]:
     """Constexprs for the last dimension, which is held in a block of BLOCK_D and, unless that is 0, one of BLOCK_E.
 
     ALIGNED: whether every head of every row begins at a multiple of 16 bytes.
-    NARROW: rows of the smaller tile for the last step of a loop; 0 if wide heads leave no registers for it.
     """
     dim = tensors[0].shape[-1]
     block_d, block_e = _two_blocks(dim)
@@ -48,8 +47,7 @@ def blocks(*tensors: torch.Tensor) -> dict[str, int | bool]:
     for x in tensors:
         batch, row, head, _ = x.stride()
         bits |= x.data_ptr() | (batch | row | head) * x.element_size()
-    narrow = 16 if block_d + block_e <= 64 else 0
-    return {"DIM": dim, "ALIGNED": bits % 16 == 0, "NARROW": narrow, "BLOCK_D": block_d, "BLOCK_E": block_e}
+    return {"DIM": dim, "ALIGNED": bits % 16 == 0, "BLOCK_D": block_d, "BLOCK_E": block_e}
 
 
 def strides(*tensors: torch.Tensor) -> tuple[int, ...]:
@@ -149,36 +147,23 @@ def _cast(x, to: tl.constexpr, BLOCK_E: tl.constexpr):
 
 
 @inlined
-def _products(a, b, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr):
-    """a · bᵀ. A single row is multiplied without tensor cores, which need at least 16 rows."""
-    if BLOCK_R == 1:
-        s = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), axis=1)[None, :]
-        if BLOCK_E > 0:
-            s += tl.sum(a[1].to(tl.float32) * b[1].to(tl.float32), axis=1)[None, :]
-    else:
-        s = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
-        if BLOCK_E > 0:
-            s = tl.dot(a[1], tl.trans(b[1]), s, input_precision="ieee")
+def _products(a, b, BLOCK_E: tl.constexpr):
+    """a · bᵀ."""
+    s = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
+    if BLOCK_E > 0:
+        s = tl.dot(a[1], tl.trans(b[1]), s, input_precision="ieee")
     return s
 
 
 @inlined
-def _weighted(p, x, acc, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr):
+def _weighted(p, x, acc, BLOCK_E: tl.constexpr):
     """acc + p · x."""
-    if BLOCK_R == 1:
-        w = tl.trans(p.to(tl.float32))
-        block_d = acc[0] + tl.sum(w * x[0].to(tl.float32), axis=0)[None, :]
-        if BLOCK_E > 0:
-            return (block_d, acc[1] + tl.sum(w * x[1].to(tl.float32), axis=0)[None, :])
-        else:
-            return (block_d,)
+    p = p.to(x[0].dtype)
+    block_d = tl.dot(p, x[0], acc[0], input_precision="ieee")
+    if BLOCK_E > 0:
+        return (block_d, tl.dot(p, x[1], acc[1], input_precision="ieee"))
     else:
-        p = p.to(x[0].dtype)
-        block_d = tl.dot(p, x[0], acc[0], input_precision="ieee")
-        if BLOCK_E > 0:
-            return (block_d, tl.dot(p, x[1], acc[1], input_precision="ieee"))
-        else:
-            return (block_d,)
+        return (block_d,)
 
 
 @inlined
@@ -216,28 +201,16 @@ def _ranges(start_ptr, end_ptr, line, count, BLOCK_M: tl.constexpr):
 
 
 @inlined
-def _cut(rows, BLOCK_R: tl.constexpr, NARROW: tl.constexpr):
-    """The number of tiles for `rows` rows, and whether (1 or 0) a narrow tile for the last rows follows them."""
-    rest = rows % BLOCK_R
-    if NARROW > 0 and BLOCK_R > NARROW:
-        narrow = ((rest > 0) & (rest <= NARROW)).to(tl.int32)
-        tiles = tl.cdiv(rows, BLOCK_R) - narrow
-    else:
-        narrow, tiles = rest * 0, tl.cdiv(rows, BLOCK_R)
-    return tiles, narrow
-
-
-@inlined
-def _key_walk(start_ptr, end_ptr, line, count, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NARROW: tl.constexpr):
+def _key_walk(start_ptr, end_ptr, line, count, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Loop bounds of a tile of queries: the first key that its rows see, and one past the last; the number of key tiles
-    between them, and whether a narrow one follows; the tiles [whole, mixed), which every row sees completely."""
+    between them; the tiles [whole, mixed), which every row sees completely."""
     start, end = _ranges(start_ptr, end_ptr, line, count, BLOCK_M)
     row, seeing = tl.arange(0, BLOCK_M), end > start
     k_from = tl.min(tl.where(seeing, start, 0x7FFFFFFF))
     k_to = tl.maximum(tl.max(tl.where(seeing, end, 0)), 0)
-    tiles, narrow = _cut(tl.maximum(k_to - k_from, 0), BLOCK_N, NARROW)
+    tiles = tl.cdiv(tl.maximum(k_to - k_from, 0), BLOCK_N)
     from_all = tl.max(tl.where(row < count, start, 0))
     to_all = tl.min(tl.where(row < count, end, 0x7FFFFFFF))
     whole = tl.cdiv(tl.maximum(from_all - k_from, 0), BLOCK_N)
     mixed = tl.maximum(whole, tl.maximum(to_all - k_from, 0) // BLOCK_N)
-    return k_from, k_to, tiles, narrow, whole, mixed
+    return k_from, k_to, tiles, whole, mixed

@@ -5,7 +5,6 @@ In the interpreter tiles are 16 × 16, so that short sequences have several; a G
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from types import ModuleType
 
 import pytest
 import torch
@@ -17,13 +16,13 @@ from benchmarks import tune
 from llava_fast.backend import BackendUnavailable, use_backend
 from llava_fast.ops import attention as module
 from llava_fast.ops._launch import forced_tile, recorded, tile
-from llava_fast.ops.attention import KeyRanges, attention, backward, forward
+from llava_fast.ops.attention import KeyRanges, attention
 from llava_fast.sequence import pack
 
 FORWARD = ["attention_fwd_kernel"]
 KERNELS = [*FORWARD, "attention_bwd_dq_kernel", "attention_bwd_dkdv_kernel"]
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
-# Tiles whose last rows may be few enough for a narrow step.
+# Tiles whose last rows may be few.
 TALL = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
 # Keys in tiles wider than a head, as they ship for heads of 32.
 WIDE = {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
@@ -130,30 +129,6 @@ def test_keys_that_are_left_where_tiles_are_wider_than_heads(tokens: int, dtype:
     case = whole(1, 17, tokens), tokens, 1, 1, 24
     with all_tiles(WIDE):
         check_kernel(with_lse, inputs(case, dtype, device), op="attention", kernels=KERNELS)
-
-
-@pytest.mark.parametrize(("dim", "rest", "last"), [(16, 16, 16), (64, 1, 16), (64, 17, 32), (72, 1, 32)])
-def test_the_last_rows_of_a_walk_take_a_narrow_tile(
-    dim: int, rest: int, last: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    widths: dict[str, list[int]] = {}
-
-    def spy_on(file: ModuleType, name: str, place: int) -> None:
-        step = getattr(file, name)
-
-        def spy(*arguments):
-            widths.setdefault(name, []).append(arguments[place])
-            return step(*arguments)
-
-        monkeypatch.setattr(file, name, spy)  # the interpreter calls steps as they are
-
-    # The walk is in tiles of BLOCK_N keys, that of dK and dV in tiles of BLOCK_M queries.
-    for file, name, place in ((forward, "_fwd_step", -3), (backward, "_dq_step", -3), (backward, "_dkdv_step", -4)):
-        spy_on(file, name, place)
-    tensors = inputs((whole(1, 32 + rest, 32 + rest), 32 + rest, 1, 1, dim), torch.float32, "cpu")
-    with all_tiles(TALL), use_backend("triton"):
-        run(without_lse, tensors, [torch.ones_like(tensors["q"])])
-    assert [found[:2] for found in widths.values()] == [[32, last]] * 3
 
 
 @pytest.mark.gpu
