@@ -28,6 +28,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures import TimeoutError as OutOfTime
 from contextlib import closing, contextmanager
+from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -242,7 +243,8 @@ def _work(kernel: Kernel, architecture: str, carried: dict[str, Any] | None, out
                 (out / entry["folder"] / name).write_bytes(Path(path).read_bytes())
     from triton.backends.nvidia import driver
 
-    if hasattr(driver, "make_launcher") and torch.cuda.is_available():  # up to 3.6 a C file per signature
+    # Up to 3.6 a C file per signature, which needs the driver's library, though no GPU.
+    if hasattr(driver, "make_launcher") and find_library("cuda"):
         driver.CudaLauncher(result.src, result.metadata)
     return entry
 
