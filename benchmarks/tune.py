@@ -3,10 +3,10 @@
     python -m benchmarks.tune [--op norm] [--seconds 150] [--out DIR]
 
 Each operation has `examples(device, dtype)`; those with candidate tiles are entries of its tile tables. The entries
-with the largest share of an answer and of a training step come first (`share`). Their candidates are compiled by all cores but two, in
-processes of their own, while earlier entries are timed; one that spills in any dtype or variant, or needs more shared
-memory than the GPU has, is not timed. Each of the others must give the shipped tile's results. The fastest replaces the
-shipped tile if it is at least 2 % faster. Entries for other architectures are unchanged.
+with the largest share of an answer and of a training step come first (`share`). Their candidates are compiled by all
+cores but two, in processes of their own, while earlier entries are timed; one that spills in any dtype or variant, or
+needs more shared memory than the GPU has, is not timed. Each of the others must give the shipped tile's results. The
+fastest replaces the shipped tile if it is at least 2 % faster. Entries for other architectures are unchanged.
 
 With `--out`, the tables stay as they are: DIR/tuned.tar gets the new ones, and DIR/tuning.json all times, after each
 entry; a second call with the same DIR goes on where the first ended, and DIR/results.json, if there, gives the shares.
