@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all quick contracts durations lint format docs hooks bench report compile-report gpu clean
+.PHONY: help setup demo test test-all quick contracts durations lint format docs hooks bench report compile-report \
+	matrix oldest evidence gpu prime clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,8 +67,13 @@ gpu: GPU_PYTHON := $(BIN)/python
 else
 gpu: GPU_PYTHON := $(PYTHON)
 endif
-gpu: ## build, tune, test and measure in ten minutes: make gpu OUT=dir [SUBJECT=norm] [PYTHON=python3]
-	$(GPU_PYTHON) -m benchmarks.gpu --out $(OUT) $(if $(SUBJECT),--subject $(SUBJECT))
+gpu: ## measure, test and tune in ten minutes: make gpu OUT=dir [SUBJECT=norm] [CACHE=dir] [WHEELS=dir] [PYTHON=python3]
+	$(GPU_PYTHON) -m benchmarks.gpu --out $(OUT)$(if $(SUBJECT), --subject $(SUBJECT))$(if $(CACHE), --cache $(CACHE))$(if $(WHEELS), --wheels $(WHEELS))$(if $(RESUME), --resume $(RESUME))
+
+# The version of Triton on the GPU machine.
+TRITON ?= 3.6.0
+prime: $(READY) ## compile for an H100, no GPU needed, what `make gpu CACHE=build/gpu-cache` will launch: TRITON=3.6.0
+	$(BIN)/python -m benchmarks.prime --out build/gpu-cache --triton $(TRITON)
 
 clean: ## remove what was built, and the demo's output; .venv stays
 	rm -rf build dist demo-out *.egg-info llava_fast/_cuda*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -1,18 +1,26 @@
-"""Builds, tunes, tests and measures on a GPU in ten minutes (`make gpu OUT=dir [SUBJECT=norm]`).
+"""Measures, tests and tunes on a GPU in ten minutes (`make gpu OUT=dir [SUBJECT=norm] [CACHE=dir] [WHEELS=dir]`).
 
-    python -m benchmarks.gpu --out DIR [--subject norm]
+    python -m benchmarks.gpu --out DIR [--subject norm] [--cache DIR] [--wheels DIR] [--resume FILE] [--seconds 570]
 
-Needs no network and installs nothing: it uses the packages of the Python that runs it. Writes DIR/results.json (for
-`make report ADD=DIR/results.json`), DIR/tuned.tar (to be unpacked in the repository's root) and DIR/log. If a step
-fails, it is reported, the others still run, and the exit code is 1.
+Needs no network, and installs nothing into the Python that runs it. Everything that was found is on disk as soon as it
+was found, so the run may be killed at any moment, and a second one with the same DIR goes on where it ended:
 
-Without a GPU it is a dry run: tiles are compared in Triton's interpreter instead of timed and stay as they are, GPU
-tests are collected and skipped, and the benchmarks measure their small shapes on the CPU.
+    DIR/results.json    what was measured, for `make report ADD=DIR/results.json` (see benchmarks/measure.py)
+    DIR/tuning.json     what the tuner timed; DIR/tuned.tar has its tiles, to be unpacked in the repository's root
+    DIR/log             the output of all steps
+
+`--cache` is a folder of binaries from `python -m benchmarks.prime`, `--wheels` one of wheels of other libraries (they
+are installed below build/), `--resume` the results of an earlier run that are not in DIR.
+
+If a step fails, it is reported, the others still run, and the exit code is 1. Without a GPU it is a dry run: the small
+shapes are measured on the CPU, GPU tests are collected and skipped, and tiles are compared in Triton's interpreter
+instead of timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import re
@@ -20,25 +28,30 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
+from benchmarks import measure, tune
 from benchmarks.compile_report import operation_modules
-from benchmarks.records import DEVICE, ROOT, run_info
+from benchmarks.records import DEVICE, ROOT, write_json
 from benchmarks.report import case_key, digits, duration
+from llava_fast.ops._launch import architecture
 
-# Seconds for each step, in this order; unused seconds go to the next step. Together under ten minutes.
-LIMITS = {"extension": 70, "tune": 150, "tests": 140, "benchmarks": 200}
+# Seconds for each step, in this order; unused seconds go to the next step. "first" measures what is wanted most, before
+# anything that it does not need; "rest" what "benchmarks" did not reach.
+LIMITS = {
+    **{"wheels": 15, "kernels": 50, "first": 180, "extension": 40},
+    **{"benchmarks": 90, "tests": 80, "tune": 80, "rest": 35},
+}
 LOG_BYTES = 15 * 2**20
 # The same folder as in tests/test_extension.py, so that it is compiled once.
 BUILD = ROOT / "build" / "test-extension"
+SITE = ROOT / "build" / "wheels"
 DRY = DEVICE.type == "cpu"
 
 Command = Sequence[str | Path]
@@ -46,8 +59,17 @@ Command = Sequence[str | Path]
 
 def subjects() -> list[str]:
     """Valid values of `--subject`: operations, and benchmarks."""
-    measured = (path.stem.removeprefix("test_") for path in (ROOT / "benchmarks").glob("test_*.py"))
-    return sorted({*operation_modules(), *measured})
+    return sorted({*operation_modules(), *measure.subjects()})
+
+
+# ---- the commands of each step, given the seconds that it has
+
+
+def wheels_commands(wheels: Path | None) -> list[Command]:
+    """One command per wheel, so that one for another Python stops no other."""
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir"]
+    found = sorted(wheels.glob("*.whl")) if wheels else []
+    return [[*pip, "--disable-pip-version-check", "--upgrade", "--target", SITE, wheel] for wheel in found]
 
 
 def extension_commands() -> list[Command]:
@@ -65,12 +87,25 @@ def extension_commands() -> list[Command]:
     ]
 
 
-def tune_commands(subject: str | None) -> list[Command]:
-    if subject is not None and subject not in operation_modules():
+def kernels_commands(subject: str | None, cache: Path | None, seconds: float) -> list[Command]:
+    """Fill Triton's cache: carried binaries, and what they lack. It needs no GPU, and would allocate on one."""
+    if DRY or (subject is not None and subject not in measure.subjects()):
         return []
-    only = ["--op", subject] if subject else []
-    # Twenty seconds less than the step's limit, to finish the current entry and write the tables.
-    return [[sys.executable, "-m", "benchmarks.tune", "--seconds", str(LIMITS["tune"] - 20), *only]]
+    only = ["--subject", subject] if subject else []
+    carried = ["--carried", cache] if cache else []
+    command = [sys.executable, "-m", "benchmarks.prime", "--architecture", architecture(DEVICE)]
+    return [["env", "CUDA_VISIBLE_DEVICES=", *command, "--seconds", f"{seconds - 10:.0f}", *carried, *only]]
+
+
+def benchmarks_commands(names: Sequence[str], subject: str | None, results: Path, seconds: float) -> list[Command]:
+    """Measure those of these benchmarks that are the subject."""
+    wanted = [name for name in names if subject in (None, name)]
+    if not wanted:
+        return []
+    only = [argument for name in wanted for argument in ("--subject", name)]
+    # A case takes up to about ten seconds; the one that has begun is finished.
+    limit = max(1.0, seconds - 10)
+    return [[sys.executable, "-m", "benchmarks.measure", "--results", results, "--seconds", f"{limit:.0f}", *only]]
 
 
 def tests_commands(subject: str | None) -> list[Command]:
@@ -84,63 +119,98 @@ def tests_commands(subject: str | None) -> list[Command]:
     return [[sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--durations=10", *sorted(files)]] if files else []
 
 
-def benchmarks_commands(subject: str | None, results: Path) -> list[Command]:
-    target = ROOT / "benchmarks" if subject is None else ROOT / "benchmarks" / f"test_{subject}.py"
-    if not target.exists():
+def tune_commands(subject: str | None, out: Path, seconds: float) -> list[Command]:
+    if subject is not None and subject not in operation_modules():
         return []
-    return [[sys.executable, "-m", "pytest", target, "--benchmark", "--results", results]]
+    only = ["--op", subject] if subject else []
+    limit = max(1.0, seconds - 10)  # to finish the entry that has begun
+    return [[sys.executable, "-m", "benchmarks.tune", "--out", out, "--seconds", f"{limit:.0f}", *only]]
+
+
+# ---- running them
 
 
 def run(commands: Sequence[Command], deadline: float, log: IO[bytes], env: Mapping[str, str]) -> str:
-    """Run commands one after the other; returns an empty string, or the error of the first that failed."""
+    """Run commands one after the other; returns an empty string, or the error of the first that failed.
+
+    A command that exits with `measure.AGAIN` is run once more. Commands die with this process, however it dies.
+    """
     for command in commands:
         shown = " ".join(map(str, command))
-        log.write(f"\n$ {shown}\n".encode())
-        log.flush()
-        try:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        except OSError as error:
-            return str(error)
-        try:
-            status = process.wait(max(1.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            # On SIGINT pytest still writes its results.
-            os.killpg(process.pid, signal.SIGINT)
+        status = measure.AGAIN
+        while status == measure.AGAIN:
+            log.write(f"\n$ {shown}\n".encode())
+            log.flush()
             try:
-                process.wait(15)
+                process = subprocess.Popen(
+                    command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, preexec_fn=_die_with_parent
+                )
+            except OSError as error:
+                return str(error)
+            try:
+                status = process.wait(max(1.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            return f"out of time: {shown}"
+                os.killpg(process.pid, signal.SIGINT)
+                try:
+                    process.wait(5)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+                return f"out of time: {shown}"
         if status:
             return f"exit code {status}: {shown}"
     return ""
 
 
-def steps(subject: str | None, measured: Path, log: IO[bytes]) -> Iterator[dict[str, Any]]:
+def _die_with_parent() -> None:
+    os.setpgid(0, 0)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def run_each(commands: Sequence[Command], deadline: float, log: IO[bytes], env: Mapping[str, str]) -> str:
+    """Run all commands, also after one that failed; returns the errors."""
+    return "; ".join(filter(None, (run([command], deadline, log, env) for command in commands)))
+
+
+def steps(
+    subject: str | None, out: Path, log: IO[bytes], *, cache: Path | None, wheels: Path | None, seconds: float
+) -> Iterator[dict[str, Any]]:
     """Run every step; yields its name, seconds and outcome ("ok", "nothing to do", or an error)."""
     env = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(SITE), os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
     }
     if DRY:
         env["TRITON_INTERPRET"] = "1"
-    commands = {
-        "extension": extension_commands(),
-        "tune": tune_commands(subject),
-        "tests": tests_commands(subject),
-        "benchmarks": benchmarks_commands(subject, measured),
+    results = out / "results.json"
+    commands: dict[str, Callable[[float], list[Command]]] = {
+        "wheels": lambda left: wheels_commands(wheels),
+        "kernels": lambda left: kernels_commands(subject, cache, left),
+        "first": lambda left: benchmarks_commands([*measure.FIRST], subject, results, left),
+        "extension": lambda left: extension_commands(),
+        "benchmarks": lambda left: benchmarks_commands(measure.subjects(), subject, results, left),
+        "tests": lambda left: tests_commands(subject),
+        "tune": lambda left: tune_commands(subject, out, left),
+        "rest": lambda left: benchmarks_commands(measure.subjects(), subject, results, left),
     }
-    deadline = time.monotonic()
+    start = deadline = time.monotonic()
+    passed = {step["step"] for step in _stored(results).get("steps", []) if step["outcome"] == "ok"}
     for name, limit in LIMITS.items():
-        start = time.monotonic()
-        deadline += limit
-        outcome = run(commands[name], deadline, log, env) or ("ok" if commands[name] else "nothing to do")
-        yield {"step": name, "seconds": round(time.monotonic() - start, 1), "outcome": outcome}
+        began = time.monotonic()
+        deadline = min(deadline + limit * seconds / sum(LIMITS.values()), start + seconds)
+        listed = [] if name == "tests" and "tests" in passed else commands[name](deadline - began)
+        outcome = (run_each if name == "wheels" else run)(listed, deadline, log, env)
+        outcome = outcome or ("ok" if listed or name in passed else "nothing to do")
+        yield {"step": name, "seconds": round(time.monotonic() - began, 1), "outcome": outcome}
+
+
+def _stored(results: Path) -> dict[str, Any]:
+    return json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
+
+
+# ---- what is printed
 
 
 def case_lines(records: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -153,35 +223,50 @@ def case_lines(records: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield f"{op} {shape} {dtype} {direction}: {', '.join(providers)}"
 
 
+def prepare(out: Path, resume: Path | None) -> None:
+    """The folder with the results to go on with, and a log that does not grow without end."""
+    out.mkdir(parents=True, exist_ok=True)
+    if resume is not None and not (out / "results.json").exists():
+        for name in ("results.json", "tuning.json"):
+            source = resume if name == "results.json" else resume.with_name(name)
+            if source.exists():
+                shutil.copyfile(source, out / name)
+    log = out / "log"
+    log.write_bytes(log.read_bytes()[-LOG_BYTES // 2 :] if log.exists() else b"")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for results.json, tuned.tar and log")
+    parser.add_argument("--out", type=Path, required=True, help="folder for results.json, tuned.tar, tuning.json, log")
     parser.add_argument("--subject", choices=subjects(), help="only this operation")
+    parser.add_argument("--cache", type=Path, help="a folder from python -m benchmarks.prime")
+    parser.add_argument("--wheels", type=Path, help="a folder of wheels of other libraries")
+    parser.add_argument("--resume", type=Path, help="results.json of an earlier run, to go on with")
+    parser.add_argument("--seconds", type=float, default=sum(LIMITS.values()), help="for everything")
     arguments = parser.parse_args(argv)
     out = arguments.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    prepare(out, arguments.resume)
+    results = measure.Results(out / "results.json")
+    tune.Tuning(out).write()
     print("No GPU: a dry run" if DRY else torch.cuda.get_device_name(), flush=True)
+    print(f"{len(results.content['records'])} records so far", flush=True)
 
-    done = []
-    with tempfile.TemporaryDirectory() as folder:
-        log_file = Path(folder) / "log"
-        with log_file.open("wb") as log:
-            for step in steps(arguments.subject, Path(folder) / "results", log):
-                done.append(step)
-                print(f"{step['step']}: {step['outcome']} ({step['seconds']} s)", flush=True)
-        found = sorted(Path(folder).glob("results/*/*.json"))
-        results = json.loads(found[0].read_text()) if found else {"run": run_info(), "records": []}
-        (out / "log").write_bytes(log_file.read_bytes()[-LOG_BYTES:])
-    (out / "results.json").write_text(json.dumps({**results, "dry_run": DRY, "steps": done}, indent=1) + "\n")
-    with tarfile.open(out / "tuned.tar", "w") as tar:
-        tar.add(ROOT / "llava_fast/ops/tuned", arcname="llava_fast/ops/tuned")
+    before = results.content["steps"]
+    done: list[dict[str, Any]] = []
+    with (out / "log").open("ab") as log:
+        options = {"cache": arguments.cache, "wheels": arguments.wheels, "seconds": arguments.seconds}
+        for step in steps(arguments.subject, out, log, **options):
+            done.append(step)
+            print(f"{step['step']}: {step['outcome']} ({step['seconds']} s)", flush=True)
+            earlier = [s for s in before if s["step"] not in {d["step"] for d in done}]
+            write_json(out / "results.json", {**_stored(out / "results.json"), "steps": earlier + done})
+    (out / "log").write_bytes((out / "log").read_bytes()[-LOG_BYTES:])
 
     failed = [step["step"] for step in done if step["outcome"] not in ("ok", "nothing to do")]
     if failed:
-        print(
-            f"\nthe end of {out / 'log'}:\n" + "\n".join((out / "log").read_text("utf-8", "replace").splitlines()[-40:])
-        )
-    print("", *case_lines(results["records"]), sep="\n")
+        end = (out / "log").read_text("utf-8", "replace").splitlines()[-40:]
+        print(f"\nthe end of {out / 'log'}:\n" + "\n".join(end))
+    print("", *case_lines(_stored(out / "results.json")["records"]), sep="\n")
     print(f"failed: {', '.join(failed)}" if failed else "every step succeeded")
     return 1 if failed else 0
 

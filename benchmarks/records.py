@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -66,6 +67,22 @@ def commit() -> str:
     if not known:
         return os.environ.get("COMMIT") or "unknown"
     return known + ("-dirty" if _output("git", "-C", str(ROOT), "status", "--porcelain", "-uno").strip() else "")
+
+
+def sources() -> str:
+    """A hash of the code that is measured: the package with its tiles, csrc/ and the benchmarks."""
+    digest = hashlib.sha256()
+    for pattern in ("llava_fast/**/*.py", "llava_fast/ops/tuned/*.json", "csrc/*.c*", "benchmarks/*.py"):
+        for path in sorted(ROOT.glob(pattern)):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that a reader, or a process that is killed meanwhile, never leaves half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def store(records: Sequence[dict[str, Any]], folder: Path) -> Path:

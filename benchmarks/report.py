@@ -92,7 +92,8 @@ def device_name(device: str) -> str:
 def machine(run: Mapping[str, Any]) -> str:
     """What a run was measured on: `AMD EPYC, 1 thread, PyTorch 2.13.0, 2026-11-23, commit d7b3355`."""
     if run["gpu"]:
-        parts = [run["gpu"], f"driver {run['driver']}", f"{run['power_limit_w']} W", run["clocks"]]
+        known = {"driver": "driver {}", "power_limit_w": "{} W", "clocks": "{}"}  # None without nvidia-smi
+        parts = [run["gpu"], *(text.format(run[name]) for name, text in known.items() if run[name] is not None)]
     else:
         parts = [run["cpu"], *([names.count(run["threads"], "thread")] if run["threads"] else [])]
     packages = {"torch": "PyTorch", "triton": "Triton", "liger-kernel": "Liger"}

@@ -1,6 +1,7 @@
 """Attention of towers and of packs, forward and backward; FLOPs count only the pairs that see each other.
 
-    attention                 a pack of samples, causal                            LLaVA-1.5-7B's heads; a sample of 832
+    attention                 a pack of samples, causal                            LLaVA-1.5-7B's heads; a prompt of
+                                                                                   640, a sample of 832, packs of them
     attention_images          the same, and the tokens of an image see each other  tokens is an image of 576 with text
     attention_sample          one sample, causal                                   a sample of 832
     attention_gqa             causal, a quarter of the key heads
@@ -27,6 +28,7 @@ from llava_fast.sequence import Pack, key_ranges, pack
 # Tokens of an image and its offset in the sample, and packs; on a CPU smaller, to limit the time.
 IMAGE = {True: (576, 35), False: (64, 9)}
 PACKS = {True: [(832,) * 5, (832,) * 10], False: [(160, 97, 144, 33)]}
+SINGLE = {True: [(640,), (832,)], False: []}
 TOWERS = {True: [(1, 577, 16, 64), (32, 577, 16, 64)], False: [(2, 145, 4, 64)]}
 HEADS = {True: (32, 8, 128), False: (8, 2, 64)}
 
@@ -40,8 +42,8 @@ def cases(gpu: bool) -> list[Case]:
         *(tower_case(*shape, dtype, backward) for shape in TOWERS[gpu] for backward in both),
         *(
             pack_case(op, lengths, heads, heads, dim, dtype, backward, IMAGE[gpu])
-            for op in ("attention", "attention_images")
-            for lengths in PACKS[gpu]
+            for op, packs in (("attention", SINGLE[gpu] + PACKS[gpu]), ("attention_images", PACKS[gpu]))
+            for lengths in packs
             for backward in both
         ),
         *(

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,8 +90,24 @@ def test_a_tile_with_other_results_is_an_error(table: Path):
         tune.verified("doubled", call, {"BLOCK": 1}, [{"BLOCK": 2}, {"BLOCK": 4}])
 
 
+class Compiled:
+    """Candidates of which some spill."""
+
+    def __init__(self, spilling: tuple[int, ...] = ()):
+        self.spilling = spilling
+
+    def sound(self, entry: tune.Entry, deadline: float) -> tuple[list, list[str]]:
+        good = [tile for tile in entry.tiles if tile["BLOCK"] not in self.spilling]
+        return good, [f"{block}: spills" for block in self.spilling]
+
+
 def run_tune(
-    monkeypatch: pytest.MonkeyPatch, times: dict[int, float], *, spilling: tuple[int, ...] = (), seconds: float = 60.0
+    monkeypatch: pytest.MonkeyPatch,
+    times: dict[int, float],
+    *,
+    spilling: tuple[int, ...] = (),
+    seconds: float = 60.0,
+    folder: Path | None = None,
 ) -> list[str]:
     """Tune the table's kernel as on a GPU, where the tile BLOCK=b takes times[b] milliseconds."""
     candidates = [{"BLOCK": block} for block in times]
@@ -107,9 +124,10 @@ def run_tune(
     monkeypatch.setattr(tune, "examples_of", examples)
     monkeypatch.setattr(tune, "DEVICE", torch.device("cuda"))
     monkeypatch.setattr(tune, "milliseconds", milliseconds)
-    monkeypatch.setattr(tune, "wasteful", lambda op, kernel, key, tile: tile["BLOCK"] in spilling)
     monkeypatch.setattr(tune.time, "monotonic", iter(range(1000)).__next__)
-    return list(tune.tune(["doubled"], deadline=seconds))
+    tuning = tune.Tuning(folder)
+    listed = [entry for entry in tune.entries(["doubled"]) if not tuning.done(entry)]
+    return list(tune.tune(listed, seconds, Compiled(spilling), tuning))
 
 
 def test_the_fastest_tile_that_does_not_spill_ships(table: Path, monkeypatch: pytest.MonkeyPatch):
@@ -127,12 +145,53 @@ def test_a_difference_within_the_noise_changes_no_tile(table: Path, monkeypatch:
     assert json.loads(table.read_text())["sm_90"]["tiles"] == {"64": {"BLOCK": 1}, "128": {"BLOCK": 2}}
 
 
+def test_where_no_candidate_is_sound_the_shipped_tile_stays(table: Path, monkeypatch: pytest.MonkeyPatch):
+    lines = run_tune(monkeypatch, {1: 1.0, 2: 1.0, 4: 0.5}, spilling=(1, 2, 4))
+    assert lines[0] == "doubled 64: 1 1000.0 µs, before 1 1000.0 µs; 0 timed, 3 not"
+    assert json.loads(table.read_text())["sm_90"]["tiles"] == {"64": {"BLOCK": 1}, "128": {"BLOCK": 2}}
+
+
 def test_what_time_did_not_allow_says_so(table: Path, monkeypatch: pytest.MonkeyPatch):
     lines = run_tune(monkeypatch, {1: 1.0, 2: 1.0, 4: 0.5}, seconds=0.5)
-    assert lines[-1] == "doubled: out of time before doubled 128; what is not measured stays"
+    assert lines[-1] == "out of time before doubled 128; what is not measured stays"
     part = json.loads(table.read_text())["sm_90"]
     assert part["tiles"] == {"64": {"BLOCK": 4}, "128": {"BLOCK": 2}}
     assert part["source"].endswith("; 128: chosen by register count, not measured")
+
+
+def test_a_second_call_goes_on_and_the_tables_stay(table: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    shipped, out = table.read_text(), tmp_path / "out"
+    out.mkdir()
+    for call in (1, 2):
+        with tune.own_tables():
+            tune.Tuning(out).write_tables({"doubled"} if call == 2 else set())
+            lines = run_tune(monkeypatch, {1: 1.0, 2: 1.0, 4: 0.5}, seconds=0.5, folder=out)
+        assert lines[0].startswith(f"doubled {64 * call}: 4 500.0 µs, before {call} 1000.0 µs; 3 timed")
+    assert table.read_text() == shipped and current(64) == {"BLOCK": 1}
+    with tarfile.open(out / "tuned.tar") as tar:
+        packed = json.loads(tar.extractfile("llava_fast/ops/tuned/doubled.json").read())
+    assert packed["sm_90"]["tiles"] == {"64": {"BLOCK": 4}, "128": {"BLOCK": 4}}
+    assert packed["sm_90"]["source"].startswith("tuned on NVIDIA H100") and ";" not in packed["sm_90"]["source"]
+    kept = json.loads((out / "tuning.json").read_text())["entries"]
+    assert [(e["key"], e["ms"], e["shipped_ms"], len(e["timed"])) for e in kept] == [
+        *(("64", 0.5, 1.0, 3), ("128", 0.5, 1.0, 3))
+    ]
+    monkeypatch.setattr(tune, "sources", lambda: "other code")
+    assert tune.Tuning(out).content["entries"] == []
+
+
+def test_the_largest_share_of_a_step_comes_first(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tune, "DEVICE", torch.device("cuda"))  # the dtypes of a GPU; entries need no tensors
+    ops = compile_report.operation_modules()
+    order = [(entry.kernel, entry.key) for entry in tune.entries(ops)]
+    assert {*tune.STEP} <= {*order}
+    assert {*order[: len(tune.STEP)]} == {*tune.STEP}
+    # A norm that reaches a hundredth of its floor has a larger share than one at half.
+    slow = {"op": "rms_norm", "direction": "forward", "provider": "triton", "pct_of_floor": 1.0}
+    assert order[0] != ("norm_fwd", "4096")
+    assert tune.share("norm_fwd", 4096, [slow]) == pytest.approx(50 * tune.share("norm_fwd", 4096, []))
+    assert tune.entries(ops, [slow])[0].kernel == "norm_fwd"
+    assert tune.share("norm_fwd", 128, [slow]) == 0.0
 
 
 def test_written_tables_look_like_the_shipped_ones():
@@ -140,14 +199,26 @@ def test_written_tables_look_like_the_shipped_ones():
         assert tune.dump_table(json.loads(path.read_text())) == path.read_text()
 
 
-def test_a_tile_that_spills_is_wasteful():
-    """By the compiler, in a process without Triton's interpreter."""
-    code = (
-        "import benchmarks.tune as tune\n"
-        "for block, warps in ((1, 8), (16, 4)):\n"
-        "    tile = {'BLOCK_R': block, 'num_warps': warps, 'num_stages': 1}\n"
-        "    print(tune.wasteful('norm', 'norm_fwd', 4096, tile))\n"
-    )
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.stdout.split() == ["False", "True"], done.stderr
+def test_candidates_are_compiled_before_they_are_timed(tmp_path: Path):
+    """By the compiler, in a process without Triton's interpreter, and by its workers."""
+    code = """
+import time, torch
+from benchmarks import tune
+if __name__ == "__main__":
+    tiles = tuple({"BLOCK_R": block, "num_warps": warps, "num_stages": 1} for block, warps in ((1, 8), (16, 4)))
+    entry = tune.Entry("norm", "norm_fwd", "4096", torch.bfloat16, tiles)
+    candidates = tune.Candidates([entry], "sm_90")
+    good, others = candidates.sound(entry, time.monotonic() + 300)
+    print([tile["BLOCK_R"] for tile in good], others)
+    candidates.close()
+    candidates = tune.Candidates([entry], "sm_90")
+    print(candidates.sound(entry, time.monotonic())[1])
+    candidates.close()
+"""
+    script = tmp_path / "candidates.py"
+    script.write_text(code)
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script)], cwd=ROOT, env=env, capture_output=True, text=True)
+    good, late = done.stdout.splitlines()
+    assert good.startswith("[1] ['16/4/1: spills "), done.stderr
+    assert late == "['1/8/1: not compiled in time', '16/4/1: not compiled in time']"
