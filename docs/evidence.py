@@ -64,7 +64,7 @@ def cuda_kernels() -> dict[str, Path]:
 
 
 def files_of(file: Path) -> set[Path]:
-    """The files whose operations launch the kernels of a file: itself, and those that import a launcher or a kernel of it.
+    """The files whose operations launch the kernels of a file: itself, and what imports a launcher or a kernel of it.
 
     A file of a private name, or of a folder, may serve several operations; any other is one operation.
     """
