@@ -45,6 +45,7 @@ format: $(READY) ## put the style right
 
 docs: $(READY) ## the documentation, into build/site; a broken link or name is an error
 	$(BIN)/python docs/recipe_keys.py
+	$(BIN)/python docs/evidence.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 hooks: $(READY) ## have git run ruff and mypy before each commit
@@ -58,6 +59,16 @@ report: $(READY) ## tables and plots of the stored results, in README.md and doc
 
 compile-report: $(READY) ## compile every kernel for A100 and H100, no GPU needed; fails on spills
 	$(BIN)/python -m benchmarks.compile_report
+
+matrix: $(READY) ## kernels with other versions of Triton, tests with other versions of PyTorch; the result is stored
+	$(BIN)/python -m benchmarks.matrix; status=$$?; $(BIN)/python docs/evidence.py; exit $$status
+
+oldest: $(READY) ## the tests with the oldest versions of all packages that pyproject.toml allows
+	$(BIN)/python -m benchmarks.matrix --torch oldest
+
+evidence: $(READY) ## which tests run which kernel, in which dtype: stored, and shown in docs/evidence.md
+	$(BIN)/python -m tests.evidence
+	$(BIN)/python docs/evidence.py
 
 # Where PYTHON is given, that one is used as it is: a GPU machine may have its own PyTorch, and no network.
 OUT ?= build/gpu

@@ -194,8 +194,8 @@ def test_keys_and_flags_of_the_page_for_users_of_llava():
     assert [flag for flag in flags if f"`--{flag}" not in page] == []
 
 
-def recipe_keys() -> Any:
-    spec = importlib.util.spec_from_file_location("recipe_keys", ROOT / "docs" / "recipe_keys.py")
+def generator(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -203,7 +203,7 @@ def recipe_keys() -> Any:
 
 
 def test_the_reference_of_recipe_keys_is_what_the_code_gives():
-    page = recipe_keys().page()
+    page = generator("recipe_keys").page()
     assert (ROOT / "docs/recipes.md").read_text(encoding="utf-8") == page, "out of date: make docs"
     rows = re.findall(r"^\| `(\w+)` \| (.+) \| (.*) \| (.*) \|$", page, re.MULTILINE)
     assert {field.name for field in fields(Recipe)} <= {row[0] for row in rows}
@@ -213,3 +213,16 @@ def test_the_reference_of_recipe_keys_is_what_the_code_gives():
         assert field.name == name
         if default.startswith("`"):
             assert str(field.default).lower() == str(float(default[1:-1]) if "e-" in default else default[1:-1])
+
+
+def test_the_evidence_is_what_is_stored_and_has_every_kernel():
+    made = generator("evidence")
+    page = made.page()
+    assert (ROOT / "docs/evidence.md").read_text(encoding="utf-8") == page, "out of date: make docs"
+    triton, cuda = made.triton_kernels(), made.cuda_kernels()
+    assert len(triton) >= 18 and len(cuda) >= 5
+    sources = [file.read_text(encoding="utf-8") for file in (ROOT / "llava_fast/ops").rglob("*.py")]
+    launched = {name for text in sources for name in re.findall(r"^def _(\w+_kernel)\(", text, re.MULTILINE)}
+    assert launched == triton.keys()
+    rows = {row.split("|")[1].strip(" `"): row.split("|")[2].strip() for row in page.splitlines() if row[:3] == "| `"}
+    assert all(rows[kernel] not in ("", made.NONE) for kernel in (*triton, *cuda)), "a kernel without a reference"
