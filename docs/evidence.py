@@ -207,7 +207,7 @@ def version_tables() -> list[str]:
     ]
     if wrong:
         parts.append(table(["version", "test", "problem"], wrong))
-    return parts}, commit `{versions['commit']}`."]
+    return parts
 
 
 def page() -> str:
