@@ -142,7 +142,7 @@ def kernel_tables() -> list[str]:
     for kernel, file in triton_kernels().items():
         known = references(files_of(file))
         ran = {executor: tests_cell(found.get(kernel, {})) for executor, found in tests.items()}
-        budget = "counted" if kernel in evidence.get("budgets", ()) else "not in one"
+        budget = ("counted" if kernel in evidence["budgets"] else "not in one") if evidence else NONE
         rows.append(
             [
                 f"`{kernel}`",
