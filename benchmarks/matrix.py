@@ -3,8 +3,8 @@
     python -m benchmarks.matrix [--triton 3.8.0 …] [--torch oldest …] [--jobs 2]
 
 Without arguments all versions. Each has an environment of its own below build/matrix/, made with pip. A version that is
-done for the same source is not done again. What is known of the present source is written to RESULT, which is to be
-committed; `make docs` makes docs/evidence.md of it.
+done for the same source is not done again. Outcomes are written to RESULT, each with its date and commit, which is
+to be committed; `make docs` makes docs/evidence.md of it.
 
 - A version of Triton compiles what benchmarks/compile_report.py compiles, for all architectures, with the PyTorch that
   runs this. A kernel that does not compile, spills, or needs more shared memory than the GPU has is listed. With nvcc,
@@ -259,7 +259,8 @@ def outcome(kind: str, version: str, source: str, make: Any) -> Outcome:
         return kept
     started = time.perf_counter()
     print(f"{kind} {version} …", flush=True)
-    found = {"source": source, "date": today(), **make(), "minutes": round((time.perf_counter() - started) / 60, 1)}
+    began = {"source": source, "date": today(), "commit": commit()}
+    found = {**began, **make(), "minutes": round((time.perf_counter() - started) / 60, 1)}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(found, indent=1) + "\n")
     return found
@@ -280,14 +281,10 @@ def problems(found: Outcome) -> list[str]:
     return [*lines, *(f"{record['test']}: {record['error']}" for record in found.get("failed", ()))]
 
 
-def store(tritons: dict[str, Outcome], torches: dict[str, Outcome]) -> None:
-    """Write RESULT: these versions, and those stored there for the same source."""
-    sources = {"triton": digest(COMPILED), "torch": digest(TESTED)}
+def store(found: dict[str, dict[str, Outcome]]) -> None:
+    """Write RESULT: these outcomes by kind and version, in place of older ones."""
     before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    stored: Outcome = {"date": today(), "commit": commit()}
-    for kind, found in (("triton", tritons), ("torch", torches)):
-        kept = {name: old for name, old in before.get(kind, {}).items() if old["source"] == sources[kind]}
-        stored[kind] = dict(sorted({**kept, **found}.items()))
+    stored = {kind: dict(sorted({**before.get(kind, {}), **versions}.items())) for kind, versions in found.items()}
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(stored, indent=1) + "\n")
 
@@ -316,10 +313,10 @@ def main(argv: list[str] | None = None) -> int:
             digest(COMPILED),
             lambda: of_triton(version, operations, arguments.jobs),  # noqa: B023
         )
-        store(found["triton"], found["torch"])
+        store(found)
     for version in torches:
         found["torch"][version] = outcome("torch", version, digest(TESTED), lambda: of_torch(version))  # noqa: B023
-        store(found["triton"], found["torch"])
+        store(found)
     wrong = {f"{kind} {name}": problems(of) for kind, group in found.items() for name, of in group.items()}
     for name, lines in wrong.items():
         print(f"{name}: {len(lines)} problems", *lines, sep="\n  ")

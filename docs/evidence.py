@@ -142,7 +142,7 @@ def kernel_tables() -> list[str]:
     for kernel, file in triton_kernels().items():
         known = references(files_of(file))
         ran = {executor: tests_cell(found.get(kernel, {})) for executor, found in tests.items()}
-        budget = "counted" if kernel in evidence.get("budgets", ()) else "not in one"
+        budget = ("counted" if kernel in evidence["budgets"] else "not in one") if evidence else NONE
         rows.append(
             [
                 f"`{kernel}`",
@@ -166,6 +166,10 @@ def kernel_tables() -> list[str]:
     return ["## Triton kernels", triton, "## CUDA C++ kernels", cuda, when]
 
 
+def made(found: Mapping[str, Any]) -> list[str]:
+    return [found["date"], f"`{found['commit']}`"]
+
+
 def version_tables() -> list[str]:
     versions = stored("versions.json")
     if not versions:
@@ -175,7 +179,7 @@ def version_tables() -> list[str]:
     for name, found in {**{f"Triton {version}": of for version, of in tritons.items()}, **nvcc}.items():
         counts = [counts for of in found["kernels"].values() for counts in of.values()]
         numbers = [sum(count[what] for count in counts) for what in ("compiled", "failed", "spilling")]
-        rows.append([name, *numbers, len(found["too_much_shared_memory"]), found["date"]])
+        rows.append([name, *numbers, len(found["too_much_shared_memory"]), *made(found)])
         for record in (*found["failures"], *found["spills"], *found["too_much_shared_memory"]):
             spilled = f"{record.get('spill_bytes')} bytes spilled, {record.get('spills_in_loop')} accesses in a loop"
             shared = f"{record.get('shared_bytes')} bytes of shared memory"
@@ -185,16 +189,16 @@ def version_tables() -> list[str]:
     parts = [
         "## Compilers",
         "Every kernel with every shipped tile, in bf16, fp16 and fp32, for sm_80 and sm_90: `make matrix`.",
-        table(["version", "compiled", "failed", "spilling", "too much shared memory", "date"], rows),
+        table(["version", "compiled", "failed", "spilling", "too much shared memory", "date", "commit"], rows),
     ]
     if wrong:
         parts.append(table(["version", "kernel", "architecture", "dtype", "tile", "problem"], wrong))
     rows, wrong = [], []
     for name, found in versions["torch"].items():
         packages = [found[package] for package in ("torch", "triton", "transformers", "numpy")]
-        rows.append([name, *packages, found["passed"], len(found["failed"]), found["date"]])
+        rows.append([name, *packages, found["passed"], len(found["failed"]), *made(found)])
         wrong += [[name, f"`{record['test']}`", record["error"]] for record in found["failed"]]
-    heads = ["version", "torch", "triton", "transformers", "numpy", "passed", "failed", "date"]
+    heads = ["version", "torch", "triton", "transformers", "numpy", "passed", "failed", "date", "commit"]
     parts += [
         "## Versions of PyTorch",
         'Tests of operations (in the interpreter), model, checkpoints and processor, without the slow ones. "oldest": '
@@ -203,7 +207,7 @@ def version_tables() -> list[str]:
     ]
     if wrong:
         parts.append(table(["version", "test", "problem"], wrong))
-    return [*parts, f"Stored on {versions['date']}, commit `{versions['commit']}`."]
+    return parts
 
 
 def page() -> str:

@@ -1,11 +1,11 @@
-"""The prediction from SASS, on an excerpt of a kernel's disassembly and on single instructions."""
+"""The prediction from SASS, on a short listing and on single instructions."""
 
 import pytest
 
 from benchmarks.sass import cost, instructions, loops, main_loop, opcode, prediction
 
-# As cuobjdump prints it, shortened: a loop over tiles (0x10) that holds a loop with products (0x20), one with fewer of
-# them (0x120), and one without any (0x160); then the padding.
+# Written by hand in cuobjdump's format, with instructions of real kernels: a loop over tiles (0x10) that holds a loop
+# with products (0x20), one with fewer of them (0x120), and one without any (0x160); then the padding.
 SASS = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;                              /* 0x00000a0000017a02 */
                                                                                        /* 0x000fc40000000f00 */
