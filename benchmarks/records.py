@@ -85,6 +85,12 @@ def write_json(path: Path, content: Any) -> None:
     temporary.replace(path)
 
 
+def put_aside(path: Path) -> None:
+    """Rename DIR/name.json to DIR/name.before.json; to name.before-2.json and so on where that is taken."""
+    names = (f"{path.stem}.before{suffix}{path.suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
+    path.replace(next(free for name in names if not (free := path.with_name(name)).exists()))
+
+
 def store(records: Sequence[dict[str, Any]], folder: Path) -> Path:
     """Write records to <folder>/<device>/<date>-<commit>.json, without replacing an earlier run."""
     return save({"run": run_info(), "records": list(records)}, folder)

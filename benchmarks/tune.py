@@ -44,7 +44,7 @@ from benchmarks.compile_report import (
     read_resources,
 )
 from benchmarks.prime import Workers, compiled, described
-from benchmarks.records import CEILINGS, DEVICE, sources, write_json
+from benchmarks.records import CEILINGS, DEVICE, put_aside, sources, write_json
 from llava_fast import backend
 from llava_fast.ops import _launch
 from llava_fast.ops._launch import Example, Tile, architecture, forced_tile, recorded, tile_table
@@ -264,16 +264,25 @@ def milliseconds(kernel: str, call: Any, tile: Tile) -> float:
 
 
 class Tuning:
-    """What was tuned: in the tables themselves, or with a folder in tuning.json and tuned.tar there."""
+    """What was tuned: in the tables themselves, or with a folder in tuning.json and tuned.tar there.
+
+    A tuning.json of another GPU or of other code, or a damaged one, is put aside: tuning.before.json.
+    """
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder
         gpu = torch.cuda.get_device_name() if DEVICE.type == "cuda" else None
         self.content: dict[str, Any] = {"gpu": gpu, "code": sources(), "entries": []}
         if folder is not None and (folder / "tuning.json").exists():
-            before = json.loads((folder / "tuning.json").read_text(encoding="utf-8"))
-            if all(before[name] == self.content[name] for name in ("gpu", "code")):
+            try:
+                before = json.loads((folder / "tuning.json").read_text(encoding="utf-8"))
+                same = all(before[name] == self.content[name] for name in ("gpu", "code"))
+            except (ValueError, KeyError, TypeError):
+                same = False
+            if same:
                 self.content = before
+            else:
+                put_aside(folder / "tuning.json")
 
     def done(self, entry: Entry) -> bool:
         return any((e["kernel"], e["key"]) == (entry.kernel, entry.key) for e in self.content["entries"])
@@ -320,7 +329,7 @@ def write_table(kernel: str, tiles: dict[str, Tile]) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(dump_table(table))
     temporary.replace(path)
-    tile_table.cache_clear()
+    _launch.forget_tiles()
 
 
 _sources: dict[str, str] = {}
@@ -346,12 +355,12 @@ def own_tables() -> Iterator[None]:
     shipped = _launch.TUNED
     with tempfile.TemporaryDirectory() as folder:
         _launch.TUNED = Path(shutil.copytree(shipped, Path(folder) / "tuned"))
-        tile_table.cache_clear()
+        _launch.forget_tiles()
         try:
             yield
         finally:
             _launch.TUNED = shipped
-            tile_table.cache_clear()
+            _launch.forget_tiles()
 
 
 def main(argv: list[str] | None = None) -> int:

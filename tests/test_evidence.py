@@ -22,6 +22,18 @@ def test_case(dtype, good):
 
 def test_without_a_kernel():
     swiglu(torch.randn(3, 4), torch.randn(3, 4))
+
+def test_that_counts_launches_itself():
+    x = torch.randn(3, 4)
+    for _ in range(2):
+        with use_backend("triton", "swiglu"), recorded() as launched:
+            swiglu(x, x)
+        assert len(launched) == 1
+
+def test_dry():
+    with use_backend("triton", "swiglu"), recorded(dry=True) as launched:
+        swiglu(torch.randn(3, 4).half(), torch.randn(3, 4).half())
+    assert len(launched) == 1
 """
 
 
@@ -42,5 +54,5 @@ def test_only_tests_that_pass_count(tmp_path: Path):
     ]
     options = ["-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, "-p", "tests.conftest", tmp_path]
     done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
-    assert "2 failed, 3 passed" in done.stdout, done.stdout + done.stderr
-    assert json.loads(file.read_text())["interpreter"] == {"activation_fwd_kernel": {"fp16": 1, "fp32": 1}}
+    assert "2 failed, 5 passed" in done.stdout, done.stdout + done.stderr
+    assert json.loads(file.read_text())["interpreter"] == {"activation_fwd_kernel": {"fp16": 1, "fp32": 2}}

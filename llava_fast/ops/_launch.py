@@ -72,7 +72,8 @@ def recorded(*, dry: bool = False, architecture: str | None = None) -> Iterator[
     try:
         yield record
     finally:
-        _records.remove(record)
+        # By identity: the record of a surrounding block may be equal.
+        _records[:] = [other for other in _records if other is not record]
         _dry, _architecture = before
 
 
@@ -152,6 +153,12 @@ def tile(kernel: str, key: int | str, device: torch.device) -> Tile:
 @cache
 def _shipped(kernel: str, key: int | str, architecture: str) -> Tile:
     return tile_table(kernel)[architecture]["tiles"][str(key)]
+
+
+def forget_tiles() -> None:
+    """Read the tables again at the next launch, since one was written."""
+    tile_table.cache_clear()
+    _shipped.cache_clear()
 
 
 @cache

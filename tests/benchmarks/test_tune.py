@@ -29,7 +29,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_launch, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     yield tmp_path / "doubled.json"
-    tile_table.cache_clear()
+    _launch.forget_tiles()
 
 
 def current(key: int) -> dict[str, int]:
@@ -178,6 +178,7 @@ def test_a_second_call_goes_on_and_the_tables_stay(table: Path, monkeypatch: pyt
     ]
     monkeypatch.setattr(tune, "sources", lambda: "other code")
     assert tune.Tuning(out).content["entries"] == []
+    assert json.loads((out / "tuning.before-2.json").read_text())["entries"] == kept
 
 
 def test_the_largest_share_of_a_step_comes_first(monkeypatch: pytest.MonkeyPatch):

@@ -30,6 +30,21 @@ def test_a_kernel_runs_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPa
     assert (ran_on, current) == ([1], [0])
 
 
+def test_records_of_blocks_in_blocks() -> None:
+    """Each has its own, also where both hold the same launches when the inner one ends."""
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: None
+
+    kernel, x = Kernel(), torch.ones(1)
+    with recorded() as outer:
+        with recorded() as inner:
+            launch(kernel, (1,), x, tile={"num_warps": 4})
+        launch(kernel, (1,), x, tile={"num_warps": 4})
+    assert (len(inner), len(outer)) == (1, 2)
+
+
 @pytest.mark.parametrize(("architecture", "count"), [("sm_80", 108), ("sm_90", 132)])
 def test_tensors_without_memory_stand_for_a_gpu(architecture: str, count: int) -> None:
     """So a dry run launches as many programs, and with the tiles, that a GPU of the architecture would see."""
