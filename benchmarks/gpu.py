@@ -245,7 +245,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=sum(LIMITS.values()), help="for everything")
     arguments = parser.parse_args(argv)
     out = arguments.out.resolve()
-    prepare(out, arguments.resume)
+    try:
+        prepare(out, arguments.resume)
+    except OSError as error:
+        parser.error(str(error))
     results = measure.Results(out / "results.json")
     tune.Tuning(out).write()
     print("No GPU: a dry run" if DRY else torch.cuda.get_device_name(), flush=True)

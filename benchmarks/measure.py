@@ -5,7 +5,7 @@
 The file is what `make report ADD=FILE` takes. Its parts besides "run" and "records":
 
     absent      cases that were tried and providers without a record, each with its reason
-    missing     libraries that are not measured at all, each with its reason
+    missing     libraries, and files of benchmarks, that are not measured at all, each with its reason
     measuring   the case in progress; after a second death in the same case, that case is given up
 
 Each subject has seconds of its own; what it does not need goes to the next, and what it did not reach comes after all
@@ -35,7 +35,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import Case
-from benchmarks.records import DEVICE, ROOT, run_info, sources, write_json
+from benchmarks.records import DEVICE, ROOT, put_aside, run_info, sources, write_json
 from llava_fast import backend
 
 # Seconds of each subject, most wanted first; none of these needs the CUDA extension. The others follow, with OTHER
@@ -81,18 +81,22 @@ SAME = ("device", "gpu", "driver", "torch", "triton", "transformers", "liger-ker
 
 
 class Results:
-    """results.json. A file of another commit, GPU or version is put aside, as results.before.json."""
+    """results.json. A file of another commit, GPU or version, or a damaged one, is put aside: results.before.json."""
 
     def __init__(self, path: Path):
         self.path = path
         run = {**run_info(), "code": sources()}
         self.content: dict[str, Any] = {"run": run, "dry_run": DEVICE.type == "cpu", "steps": [], "records": []}
         if path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            if all(before["run"].get(name) == run.get(name) for name in SAME):
+            try:
+                before = json.loads(path.read_text(encoding="utf-8"))
+                same = all(before["run"].get(name) == run.get(name) for name in SAME)
+            except (ValueError, KeyError, TypeError):
+                same = False
+            if same:
                 self.content = before
             else:
-                path.replace(path.with_name("results.before.json"))
+                put_aside(path)
         self.content.setdefault("absent", [])
         self.content["missing"] = missing()
         self.deaths = defaultdict(int, self.content.get("deaths", {}))
@@ -178,7 +182,16 @@ def cases_of(subject: str) -> list[Case]:
 def measure(names: list[str], results: Results, seconds: float) -> Iterator[str]:
     """Measure until the time is over; yields a line per case. Exits with code AGAIN if the process is of no use."""
     end = time.monotonic() + seconds
-    for case in in_order(names, results):
+    usable = []
+    for name in names:
+        try:
+            cases_of(name)
+            usable.append(name)
+        except Exception as error:  # a package that its file imports is not there
+            results.content["missing"][_file(name)] = f"{type(error).__name__}: {error}"
+            yield f"{_file(name)}: {type(error).__name__}: {error}"
+    results.write()
+    for case in in_order(usable, results):
         if time.monotonic() > end:
             yield "out of time; the next call goes on here"
             return
@@ -198,6 +211,10 @@ def measure(names: list[str], results: Results, seconds: float) -> Iterator[str]
         gc.collect()
         if DEVICE.type == "cuda":
             _check_context()
+
+
+def _file(subject: str) -> str:
+    return f"benchmarks/test_{subject}.py"
 
 
 def _too_long(case: Case, results: Results) -> None:
@@ -234,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
         results.content.pop("measuring", None)
         results.write()
         return 1
-    return 0
+    return int(any(name.startswith("benchmarks/") for name in results.content["missing"]))
 
 
 if __name__ == "__main__":

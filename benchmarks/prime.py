@@ -16,11 +16,13 @@ where the binary is used. What was not carried, or differs, is compiled there, o
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import importlib
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -113,9 +115,13 @@ def launched(architecture: str, subject: str | None = None) -> Iterator[tuple[st
     from benchmarks.measure import gpu_cases, subjects
 
     for name in [subject] if subject else subjects():
-        gpu_cases(name)  # the first import is without the patch
-        with _gpu_is_there():
-            cases = gpu_cases(name)
+        try:
+            gpu_cases(name)  # the first import is without the patch
+            with _gpu_is_there():
+                cases = gpu_cases(name)
+        except Exception as error:
+            yield name, error
+            continue
         for case in cases:
             for provider, make in case.providers.items():
                 if not provider.startswith(("triton", "reference")):
@@ -250,10 +256,11 @@ def _work(kernel: Kernel, architecture: str, carried: dict[str, Any] | None, out
 
 
 class Workers:
-    """Processes that compile; `close` ends them at once, whatever they do."""
+    """Processes that compile; `close` ends them at once, whatever they do, and so does the death of this process."""
 
     def __init__(self, workers: int | None = None):
-        self.pool = ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn"))
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(workers or os.cpu_count(), context, _die_with_parent, (os.getpid(),))
         self.submit = self.pool.submit
 
     def close(self) -> None:
@@ -261,6 +268,12 @@ class Workers:
         self.pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             process.kill()
+
+
+def _die_with_parent(parent: int) -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it died before
+        os._exit(1)
 
 
 def in_parallel(work: Any, tasks: Sequence[tuple], seconds: float) -> Iterator[Any]:

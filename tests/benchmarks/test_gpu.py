@@ -217,6 +217,13 @@ def test_what_is_wanted_most_is_measured_first(tmp_path: Path):
     assert "norm" in gpu.benchmarks_commands(measure.subjects(), "norm", tmp_path, 100.0)[0]
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path / "file" / "out")])
+    assert "error: [Errno 20] Not a directory" in capsys.readouterr().err
+
+
 def test_an_unknown_subject_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path), "--subject", "norms"])

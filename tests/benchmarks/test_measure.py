@@ -135,6 +135,32 @@ def test_another_commit_begins_anew(results: measure.Results):
     assert len(before["records"]) == 1
 
 
+def test_results_that_are_put_aside_are_kept(results: measure.Results):
+    for content in ("{", "[]", json.dumps({"run": {"code": "another"}, "records": []})):
+        results.path.write_text(content)
+        assert measure.Results(results.path).content["records"] == []
+    aside = [results.path.with_name(f"results.before{suffix}.json").read_text() for suffix in ("", "-2", "-3")]
+    assert aside == ["{", "[]", json.dumps({"run": {"code": "another"}, "records": []})]
+
+
+def test_a_file_that_cannot_be_imported_stops_no_other(
+    subjects: list[str], results: measure.Results, monkeypatch: pytest.MonkeyPatch
+):
+    of_others = measure.cases_of
+    monkeypatch.setattr(measure, "cases_of", lambda name: 1 // 0 if name == "broken" else of_others(name))
+    lines = list(measure.measure(["broken", *subjects], results, 60.0))
+    assert lines[0] == "benchmarks/test_broken.py: ZeroDivisionError: integer division or modulo by zero"
+    assert len(results.content["records"]) == 9
+    assert "benchmarks/test_broken.py" in json.loads(results.path.read_text())["missing"]
+
+
+def test_every_benchmark_has_cases():
+    """Where a GPU is and where none is; those of a CPU alone have none on a GPU."""
+    on_a_gpu = {name for name in measure.subjects() if measure.gpu_cases(name)}
+    assert {*measure.subjects()} - on_a_gpu == {"generate", "host"}
+    assert {*measure.FIRST} <= on_a_gpu
+
+
 def test_a_case_beyond_its_time_ends_the_process(tmp_path: Path):
     code = (
         "import time, benchmarks.measure as measure, tests.benchmarks.test_measure as tests\n"

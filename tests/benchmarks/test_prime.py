@@ -118,5 +118,31 @@ def test_workers_end_at_once():
     assert time.monotonic() - start < 20
 
 
+WORKERS = """
+import os, signal, time
+from benchmarks import prime
+if __name__ == "__main__":
+    workers = prime.Workers(1)
+    workers.submit(time.sleep, 0).result()
+    workers.submit(time.sleep, 60)
+    print(*workers.pool._processes, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_die_with_the_process(tmp_path: Path):
+    """Even if it is killed; a worker that waits for work would wait for ever."""
+    import time
+
+    (tmp_path / "workers.py").write_text(WORKERS)
+    command = [sys.executable, str(tmp_path / "workers.py")]
+    started = subprocess.run(command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 10
+    status = Path(f"/proc/{int(started.stdout)}/stat")
+    while status.exists() and status.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_the_subjects_are_the_benchmarks():
     assert {*measure.subjects()} == {p.stem.removeprefix("test_") for p in (ROOT / "benchmarks").glob("test_*.py")}
