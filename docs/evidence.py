@@ -23,7 +23,8 @@ INTRO = """\
 
 <!-- written by `make docs` from benchmarks/evidence/ and benchmarks/results/; edits here are lost -->
 
-What each kernel has been through. A cell with "none yet" is a gap.
+What each kernel has been through. A cell with "none yet" is a gap. What is stored is true of the commit that is named
+with it; kernels and tiles may have changed since.
 
 - **Reference**: the operations that launch the kernel and have a reference in plain PyTorch to be tested against.
 - **Interpreter**: dtypes in which tests run the kernel on a CPU, in Triton's interpreter; how many such tests passed.
