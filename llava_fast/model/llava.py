@@ -330,9 +330,13 @@ class LlavaModel(LlavaPreTrainedModel):
 def _given(start: torch.Tensor | None, end: torch.Tensor | None, lengths: Sequence[int] | None) -> KeyRanges | None:
     if (start is None) != (end is None):
         raise ValueError("pass both of key_start and key_end, or neither")
-    if not torch.compiler.is_compiling() and lengths is not None:  # a guard on them would compile again and again
-        return None if start is None or end is None else KeyRanges(start, end, "causal", lengths=tuple(lengths))
-    return None if start is None or end is None else KeyRanges(start, end)
+    if start is None or end is None:
+        if lengths is not None:
+            raise ValueError("sample_lengths describes key_start and key_end; pass them too")
+        return None
+    if torch.compiler.is_compiling() or lengths is None:  # a guard on them would compile again and again
+        return KeyRanges(start, end)
+    return KeyRanges(start, end, "causal", lengths=tuple(map(int, lengths)))
 
 
 def is_plain_lookup(module: nn.Module) -> TypeGuard[nn.Embedding]:

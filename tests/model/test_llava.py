@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from llava_fast.model import llava
 from llava_fast.ops.patch_embed import CLIP_MEAN, CLIP_STD
 from llava_fast.sequence import pack
 
@@ -96,6 +97,11 @@ def test_uint8_pixels_equal_normalised_floats(tiny: SimpleNamespace) -> None:
             lambda i: {**dict.fromkeys(("key_start", "key_end"), torch.zeros(1, 9).int()), "sample_lengths": [4, 4]},
             r"samples of 8 tokens in all, but key ranges \(1, 9\)",
         ),
+        (
+            lambda i: {**dict.fromkeys(("key_start", "key_end"), torch.zeros(1, 9).int()), "sample_lengths": [10, -1]},
+            "a sample of -1 tokens; every sample needs at least one",
+        ),
+        (lambda i: {"sample_lengths": [30, 30, 30]}, "sample_lengths describes key_start and key_end; pass them too"),
     ],
 )
 def test_inputs_that_are_refused(tiny: SimpleNamespace, change, message: str) -> None:
@@ -154,6 +160,14 @@ def test_packed_rows_equal_each_sample_alone(tiny: SimpleNamespace, cached: bool
     actual.loss.backward()
     (total / count).backward()
     tiny.assert_gradients_near(model, theirs)
+
+
+@pytest.mark.parametrize("lengths", [[2, 3], torch.tensor([2, 3]), np.array([2, 3])], ids=["list", "tensor", "array"])
+def test_sample_lengths_become_numbers(lengths) -> None:
+    """Attention looks its choice up by them, and calls int's methods."""
+    packed = pack([2, 3])
+    ranges = llava._given(packed.key_start, packed.key_end, lengths)
+    assert ranges is not None and ranges.lengths == (2, 3) and {type(n) for n in ranges.lengths} == {int}
 
 
 def bidirectional_oracle(tiny: SimpleNamespace, theirs, inputs: dict, tokens: int) -> torch.Tensor:

@@ -19,8 +19,8 @@ sm_80 and d 64 compute 640 × 640 scores, so 81 % of the work is of use; dQ's ti
 those of dK and dV, 16 queries × 128 keys, 592 × 640 (88 %). Smaller tiles for the last rows would save some of this,
 but their code takes registers from the main loop, and their loads do not overlap with products.
 
-On a GPU, "auto" hands plain ranges (one causal or full sample per row, packs of these) to PyTorch's own kernels:
-see `plain.py`.
+On a GPU, "auto" hands plain ranges (one causal or full sample per row, packs of these) to PyTorch's own kernels, which
+add gradients in no fixed order: see `plain.py`. Under `torch.use_deterministic_algorithms` ours run.
 
 Shapes: B batch, T queries, S keys, H query heads, G key heads (H a multiple of G), d head dimension. Tiles are
 [BLOCK_M queries, d] and [BLOCK_N keys, d]. Blocks are powers of two, so a d above 64 that is not one is held in two

@@ -289,7 +289,7 @@ def _torch_varlen(q, k, v, ranges, scale, return_lse) -> Result:
             return_aux=library.AuxRequest(lse=True),
             scale=scale,
             window_size=(-1, 0) if causal else (-1, -1),
-            enable_gqa=q.shape[1] != k.shape[1],
+            **({"enable_gqa": True} if q.shape[1] != k.shape[1] else {}),  # PyTorch 2.11 has no such argument
         )
 
     return _varlen("varlen", call, q, k, v, ranges, scale, return_lse)
@@ -435,7 +435,13 @@ def _tensors_of_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> boo
     answer = _tensors(q, k, v)
     if answer is True and q.shape[-1] % 8:
         return f"head dimension {q.shape[-1]} is not a multiple of 8"
+    if answer is True and q.shape[2] != k.shape[2] and "enable_gqa" not in _arguments_of_varlen():
+        return f"varlen_attn of PyTorch {torch.__version__} takes no grouped heads"
     return answer
+
+
+def _arguments_of_varlen() -> Any:
+    return inspect.signature(importlib.import_module("torch.nn.attention.varlen").varlen_attn).parameters
 
 
 def _tensors_of_sdpa_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool | str:
@@ -477,7 +483,7 @@ def _missing_varlen() -> str:
     missing = _missing(module, f"a PyTorch with {module}")
     if not missing and torch.cuda.get_device_capability() < (8, 0):
         return "it needs a GPU of compute capability 8.0 or above"
-    if missing or "window_size" in inspect.signature(importlib.import_module(module).varlen_attn).parameters:
+    if missing or "window_size" in _arguments_of_varlen():
         return missing
     return f"varlen_attn of PyTorch {torch.__version__} takes no window_size, by which causal is said"
 

@@ -40,7 +40,8 @@ class KeyRanges:
             to end; else None. Must be right: only their sum is checked.
 
     Raises:
-        ValueError: for vectors that are not two matrices of one shape, or lengths that do not add up to one row of T.
+        ValueError: for vectors that are not two matrices of one shape, or lengths that do not add up to one row of T
+                or are not positive.
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class KeyRanges:
             raise ValueError(f"key ranges {tuple(start_BT.shape)} and {tuple(end_BT.shape)}; expected [B, T] twice")
         if lengths is not None and (1, sum(lengths)) != tuple(start_BT.shape):
             raise ValueError(f"samples of {sum(lengths)} tokens in all, but key ranges {tuple(start_BT.shape)}")
+        if lengths and min(lengths) < 1:
+            raise ValueError(f"a sample of {min(lengths)} tokens; every sample needs at least one")
         self.start, self.end = start_BT.contiguous(), end_BT.contiguous()
         self.kind, self.keys = kind, start_BT.shape[1] if keys is None else keys
         self.lengths = lengths if lengths and len(lengths) > 1 else None

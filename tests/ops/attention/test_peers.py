@@ -377,6 +377,25 @@ def test_what_is_installed_but_cannot_run(monkeypatch: pytest.MonkeyPatch) -> No
     assert "takes no window_size" in backend.status()["attention"]["peers"]["varlen"]
 
 
+def test_varlen_of_an_older_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch 2.11: no argument for grouped heads."""
+    with anywhere(monkeypatch, "varlen") as recorder, use_backend("varlen", "attention"):
+        library = importlib.import_module("torch.nn.attention.varlen")
+        newer = library.varlen_attn
+
+        def varlen_attn(
+            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+        ):
+            sums = cu_seq_q, cu_seq_k, max_q, max_k
+            return newer(query, key, value, *sums, return_aux=return_aux, scale=scale, window_size=window_size)
+
+        monkeypatch.setattr(library, "varlen_attn", varlen_attn)
+        check("varlen", draw(packed(3, 1, 5), 9, 2, 2), lse=False)
+        assert recorder.calls
+        with pytest.raises(BackendUnavailable, match="takes no grouped heads"):
+            attention(**by_name(draw(packed(3, 1, 5), 9, 4, 2)))
+
+
 def test_tensors_that_no_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(1, 2, 2, 8, dtype=torch.float16)
     assert module._tensors(x, x, x) == module._tensors_of_sdpa_cudnn(x, x, x) == "the tensors are on cpu"

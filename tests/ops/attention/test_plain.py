@@ -98,6 +98,7 @@ def on_a_card(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda _: True)
     monkeypatch.setattr(torch.backends.cuda, "can_use_cudnn_attention", lambda p: p.query.shape[-1] in (64, 128))
+    monkeypatch.setattr(peers, "_arguments_of_varlen", lambda: ("window_size", "enable_gqa"))
     monkeypatch.setattr(plain, "_chosen", {})
     return monkeypatch
 
@@ -160,6 +161,14 @@ def test_ours_takes_what_pytorch_cannot(who: Callable[..., str], on_a_card: pyte
     on_a_card.setattr(peers, "_missing_varlen", lambda: "no varlen")
     on_a_card.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     assert who(causal()) == who(packed(30, 20)) == "triton"
+
+
+def test_ours_takes_grouped_heads_where_varlen_has_no_argument_for_them(
+    who: Callable[..., str], on_a_card: pytest.MonkeyPatch
+) -> None:
+    """PyTorch 2.11."""
+    on_a_card.setattr(peers, "_arguments_of_varlen", lambda: ("window_size",))
+    assert (who(packed(30, 20)), who(packed(30, 20), key_heads=1)) == ("varlen", "triton")
 
 
 def test_a_measurement_decides(who: Callable[..., str], on_a_card: pytest.MonkeyPatch, tmp_path: Path) -> None:
