@@ -1,8 +1,9 @@
 """Linear layers with the same input: computed in one GEMM at inference; in training their input can be recomputed.
 
 From `eval()` until `train()` or `state_dict()` the weights are contiguous in one storage, and so are the biases; the
-layers' parameters are views of it. The layers are called one by one with gradients, under torch.compile, if they are
-wrapped or hooked, or if their parameters are views of another buffer (such as a sharded optimiser's).
+layers' parameters are views of it. The layers are called one by one with gradients, under torch.compile, if autocast
+converts their weights, if they are wrapped or hooked, or if their parameters are views of another buffer (such as a
+sharded optimiser's).
 """
 
 from __future__ import annotations
