@@ -123,7 +123,12 @@ def case_of(op: str) -> Case:
     return Case(op, SHAPES[op], torch.float32, False, dict, call["hf"], call, bytes_moved=0, flops=0)
 
 
-CASES = [] if torch.cuda.is_available() else [case_of(op) for op in SHAPES]
+def cases(gpu: bool) -> list[Case]:
+    """None on a GPU: its launches would be part of the time."""
+    return [] if gpu else [case_of(op) for op in SHAPES]
+
+
+CASES = cases(gpu=torch.cuda.is_available())
 PARAMETERS = [
     pytest.param(c, p, id=f"{c.op}-{p}", marks=pytest.mark.benchmark(group=str(c), timer=stored_samples))
     for c in CASES
