@@ -124,11 +124,11 @@ def case_of(op: str) -> Case:
 
 
 def cases(gpu: bool) -> list[Case]:
-    """None on a GPU, where PyTorch's kernels would be waited for."""
+    """None on a GPU: its launches would be part of the time."""
     return [] if gpu else [case_of(op) for op in SHAPES]
 
 
-CASES = cases(torch.cuda.is_available())
+CASES = cases(gpu=torch.cuda.is_available())
 PARAMETERS = [
     pytest.param(c, p, id=f"{c.op}-{p}", marks=pytest.mark.benchmark(group=str(c), timer=stored_samples))
     for c in CASES

@@ -216,16 +216,24 @@ class LlavaForConditionalGeneration(CheckpointMixin, LlavaPreTrainedModel, Gener
 
         `generate` compiles the decoding step of a static cache: so all steps have inputs of the same shapes. Slots
         that are not filled count as real, since key ranges end before them.
+
+        Raises:
+            ValueError: if the mask is longer than the cache; kernels would leave the last tokens out.
         """
         layers = [] if past_key_values is None else past_key_values.layers
         if not layers or not isinstance(layers[0], StaticLayer) or layers[0].is_sliding:
             return attention_mask
+        slots = layers[0].max_cache_len
         if attention_mask is not None:
-            return nn.functional.pad(attention_mask, (0, layers[0].max_cache_len - attention_mask.shape[1]), value=1)
+            if attention_mask.shape[1] > slots:
+                raise ValueError(
+                    f"{attention_mask.shape[1]} tokens for a static cache of {slots} slots (max_cache_len)"
+                )
+            return nn.functional.pad(attention_mask, (0, slots - attention_mask.shape[1]), value=1)
         batch, tokens = inputs_embeds.shape[:2]
         if tokens > 1:
             return None  # a prompt: not compiled
-        return inputs_embeds.new_ones((batch, layers[0].max_cache_len), dtype=torch.int64)
+        return inputs_embeds.new_ones((batch, slots), dtype=torch.int64)
 
 
 def _labelled(labels_BT: torch.Tensor, rows: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor]:

@@ -27,9 +27,8 @@ Replay = Callable[[torch.Tensor], Any]
 
 # With more images the GPU is busy for longer with each kernel than a launch takes.
 MOST_IMAGES = 8
-SHAPES = (
-    MOST_IMAGES  # every number of images has its graph: a shape that is dropped in turn would be captured each time
-)
+# Every number of images has its graph: shapes that drop each other in turn would be captured at each call.
+SHAPES = MOST_IMAGES
 OPERATIONS = ("patch_embed", "layer_norm", "attention", "quick_gelu", "gelu", "projector")
 
 

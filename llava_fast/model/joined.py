@@ -1,8 +1,9 @@
 """Linear layers with the same input: computed in one GEMM at inference; in training their input can be recomputed.
 
 From `eval()` until `train()` or `state_dict()` the weights are contiguous in one storage, and so are the biases; the
-layers' parameters are views of it. The layers are called one by one with gradients, under torch.compile, if they are
-wrapped or hooked, or if their parameters are views of another buffer (such as a sharded optimiser's).
+layers' parameters are views of it. The layers are called one by one with gradients, under torch.compile, if autocast
+converts their weights, if they are wrapped or hooked, or if their parameters are views of another buffer (such as a
+sharded optimiser's).
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class JoinedLinears(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._kept: _Joined | None = None
+        self._numels: list[int] = []  # of the storages that `_join` made
         self.register_state_dict_pre_hook(_separate)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -99,7 +101,7 @@ class JoinedLinears(nn.Module):
     def project(self, x: torch.Tensor, head_dim: int | None = None) -> Sequence[torch.Tensor]:
         """The outputs of the layers, in the order of `joins`; from one GEMM they are views of its result. With
         `head_dim`, of x [B, T, D]: as heads, [B, T, H, d]."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or (joined := self._joined()) is None:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or (joined := self._joined_for(x)) is None:
             outputs = [layer(x) for layer in self._layers().values()]
             return outputs if head_dim is None else [heads(y, head_dim) for y in outputs]
         y = F.linear(x, joined.weight, joined.bias)
@@ -116,8 +118,16 @@ class JoinedLinears(nn.Module):
             self._kept = self._found()
         return self._kept
 
+    def _joined_for(self, x: torch.Tensor) -> _Joined | None:
+        joined = self._joined()
+        if joined is not None and joined.weight.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+            return None  # autocast keeps its copies of parameters; it would copy a view of them at each call
+        return joined
+
     def _found(self) -> _Joined | None:
         layers = self._layers()
+        if torch._C._are_functorch_transforms_active():  # parameters that vmap made have no address
+            return None
         if not all(is_plain(layer, nn.Linear) for layer in layers.values()):
             return None
         weight = _adjoining([layer.weight for layer in layers.values()])
@@ -133,6 +143,7 @@ class JoinedLinears(nn.Module):
         layers = list(self._layers().values())
         if self._joined() is not None or not all(is_plain(layer, nn.Linear) for layer in layers):
             return
+        self._separate()  # some may share a storage of ours, which others have left
         kinds = [[getattr(layer, kind) for layer in layers] for kind in ("weight", "bias")]
         kinds = [tensors for tensors in kinds if tensors != [None] * len(layers)]
         everything = [t for tensors in kinds for t in tensors]
@@ -142,6 +153,7 @@ class JoinedLinears(nn.Module):
             return
         if any(t.untyped_storage().nbytes() != t.nbytes or not t.is_contiguous() for t in everything):
             return
+        self._numels = [sum(t.numel() for t in tensors) for tensors in kinds]
         for tensors in kinds:
             with torch.inference_mode(False), torch.no_grad():
                 views = torch.cat([t.detach() for t in tensors]).split([t.shape[0] for t in tensors])
@@ -149,18 +161,15 @@ class JoinedLinears(nn.Module):
                 tensor.data = view
 
     def _separate(self) -> None:
-        """Give each parameter a storage of its own again, also if a layer was wrapped since; training and saving expect
-        that."""
+        """Give each parameter a storage of its own again, also if a layer was wrapped, or another one given a new
+        parameter since; training and saving expect that."""
         self._kept = None
-        sharing: dict[int, list[nn.Parameter]] = {}
         for parameter in nn.ModuleList(self._layers().values()).parameters():
             if type(parameter) is nn.Parameter and parameter.device.type != "meta":
-                sharing.setdefault(parameter.untyped_storage().data_ptr(), []).append(parameter)
-        for parameters in sharing.values():
-            whole = parameters[0].untyped_storage().nbytes()  # a larger storage is another's, such as an optimiser's
-            if len(parameters) > 1 and whole == sum(parameter.nbytes for parameter in parameters):
-                with torch.inference_mode(False):
-                    for parameter in parameters:
+                # A storage of another size is another's, such as a sharded optimiser's.
+                whole = parameter.untyped_storage().nbytes()
+                if whole > parameter.nbytes and whole in [n * parameter.element_size() for n in self._numels]:
+                    with torch.inference_mode(False):
                         parameter.data = parameter.data.clone()
 
 

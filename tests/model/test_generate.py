@@ -213,6 +213,18 @@ def test_sliding_windows(tiny: SimpleNamespace, window: int, cache: str) -> None
     same(asked, tiny, tiny.prompt(tiny.batch(config, ROWS, "left")), cache_implementation=cache)
 
 
+@pytest.mark.parametrize("make", [Int8Cache, StaticCache])
+def test_a_padded_batch_too_long_for_a_static_cache_is_an_error(
+    asked: SimpleNamespace, tiny: SimpleNamespace, make
+) -> None:
+    """With kernels, too, which drop a token without a slot."""
+    inputs = tiny.prompt(tiny.batch(asked.config, [[4], [2]], "left"))
+    settings = tiny.greedy(max_new_tokens=3)  # 6 tokens are written
+    asked.ours.generate(**inputs, past_key_values=make(asked.config, max_cache_len=6), generation_config=settings)
+    with pytest.raises(ValueError, match="6 tokens for a static cache of 5 slots"):
+        asked.ours.generate(**inputs, past_key_values=make(asked.config, max_cache_len=5), generation_config=settings)
+
+
 # The compiled decoding step of a static cache
 
 

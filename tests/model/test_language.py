@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 from llava_fast.model.language import MLP, Attention
@@ -150,6 +151,52 @@ def test_wrapped_layers_are_parted_too(tiny: SimpleNamespace, tmp_path) -> None:
     merged.save_pretrained(tmp_path)
     with torch.no_grad():
         tiny.assert_near(merged(input_ids=torch.ones(1, 5, dtype=torch.int64)).logits, expected)
+
+
+def test_a_storage_that_one_weight_has_left_is_parted_too(tiny: SimpleNamespace) -> None:
+    """As PEFT's safe merge does: it gives the merged weight a storage of its own."""
+    model, ids = tiny.ours(tiny.config()).eval(), torch.ones(1, 5, dtype=torch.int64)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=r".*language_model.*(q|up)_proj"))
+    merged = tuned.merge_and_unload(safe_merge=True)
+    weights = merged.model.language_model.layers.state_dict()
+    assert len({x.untyped_storage().data_ptr() for x in weights.values()}) == len(weights)
+    merged.eval()
+    merged.model.language_model.layers[0].self_attn.q_proj.weight.data = weights["0.self_attn.q_proj.weight"].clone()
+    assert joined(merged.eval()) == {Attention: {True}, MLP: {True}}
+    with torch.no_grad():
+        tiny.assert_near(merged(input_ids=ids).logits, expected)
+
+
+def test_autocast_converts_weights_once(tiny: SimpleNamespace) -> None:
+    """It keeps what it converts to 16 bits, but of parameters only: so they are not joined then."""
+    model, converted = tiny.ours(tiny.config()).eval(), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function._schema.name == "aten::_to_copy" and args[0].dim() == 2 and args[0].shape[1] > 1:
+                converted.append(tuple(args[0].shape))
+            return function(*args, **(kwargs or {}))
+
+    ids = torch.ones(1, 1, dtype=torch.int64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=ids)
+        with Watch():
+            model(input_ids=ids)
+    assert converted == []
+
+
+def test_weights_of_several_models_at_once(tiny: SimpleNamespace) -> None:
+    """Under `torch.func.vmap` weights have no address."""
+    mlp, x = tiny.ours(tiny.config()).eval().model.language_model.layers[0].mlp, torch.randn(1, 3, 32)
+    weights = {name: torch.stack([w, 2 * w]) for name, w in mlp.named_parameters()}
+    with torch.no_grad():
+        once, twice = torch.func.vmap(lambda of_one: torch.func.functional_call(mlp, of_one, (x,)))(weights)
+        tiny.assert_near(once, mlp(x))
+        for parameter in mlp.parameters():
+            parameter.mul_(2)
+        tiny.assert_near(twice, mlp(x))
 
 
 def test_a_pass_that_fails_leaves_the_lengths_of_a_static_cache(tiny: SimpleNamespace) -> None:
