@@ -94,3 +94,14 @@ def test_gradients_of_the_norms(kernel: str, monkeypatch: pytest.MonkeyPatch) ->
         y = getattr(norm, kernel)(torch.ones(TERMS, 2).to(BF16), **parameters, eps=0.0 if kernel == "rms_norm" else 1.0)
         (y[0] if isinstance(y, tuple) else y).backward(terms()[:, None].expand(TERMS, 2))
     assert last.grad is not None and (last.grad - 271.5).abs().max() <= 1, last.grad
+
+
+def test_gradient_of_the_projector_s_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over rows, of four programs with 32 tiles each. GELU is the identity at 20, and its derivative 1."""
+    from llava_fast.ops import projector
+
+    monkeypatch.setattr(projector, "multiprocessors", lambda device: 1)
+    with small_tiles():
+        da = terms()[:, None].expand(TERMS, 16).contiguous()
+        _, _, dbias = projector._through_gelu(da, torch.full((TERMS, 16), 20.0).to(BF16), False, True)
+    assert dbias is not None and (dbias - 271.5).abs().max() <= 1, dbias
