@@ -261,3 +261,10 @@ def test_compiles_without_a_graph_break(device):
     cotangent = torch.randn_like(found)
     for ours, theirs in zip(*(torch.autograd.grad(y, (table, features), cotangent) for y in (found, expected))):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_the_gradient_of_a_feature_that_is_missing_goes_nowhere():
+    memory = torch.full((4, 8), 7.0)
+    source = torch.arange(4, dtype=torch.int32)
+    module._backward(torch.ones(4, 8), source, None, memory[:2])
+    assert torch.equal(memory, torch.tensor([1.0, 1.0, 7.0, 7.0])[:, None].expand(4, 8))
