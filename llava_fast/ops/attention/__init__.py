@@ -14,8 +14,8 @@ or query they see; so a sample's output and gradients are bit-identical wherever
 ceil(T / tile height) programs. Each covers a window of that many rows, and processes the tiles that begin in it: one,
 or several if samples are short. No list of tiles is built, and no size is read back from the device.
 
-A last tile with few rows wastes work. Of a vision tower's 577 tokens, the tiles of 128 queries × 64 keys that ship for
-sm_80 and d 64 compute 640 × 640 scores, so 81 % of the work is of use; dQ's tiles of 128 × 32 compute 640 × 608 (86 %),
+A last tile with few rows wastes work. Of a vision tower's 577 tokens, the tiles of 128 queries × 32 keys that ship for
+sm_80 and d 64 compute 640 × 608 scores, so 86 % of the work is of use; dQ's tiles of 128 × 16 compute 640 × 592 (88 %),
 those of dK and dV, 16 queries × 128 keys, 592 × 640 (88 %). Smaller tiles for the last rows would save some of this,
 but their code takes registers from the main loop, and their loads do not overlap with products.
 
