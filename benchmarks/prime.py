@@ -89,7 +89,8 @@ def _untouched(x: Any) -> Any:
 
 
 def _gpu_is_there() -> Any:
-    return mock.patch.object(torch.cuda, "is_available", lambda: True)
+    """An H100, as far as PyTorch is asked before tensors are on it."""
+    return mock.patch.multiple(torch.cuda, is_available=lambda: True, get_device_capability=lambda *_: (9, 0))
 
 
 @contextmanager
