@@ -70,8 +70,8 @@ def test_doctor_finds_old_and_missing_packages(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(metadata, "version", version)
     report = doctor.diagnose()
     assert report["problems"] == [
-        "transformers 4.57.0 is installed, but llava-fast needs >=5.6",
-        "safetensors is not installed, but llava-fast needs it (>=0.4)",
+        "transformers 4.57.0 is installed, but llava-fast needs >=5.20",
+        "safetensors is not installed, but llava-fast needs it (>=0.8)",
     ]
     assert report["packages"]["peft"]["version"] is None  # of an extra: nothing is wrong
 
